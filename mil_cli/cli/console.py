@@ -1,0 +1,22 @@
+"""The two consoles of the command line: results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+WIDE = 160
+"""Columns when the output is no terminal: wide enough that tables are not wrapped in a pipe or a log."""
+
+
+def results() -> Console:
+    """Return a console on stdout."""
+    width = None if sys.stdout.isatty() else WIDE
+    return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
+
+
+def messages() -> Console:
+    """Return a console on stderr."""
+    width = None if sys.stderr.isatty() else WIDE
+    return Console(file=sys.stderr, width=width, highlight=False, stderr=True)

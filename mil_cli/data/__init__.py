@@ -1,0 +1,1 @@
+"""Data sets, and how batches are made of them."""

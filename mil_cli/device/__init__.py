@@ -1,0 +1,1 @@
+"""Device profiles: what the target can do, and what this machine is."""

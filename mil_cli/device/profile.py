@@ -1,0 +1,107 @@
+"""What a stage, an export or a measurement needs to know of the target: one frozen, versioned profile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROFILE_VERSION: Final = 1
+"""The version of the profile's fields; a profile of another version is refused."""
+
+ProviderOption = str | int | float | bool
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Requirements(_Part):
+    """What a machine must have to run on this profile.
+
+    Attributes:
+        isa: Instruction sets by their names in Linux' ``/proc/cpuinfo``, such as ``avx2`` or ``avx512_vnni``.
+        packages: Python packages as pip writes them, such as ``onnxruntime>=1.20``.
+    """
+
+    isa: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+
+
+class Int8Form(_Part):
+    """The form of int8 models that the target's kernels are fast and exact on.
+
+    Attributes:
+        activations: The type of quantized activations.
+        weights: The type of quantized weights.
+        reduce_range: Whether weights use 7 of their 8 bits, because the kernels' 16-bit sums would saturate.
+        per_channel: Whether each output channel has its own weight scale.
+        policy: Where quantizers are placed. ``cnn``: at every input and output of convolutions, additions and linear
+            layers; ``transformer``: at the inputs of linear layers only; ``auto``: the graph decides.
+    """
+
+    activations: Literal["uint8", "int8"]
+    weights: Literal["int8"] = "int8"
+    reduce_range: bool
+    per_channel: bool = True
+    policy: Literal["auto", "cnn", "transformer"] = "auto"
+
+
+class PreferredMultiple(_Part):
+    """Channel counts that the kernels like; others cost as much as the next multiple, or more.
+
+    Attributes:
+        float: Channels of float layers are rounded to a multiple of this.
+        int8: Channels of layers that are to be quantized are.
+    """
+
+    float: int = Field(8, ge=1, le=1024)
+    int8: int = Field(16, ge=1, le=1024)
+
+
+class DeviceProfile(_Part):
+    """A target device.
+
+    Attributes:
+        version: The version of these fields.
+        name: The profile's name.
+        description: One sentence for people.
+        provider: onnxruntime's execution provider.
+        provider_options: Its options.
+        threads: Threads that one inference uses.
+        requires: What a machine must have to run on this profile.
+        int8: The form of int8 models.
+        weight_bits: Widths in bits that weights can have on the target, in rising order.
+        preferred_multiple: Channel counts that the kernels like.
+        price_per_hour: Price of one hour of the device, in any one currency; None: unknown.
+        watts: Power that the device draws under load, in watts; None: unknown.
+        remote: Where the device is reached; None: it is this machine.
+    """
+
+    version: Literal[1] = PROFILE_VERSION
+    name: str = Field(min_length=1)
+    description: str = ""
+    provider: str = Field("CPUExecutionProvider", min_length=1)
+    provider_options: dict[str, ProviderOption] = Field(default_factory=dict)
+    threads: int = Field(1, ge=1, le=1024)
+    requires: Requirements = Field(default_factory=Requirements)
+    int8: Int8Form
+    weight_bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field((2, 4, 8), min_length=1)
+    preferred_multiple: PreferredMultiple = Field(default_factory=lambda: PreferredMultiple(float=8, int8=16))
+    price_per_hour: float | None = Field(None, gt=0, allow_inf_nan=False)
+    watts: float | None = Field(None, gt=0, allow_inf_nan=False)
+    remote: str | None = None
+
+    def field_fingerprints(self) -> dict[str, str]:
+        """Return the SHA-256 of each field's value, so that a result can depend on the fields that it read."""
+        return {name: _digest(value) for name, value in self.model_dump(mode="json").items()}
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all that can change a result: every field but the description."""
+        return _digest({name: text for name, text in self.field_fingerprints().items() if name != "description"})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,91 @@
+"""Runs torch's ONNX exporter quietly; every quantizer of the graph comes out as one marker node."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+from torch.export import ExportedProgram
+
+MARKER_DOMAIN = "mil.marker"
+"""The domain of nodes that stand for quantizers between export and `mil_cli.export.qdq`; no file holds one."""
+
+MARKER = "QuantizeAffine"
+
+
+def convert(program: ExportedProgram, *, opset: int) -> ir.Model:
+    """Convert an exported program to an ONNX model in memory.
+
+    A ``mil::quantize_affine`` becomes a node ``mil.marker::QuantizeAffine(x, scale, zero_point)`` with the attributes
+    ``axis`` (absent: per tensor), ``quant_min`` and ``quant_max``. The exporter folds constants and fuses operators
+    but does not know markers, so it cannot fold what they mark.
+
+    Raises:
+        torch.onnx.OnnxExporterError: An operator has no translation, say.
+    """
+    with _quiet():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    if exported is None:
+        raise TypeError("the exporter gave no program")
+    return exported.model
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    marker = onnxscript.values.Op(onnxscript.values.Opset(MARKER_DOMAIN, 1), MARKER, _marker_schema())
+
+    def quantize_affine(x: Any, scale: Any, zero_point: Any, axis: int | None, quant_min: int, quant_max: int) -> Any:
+        attributes: Mapping[str, int] = {} if axis is None else {"axis": axis}
+        return marker(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max, **attributes)
+
+    return {torch.ops.mil.quantize_affine.default: quantize_affine}
+
+
+def _marker_schema() -> onnx.defs.OpSchema:
+    schema = onnx.defs.OpSchema
+    parameter, attribute = schema.FormalParameter, schema.Attribute
+    return schema(
+        MARKER,
+        MARKER_DOMAIN,
+        1,
+        inputs=[
+            parameter("x", "tensor(float)"),
+            parameter("scale", "tensor(float)"),
+            parameter("zero_point", "tensor(int32)"),
+        ],
+        outputs=[parameter("y", "tensor(float)")],
+        attributes=[
+            attribute("axis", schema.AttrType.INT, required=False),
+            attribute("quant_min", schema.AttrType.INT, required=True),
+            attribute("quant_max", schema.AttrType.INT, required=True),
+        ],
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's prints, log lines and warnings from the user; what matters reaches them as an error."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,231 @@
+"""Finding all spaces of a graph: where labels begin, and what is tried when a view divides them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.fx import GraphModule, Node
+
+from mil_cli.graph.coupling.coupling import Coupling, Frozen, Member, Space
+from mil_cli.graph.coupling.normalise import copy_sharing_weights, inline_regions, normalise
+from mil_cli.graph.coupling.operators import argument, operator_name
+from mil_cli.graph.coupling.record import Key, Recording, record
+from mil_cli.graph.coupling.relations import relate
+from mil_cli.graph.coupling.relations.convolution import NAMES as CONVOLUTIONS
+from mil_cli.graph.coupling.space import NO_LABEL, Labels, Propagation, Reason, Seed, SplitByView
+from mil_cli.graph.coupling.table import RelationTable
+from mil_cli.graph.nodes import source_line
+
+_DEEPEST_SPLIT = 4
+
+
+def analyse_graph(
+    graph: GraphModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    single: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
+) -> Coupling:
+    """Find everything that must be cut together in a captured graph; the graph is not changed.
+
+    Args:
+        graph: A captured graph in eval form.
+        args: Example inputs. Their batch size should be one that is no other size in the graph, a prime such as 5:
+            views are aligned by sizes.
+        kwargs: Example keyword inputs.
+        single: The same inputs with a batch of one, for counting operations per sample.
+    """
+    copy = copy_sharing_weights(graph)
+    inline_regions(copy)
+    recording = record(copy, args, kwargs or {})
+    normalise(recording)
+    shapes = recording.shapes if single is None else record(copy, single[0], single[1]).shapes
+    table = relate(recording)
+    search = _Search(table)
+    search.run()
+    spaces = tuple(_space_of(found, seed, recording) for found, seed in search.found)
+    return Coupling(
+        recording=recording,
+        spaces=spaces,
+        frozen=tuple(_frozen_of(search.found, recording)),
+        unknown=tuple((node.name, reason, source_line(node) or "") for node, reason in table.unknown),
+        single=shapes,
+    )
+
+
+class _Search:
+    """Seeds every output axis of every weight that is not yet covered, and keeps each distinct space."""
+
+    def __init__(self, table: RelationTable) -> None:
+        self._table = table
+        self._recording = table.recording
+        self._computed = _computed_from_parameters(table)
+        self._tried: set[tuple[Key, int, bytes]] = set()
+        self._signatures: set[frozenset[tuple[Key, int, tuple[int, ...]]]] = set()
+        # by weight axis: whether each index has a label in some space, and whether one that is its alone
+        self._labelled: dict[tuple[Key, int], np.ndarray[Any, np.dtype[np.bool_]]] = {}
+        self._distinct: dict[tuple[Key, int], np.ndarray[Any, np.dtype[np.bool_]]] = {}
+        self.found: list[tuple[Propagation, Seed]] = []
+
+    def run(self) -> None:
+        for key, axis in self._origins():
+            self._seed(key, axis)
+
+    def _origins(self) -> Iterator[tuple[Key, int]]:
+        for node in self._recording.graph.graph.nodes:
+            name = operator_name(node)
+            weights: list[tuple[Any, int]] = []
+            if name == "linear":
+                weights = [(argument(node, "weight"), 0)]
+            elif name in CONVOLUTIONS:
+                transposed = "transpose" in name or bool(argument(node, "transposed", False))
+                weights = [(argument(node, "weight"), 1 if transposed else 0)]
+            elif name == "embedding":
+                weights = [(argument(node, "weight"), 1)]
+            elif name in ("matmul", "mm"):
+                weights = [(argument(node, "other") or argument(node, "mat2"), -1)]
+            elif name == "addmm":
+                weights = [(argument(node, "mat2"), 1)]
+            elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+                weights = [(weight, 1) for weight in argument(node, "params") or []]
+            elif name == "einsum":
+                weights = [
+                    (operand, axis)
+                    for operand in argument(node, "tensors")
+                    for axis in range(len(self._table.shapes.get(self._recording.key(operand), ())))
+                ]
+            for weight, axis in weights:
+                if not isinstance(weight, Node):
+                    continue
+                key = self._recording.key(weight)
+                rank = len(self._table.shapes.get(key, ()))
+                if rank >= 2 and (key in self._recording.leaves or key in self._computed):
+                    yield key, axis % rank
+
+    def _seed(self, key: Key, axis: int) -> None:
+        size = self._table.shapes[key][axis]
+        open_ = ~self._distinct.get((key, axis), np.zeros(size, dtype=bool))
+        if size < 2 or not open_.any():
+            return
+        self._attempt(Seed(key, axis, np.where(open_, np.arange(size), NO_LABEL)), 0)
+        open_ = ~self._labelled.get((key, axis), np.zeros(size, dtype=bool))
+        if open_.any():
+            seed = Seed(key, axis, np.where(open_, np.arange(size), NO_LABEL))
+            propagation = Propagation(self._table, freeze_on_split=True)
+            propagation.run(seed)
+            self._accept(propagation, seed)
+
+    def _attempt(self, seed: Seed, depth: int) -> None:
+        identity = (seed.key, seed.axis, seed.labels.tobytes())
+        if identity in self._tried:
+            return
+        self._tried.add(identity)
+        propagation = Propagation(self._table)
+        try:
+            propagation.run(seed)
+        except SplitByView as split:
+            if depth < _DEEPEST_SPLIT:
+                for alternative in split.alternatives:
+                    self._attempt(alternative, depth + 1)
+            return
+        self._accept(propagation, seed)
+
+    def _accept(self, propagation: Propagation, seed: Seed) -> None:
+        signature = frozenset(
+            (key, axis, tuple(_canonical(labels).tolist()))
+            for key, axes in propagation.labels.items()
+            if key in self._recording.leaves
+            for axis, labels in axes.items()
+        )
+        if not signature or signature in self._signatures:
+            return
+        self._signatures.add(signature)
+        self.found.append((propagation, seed))
+        for key, axes in propagation.labels.items():
+            if key in self._recording.leaves or key in self._computed:
+                for axis, labels in axes.items():
+                    self._cover(key, axis, labels)
+
+    def _cover(self, key: Key, axis: int, labels: Labels) -> None:
+        labelled = labels >= 0
+        classes, counts = np.unique(labels[labelled], return_counts=True)
+        single = np.isin(labels, classes[counts == 1])
+        nothing = np.zeros(len(labels), dtype=bool)
+        self._labelled[key, axis] = self._labelled.get((key, axis), nothing) | labelled
+        self._distinct[key, axis] = self._distinct.get((key, axis), nothing) | single
+
+
+def _canonical(labels: Labels) -> Labels:
+    """Rename labels by first appearance, so that equal partitions are equal vectors; no label stays apart."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    renamed = np.argsort(np.argsort(first))[inverse]
+    return np.where(labels < 0, NO_LABEL, renamed)
+
+
+def _computed_from_parameters(table: RelationTable) -> set[Key]:
+    """Return the tensors that depend on parameters only: standardised weights, parametrisations."""
+    recording = table.recording
+    computed: set[Key] = set()
+    for node in recording.graph.graph.nodes:
+        if node.op == "call_function" and node.all_input_nodes:
+            keys = [recording.key(used) for used in node.all_input_nodes]
+            if all(key in computed or recording.is_parameter(key) for key in keys):
+                computed.add(recording.key(node))
+    return computed
+
+
+def _space_of(propagation: Propagation, seed: Seed, recording: Recording) -> Space:
+    members = tuple(
+        Member(
+            parameter=recording.leaf_names[key][0],
+            names=tuple(recording.leaf_names[key]),
+            axis=axis,
+            classes=labels,
+            trainable=recording.is_parameter(key),
+        )
+        for key, axes in propagation.labels.items()
+        if key in recording.leaves
+        for axis, labels in axes.items()
+    )
+    size = 1 + max(int(labels.max()) for axes in propagation.labels.values() for labels in axes.values())
+    covered = [member for member in members if member.trainable] or list(members)
+    return Space(
+        origin=seed.key.removeprefix("@") if seed.key in recording.leaves else covered[0].parameter,
+        size=size,
+        labels=propagation.labels,
+        members=members,
+        frozen={label: describe(reason) for label, reason in propagation.frozen.items()},
+        inexact={label: frozenset(node.name for node in nodes) for label, nodes in propagation.inexact.items()},
+    )
+
+
+def describe(reason: Reason) -> str:
+    """Return one line: what forbids the cut, at which node, made by which line of the user's code."""
+    where = source_line(reason.node)
+    return f"{reason.text} ({reason.node.name}{f', {where}' if where else ''})"
+
+
+def _frozen_of(found: Sequence[tuple[Propagation, Seed]], recording: Recording) -> Iterator[Frozen]:
+    for propagation, _ in found:
+        for key, axes in propagation.labels.items():
+            if not recording.is_parameter(key) or len(recording.shapes[key]) < 2:
+                continue
+            for axis, labels in axes.items():
+                by_reason: dict[tuple[Node, str], list[int]] = {}
+                for label, reason in propagation.frozen.items():
+                    by_reason.setdefault((reason.node, reason.text), []).append(label)
+                for (node, text), frozen in by_reason.items():
+                    entries = int(np.isin(labels, frozen).sum())
+                    if entries:
+                        yield Frozen(
+                            parameter=recording.leaf_names[key][0],
+                            axis=axis,
+                            entries=entries,
+                            size=len(labels),
+                            node=node.name,
+                            operator=operator_name(node),
+                            reason=text,
+                            source_line=source_line(node) or "",
+                        )

@@ -1,0 +1,177 @@
+"""The result of the analysis: spaces of classes that are cut together, and what cannot be cut and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.fx import GraphModule
+
+from mil_cli.graph.coupling.record import Key, Recording
+from mil_cli.graph.coupling.space import Labels
+
+Removed = Mapping[int, Iterable[int]]
+"""By space: the classes to remove."""
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of a weight, buffer or constant that belongs to a space.
+
+    Attributes:
+        parameter: The first name under which the graph reads it.
+        names: All names, more than one for shared weights.
+        axis: The axis.
+        classes: For each index of the axis its class; -1 where it belongs to no class of this space.
+        trainable: Whether it is a parameter, not a buffer or constant.
+    """
+
+    parameter: str
+    names: tuple[str, ...]
+    axis: int
+    classes: Labels
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Entries of one axis of a parameter that cannot be cut, and why.
+
+    Attributes:
+        parameter: Name of the parameter.
+        axis: Its axis.
+        entries: How many of the axis's indices.
+        size: How many it has.
+        node: Name of the node that forbids it.
+        operator: What the node calls.
+        reason: What about it forbids a cut.
+        source_line: ``file:line`` of the user's code that made the node; empty if unknown.
+    """
+
+    parameter: str
+    axis: int
+    entries: int
+    size: int
+    node: str
+    operator: str
+    reason: str
+    source_line: str
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Classes of entries, all independent of each other; the entries of one class are cut together everywhere.
+
+    Attributes:
+        origin: The weight from which the space was found.
+        size: Number of classes; they are 0 ... size - 1.
+        labels: By tensor key and axis: the class of each index, -1 for none.
+        members: The part of `labels` that lies on weights, buffers and constants.
+        frozen: Classes that cannot be cut, with the reason.
+        inexact: Classes over which some op takes statistics, with that op's node names: cutting them is no longer the
+            same as setting them to zero.
+    """
+
+    origin: str
+    size: int
+    labels: Mapping[Key, Mapping[int, Labels]]
+    members: tuple[Member, ...]
+    frozen: Mapping[int, str]
+    inexact: Mapping[int, frozenset[str]]
+
+    @cached_property
+    def free(self) -> tuple[int, ...]:
+        """The classes that can be cut."""
+        return tuple(number for number in range(self.size) if number not in self.frozen)
+
+    @cached_property
+    def exact(self) -> tuple[int, ...]:
+        """The classes that can be cut and over which nothing takes statistics."""
+        return tuple(number for number in self.free if not self.inexact.get(number))
+
+    @cached_property
+    def entries_per_class(self) -> int:
+        """Entries of a class on the narrowest axis that the space wholly covers: 64 for heads of size 64."""
+        widths = [
+            len(member.classes) // self.size
+            for member in self.members
+            if (member.classes >= 0).all() and len(member.classes) % self.size == 0
+        ]
+        return min(widths, default=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """Everything that the analysis of one graph found.
+
+    Attributes:
+        recording: The normalised copy of the graph, with the shapes and values of the run.
+        spaces: The spaces; an axis may belong to several (heads and head size), and is cut by all of them.
+        frozen: What cannot be cut and why, one entry per parameter axis and reason.
+        unknown: (node name, reason, source line) of ops without a rule.
+        single: Shapes for a batch of one where it could be run, else those of `recording`.
+    """
+
+    recording: Recording
+    spaces: tuple[Space, ...]
+    frozen: tuple[Frozen, ...]
+    unknown: tuple[tuple[str, str, str], ...]
+    single: Mapping[Key, tuple[int, ...]]
+
+    @property
+    def graph(self) -> GraphModule:
+        """The normalised graph that cuts are made from."""
+        return self.recording.graph
+
+    @cached_property
+    def cuttable_share(self) -> float:
+        """Share of the rows (axis 0) of all weights with two axes or more that can be cut."""
+        total = covered = 0
+        for key, leaf in self.recording.leaves.items():
+            if not isinstance(leaf, torch.nn.Parameter) or leaf.ndim < 2:
+                continue
+            total += leaf.shape[0]
+            free = np.zeros(leaf.shape[0], dtype=bool)
+            for space in self.spaces:
+                labels = space.labels.get(key, {}).get(0)
+                if labels is not None:
+                    free |= np.isin(labels, space.free)
+            covered += int(free.sum())
+        return covered / total if total else 0.0
+
+    def freeze(self, spaces: Sequence[int], reason: str) -> Coupling:
+        """Return this coupling with every class of some spaces frozen, as after a failed check.
+
+        Args:
+            spaces: Indices of spaces.
+            reason: Why; it is listed under `frozen`.
+        """
+        changed = list(self.spaces)
+        listed = list(self.frozen)
+        for number in spaces:
+            space = changed[number]
+            changed[number] = replace_frozen(space, reason)
+            listed.extend(
+                Frozen(
+                    parameter=member.parameter,
+                    axis=member.axis,
+                    entries=int((member.classes >= 0).sum()),
+                    size=len(member.classes),
+                    node="",
+                    operator="",
+                    reason=reason,
+                    source_line="",
+                )
+                for member in space.members
+                if member.trainable
+            )
+        return replace(self, spaces=tuple(changed), frozen=tuple(listed))
+
+
+def replace_frozen(space: Space, reason: str) -> Space:
+    """Return a copy of `space` with all of its classes frozen."""
+    frozen = {number: space.frozen.get(number, reason) for number in range(space.size)}
+    return Space(space.origin, space.size, space.labels, space.members, frozen, space.inexact)

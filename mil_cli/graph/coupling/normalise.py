@@ -1,0 +1,232 @@
+"""Rewriting a copy of a graph into forms whose index behaviour is explicit, before it is analysed.
+
+* regions of `wrap_with_autocast` (disabled) and `wrap_with_set_grad_enabled` become plain nodes;
+* `view_as`, `reshape_as`, `expand_as` get explicit sizes, so that they no longer follow another tensor's cut shape;
+* indexing by one constant vector, `channel_shuffle`, and chains of views and transposes that only permute one axis
+  become `index_select` by a constant, so that a channel shuffle can be cut channel by channel.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node, map_arg
+
+from mil_cli.graph.coupling.operators import add_buffer, argument, operator_name
+from mil_cli.graph.coupling.record import Recording
+from mil_cli.graph.coupling.relations.views import VIEWS
+from mil_cli.graph.nodes import get_attribute
+
+aten = torch.ops.aten
+
+_MOVES = frozenset({*VIEWS, "permute", "transpose", "swapaxes", "contiguous", "clone"})
+_LONGEST_CHAIN = 6
+
+
+def copy_sharing_weights(graph: GraphModule, replaced: dict[int, torch.Tensor] | None = None) -> GraphModule:
+    """Return a copy of a graph module whose nodes are its own and whose tensors are the original's.
+
+    Args:
+        graph: The module to copy.
+        replaced: By `id` of a tensor: what the copy holds in its place, wherever it is shared.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*graph.parameters(), *graph.buffers()]}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            value = get_attribute(graph, str(node.target))
+            if isinstance(value, torch.Tensor):
+                memo[id(value)] = value
+    memo.update(replaced or {})
+    with warnings.catch_warnings():
+        # copying the description of the inputs' tree constructs a class that torch itself has deprecated
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        return copy.deepcopy(graph, memo)
+
+
+def inline_regions(graph: GraphModule) -> None:
+    """Inline autocast (disabled) and no-grad regions in place."""
+    changed = False
+    for node in list(graph.graph.nodes):
+        name = operator_name(node)
+        if name == "wrap_with_autocast" and not node.args[2]:
+            _inline(graph, node, node.args[4], node.args[5:])
+        elif name == "wrap_with_set_grad_enabled":
+            _inline(graph, node, node.args[1], node.args[2:])
+        else:
+            continue
+        changed = True
+    if changed:
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+
+
+def _inline(graph: GraphModule, call: Node, region: Node, operands: tuple[Any, ...]) -> None:
+    body = get_attribute(graph, str(region.target))
+    copies: dict[Node, Any] = {}
+    remaining = iter(operands)
+    result: Any = None
+    with graph.graph.inserting_before(call):
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(remaining)
+            elif node.op == "output":
+                result = map_arg(node.args[0], lambda used: copies[used])
+            elif node.op == "get_attr":
+                copies[node] = _lift(graph, get_attribute(body, str(node.target)), node)
+            else:
+                copies[node] = graph.graph.node_copy(node, lambda used: copies[used])
+    if isinstance(result, tuple | list):
+        for user in list(call.users):
+            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
+            graph.graph.erase_node(user)
+    else:
+        call.replace_all_uses_with(result)
+    graph.graph.erase_node(call)
+
+
+def _lift(graph: GraphModule, value: Any, node: Node) -> Node:
+    number = 0
+    while hasattr(graph, f"_region_{number}"):
+        number += 1
+    name = f"_region_{number}"
+    if isinstance(value, torch.nn.Parameter):
+        graph.register_parameter(name, value)
+    elif isinstance(value, torch.Tensor):
+        graph.register_buffer(name, value)
+    else:
+        graph.add_module(name, value)
+    lifted = graph.graph.get_attr(name)
+    lifted.meta = dict(node.meta)
+    return lifted
+
+
+def normalise(recording: Recording) -> None:
+    """Rewrite single nodes of the recorded graph in place, and keep the recording true."""
+    graph = recording.graph
+    for node in list(graph.graph.nodes):
+        name = operator_name(node)
+        if name in ("view_as", "reshape_as", "expand_as"):
+            _explicit_sizes(recording, node, name)
+        elif name == "index":
+            _index_to_select(recording, node)
+        elif name == "channel_shuffle":
+            channels = recording.shapes[node.name][1]
+            order = torch.arange(channels).view(argument(node, "groups"), -1).t().reshape(-1)
+            _select_instead(recording, node, node.args[0], 1, order)
+    _fuse_permutations(recording)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _replace(recording: Recording, node: Node, new: Node) -> None:
+    new.meta = dict(node.meta)
+    recording.shapes[new.name] = recording.shapes[node.name]
+    recording.dtypes[new.name] = recording.dtypes[node.name]
+    if node.name in recording.values:
+        recording.values[new.name] = recording.values[node.name]
+    node.replace_all_uses_with(new)
+    recording.graph.graph.erase_node(node)
+
+
+def _explicit_sizes(recording: Recording, node: Node, name: str) -> None:
+    graph = recording.graph.graph
+    shape = recording.shapes[node.name]
+    known = getattr(node.meta.get("val"), "shape", [None] * len(shape))
+    target = aten.expand.default if name == "expand_as" else aten.reshape.default
+    with graph.inserting_before(node):
+        sizes: list[Any] = []
+        for axis, size in enumerate(known):
+            if isinstance(size, int):
+                sizes.append(size)
+            else:
+                asked = graph.call_function(aten.sym_size.int, (node.args[1], axis))
+                recording.values[asked.name] = shape[axis]
+                sizes.append(asked)
+        new = graph.call_function(target, (node.args[0], sizes))
+    _replace(recording, node, new)
+
+
+def _index_to_select(recording: Recording, node: Node) -> None:
+    indices = argument(node, "indices")
+    positions = [position for position, tensor in enumerate(indices) if tensor is not None]
+    if len(positions) != 1 or indices[positions[0]].op != "get_attr":
+        return
+    value = recording.values.get(indices[positions[0]].name)
+    if value is None or value.ndim != 1 or value.dtype != torch.int64 or bool((value < 0).any()):
+        return
+    with recording.graph.graph.inserting_before(node):
+        new = recording.graph.graph.call_function(
+            aten.index_select.default, (node.args[0], positions[0], indices[positions[0]])
+        )
+    _replace(recording, node, new)
+
+
+def _select_instead(recording: Recording, node: Node, data: Node, axis: int, order: torch.Tensor) -> None:
+    graph = recording.graph
+    with graph.graph.inserting_before(node):
+        index = add_buffer(graph, graph.graph, "_order", order.clone())
+        new = graph.graph.call_function(aten.index_select.default, (data, axis, index))
+    recording.add_leaf(str(index.target))
+    recording.values[index.name] = order
+    _replace(recording, node, new)
+
+
+def _fuse_permutations(recording: Recording) -> None:
+    for node in list(recording.graph.graph.nodes):
+        if operator_name(node) in ("view", "reshape", "unflatten") and node.users and isinstance(node.args[0], Node):
+            _fuse_from(recording, node)
+
+
+def _fuse_from(recording: Recording, first: Node) -> None:
+    """Replace the chain that begins at `first` if its net effect is a permutation of one axis."""
+    source = first.args[0]
+    assert isinstance(source, Node)
+    key = recording.key(source)
+    shape = recording.shapes.get(key)
+    if shape is None:
+        return
+    chain = [first]
+    while len(chain) < _LONGEST_CHAIN:
+        last = chain[-1]
+        if last is not first and recording.shapes[last.name] == shape:
+            found = _permutation_of_one_axis(recording, source, chain, shape)
+            if found is not None:
+                _select_instead(recording, last, source, found[0], found[1])
+                for node in reversed(chain[:-1]):
+                    recording.graph.graph.erase_node(node)
+                return
+        if len(last.users) != 1:
+            return
+        following = next(iter(last.users))
+        if operator_name(following) not in _MOVES or following.args[0] is not last:
+            return
+        chain.append(following)
+
+
+def _permutation_of_one_axis(
+    recording: Recording, source: Node, chain: list[Node], shape: tuple[int, ...]
+) -> tuple[int, torch.Tensor] | None:
+    positions = torch.arange(math.prod(shape)).view(shape)
+    moved: dict[Node, torch.Tensor] = {source: positions}
+
+    def known(used: Node) -> Any:
+        return moved[used] if used in moved else recording.values[used.name]
+
+    for node in chain:
+        args, kwargs = map_arg(node.args, known), map_arg(node.kwargs, known)
+        moved[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    result = moved[chain[-1]]
+    if torch.equal(result, positions):
+        return None
+    for axis, size in enumerate(shape):
+        line = tuple(slice(None) if other == axis else 0 for other in range(len(shape)))
+        order = result[line] // math.prod(shape[axis + 1 :]) % size
+        if torch.equal(order.sort().values, torch.arange(size)) and torch.equal(
+            positions.index_select(axis, order), result
+        ):
+            return axis, order
+    return None

@@ -1,0 +1,39 @@
+"""Reading ATen nodes by the schema names of their arguments, and adding constants to a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from mil_cli.graph.nodes import get_argument, namespace, op_name, schema_index
+
+
+def operator_name(node: Node) -> str:
+    """Return the bare name of what a node calls, with the namespace if that is not ATen: ``mil::quantize_affine``."""
+    space = namespace(node)
+    return op_name(node) if space in ("", "aten") else f"{space}::{op_name(node)}"
+
+
+def has_argument(node: Node, name: str) -> bool:
+    """Return whether the overload that `node` calls declares an argument of that name."""
+    return schema_index(node, name) is not None
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """Return the value of an argument: as given, else the schema's default; `default` if the overload has none."""
+    if not has_argument(node, name):
+        return default
+    value = get_argument(node, name)
+    return default if value is None else value
+
+
+def add_buffer(module: GraphModule, graph: Graph, prefix: str, value: torch.Tensor) -> Node:
+    """Register a constant under a new name that begins with `prefix`, and return a node that reads it."""
+    number = 0
+    while hasattr(module, f"{prefix}_{number}"):
+        number += 1
+    name = f"{prefix}_{number}"
+    module.register_buffer(name, value)
+    return graph.get_attr(name)

@@ -1,0 +1,89 @@
+"""Reductions, softmax, sorting: ops that mix the entries of an axis."""
+
+from __future__ import annotations
+
+from mil_cli.graph.coupling.relations.pointwise import pointwise
+from mil_cli.graph.coupling.table import Operation, Rules, UnsupportedForm, rules_for
+
+SUMS = ("sum", "linalg_vector_norm", "norm", "frobenius_norm", "nansum")
+"""Reductions to which an entry of zero adds nothing: exact once removed entries are zero."""
+
+STATISTICS = (
+    "mean",
+    "amax",
+    "amin",
+    "aminmax",
+    "var",
+    "std",
+    "prod",
+    "max",
+    "min",
+    "logsumexp",
+    "any",
+    "all",
+    "argmax",
+    "argmin",
+    "var_mean",
+    "std_mean",
+    "median",
+)
+
+
+def reduction(operation: Operation) -> None:
+    """Relate the axes that are not reduced."""
+    data = operation.input
+    rank = operation.rank(data)
+    if operation.has("other"):
+        pointwise(operation)  # the elementwise form of max and min
+        return
+    if len(operation.inputs) > 1:
+        raise UnsupportedForm("depends on several tensors")
+    given = operation.value("dim")
+    if given is None or given == []:
+        reduced = set(range(rank))
+    else:
+        reduced = {operation.axis(data, axis) for axis in ([given] if isinstance(given, int) else given)}
+    for output in operation.outputs:
+        kept = operation.rank(output) == rank
+        target = 0
+        for axis in range(rank):
+            if axis in reduced:
+                target += kept
+            else:
+                operation.link(data, axis, output, target)
+                target += 1
+    if operation.name not in SUMS:
+        operation.inexact(data, reduced, f"{operation.name} over the axis")
+    if operation.name in ("argmax", "argmin") or (len(operation.outputs) > 1 and operation.name in ("max", "min")):
+        operation.freeze(data, reduced, f"{operation.name} gives positions on the axis")
+
+
+def mixing(operation: Operation) -> None:
+    """Freeze the axis along which entries are compared, normalised or accumulated; relate the others."""
+    data = operation.input
+    axis = operation.axis(data, operation.value("dim", -1))
+    for key in [data, *operation.outputs]:
+        operation.freeze(key, axis, f"{operation.name} over the axis")
+    for output in operation.outputs:
+        operation.link_all(data, output, but=(axis,))
+
+
+RULES: Rules = {
+    **rules_for(reduction, *SUMS, *STATISTICS),
+    **rules_for(
+        mixing,
+        "softmax",
+        "log_softmax",
+        "_softmax",
+        "_log_softmax",
+        "_safe_softmax",
+        "cumsum",
+        "cumprod",
+        "cummax",
+        "cummin",
+        "logcumsumexp",
+        "sort",
+        "argsort",
+        "topk",
+    ),
+}

@@ -1,0 +1,131 @@
+"""Rewriting positions that a node holds as constants: slices, splits, selected entries, shifts, indices, padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from mil_cli.graph.coupling.rewrites.edit import Edit, Rewrite
+from mil_cli.graph.nodes import get_argument
+
+aten = torch.ops.aten
+
+SPLITS = (
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "unsafe_split",
+    "unsafe_chunk",
+    "unsafe_split_with_sizes",
+)
+
+
+def _data(edit: Edit) -> tuple[str, Node]:
+    """Return the key of the first argument before the cut, and the node that gives it after."""
+    first = edit.old.args[0]
+    assert isinstance(first, Node)
+    after = edit.new.args[0]
+    assert isinstance(after, Node)
+    return edit.recording.key(first), after
+
+
+def split(edit: Edit) -> None:
+    """Give every part the number of entries that it keeps."""
+    key, data = _data(edit)
+    axis = edit.axis(key, edit.value("dim", 0))
+    if edit.mask(key, axis) is not None:
+        sizes = [edit.kept(part, axis) for part in edit.recording.outputs[edit.old.name]]
+        edit.replace_target(aten.split_with_sizes.default, data, sizes, axis)
+
+
+def slice_(edit: Edit) -> None:
+    """Move the borders by what is cut before them; with a step, gather what is left."""
+    key, data = _data(edit)
+    axis = edit.axis(key, edit.value("dim", 0))
+    mask = edit.mask(key, axis)
+    if mask is None:
+        return
+    start, end, step = slice(edit.value("start"), edit.value("end"), edit.value("step", 1)).indices(len(mask))
+    if step == 1:
+        edit.replace_target(
+            aten.slice.Tensor, data, axis, int(mask[:start].sum()), int(mask[: max(start, end)].sum()), 1
+        )
+        return
+    kept = np.flatnonzero(mask)
+    chosen = np.flatnonzero(np.isin(kept, np.arange(len(mask))[start:end:step]))
+    edit.replace_target(aten.index_select.default, data, axis, edit.constant(chosen))
+
+
+def narrow(edit: Edit) -> None:
+    """Move the start and the length by what is cut."""
+    key, _ = _data(edit)
+    mask = edit.mask(key, edit.axis(key, edit.value("dim")))
+    if mask is not None:
+        start = edit.value("start") % len(mask)
+        edit.set("start", int(mask[:start].sum()))
+        edit.set("length", int(mask[start : start + edit.value("length")].sum()))
+
+
+def select(edit: Edit) -> None:
+    """Move the selected position by what is cut before it."""
+    key, _ = _data(edit)
+    mask = edit.mask(key, edit.axis(key, edit.value("dim")))
+    if mask is not None:
+        edit.set("index", int(mask[: edit.value("index") % len(mask)].sum()))
+
+
+def roll(edit: Edit) -> None:
+    """Shift by the entries that are left of those that went round the end."""
+    key, _ = _data(edit)
+    shifts = list(edit.value("shifts"))
+    changed = False
+    for number, axis in enumerate(edit.value("dims", [])):
+        mask = edit.mask(key, edit.axis(key, axis))
+        if mask is not None:
+            around = shifts[number] % len(mask)
+            shifts[number] = int(mask[len(mask) - around :].sum()) if around else 0
+            changed = True
+    if changed:
+        edit.set("shifts", shifts)
+
+
+def index_select(edit: Edit) -> None:
+    """Renumber the constant index, and drop the gathered entries that are cut."""
+    key, data = _data(edit)
+    axis = edit.axis(key, edit.value("dim"))
+    mask, kept = edit.mask(key, axis), edit.mask(edit.output, axis)
+    if mask is None and kept is None:
+        return
+    index = np.atleast_1d(edit.value("index").numpy())
+    index = index if kept is None else index[kept]
+    renumbered = index if mask is None else (np.cumsum(mask) - 1)[index]
+    edit.replace_target(aten.index_select.default, data, axis, edit.constant(renumbered))
+
+
+def pad(edit: Edit) -> None:
+    """Keep as much padding as the masks leave before and after the data."""
+    key, _ = _data(edit)
+    name = "pad" if edit.has("pad") else "padding"
+    rank = len(edit.shape(key))
+    widths, before = list(get_argument(edit.new, name)), edit.value(name)
+    for axis, mask in edit.masks.get(edit.output, {}).items():
+        at = (rank - 1 - axis) * 2
+        if at + 1 < len(before) and (before[at] or before[at + 1]):
+            widths[at] = int(mask[: before[at]].sum())
+            widths[at + 1] = int(mask[before[at] + edit.shape(key)[axis] :].sum())
+    if edit.touched(edit.output):
+        edit.set(name, widths)
+
+
+REWRITES: dict[str, Rewrite] = {
+    **dict.fromkeys(SPLITS, split),
+    "slice": slice_,
+    "narrow": narrow,
+    "select": select,
+    "roll": roll,
+    "index_select": index_select,
+    "pad": pad,
+    "constant_pad_nd": pad,
+}

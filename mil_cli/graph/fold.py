@@ -1,0 +1,144 @@
+"""Folds batch norms into the convolution or linear layer before them; the outputs stay the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_argument, set_attribute
+
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_FOLDABLE = ("conv1d", "conv2d", "conv3d", "linear", *_TRANSPOSED)
+
+
+def fold_batch_norm(model: Model) -> Model:
+    """Return a model in evaluation mode whose batch norms are merged into the layers they follow.
+
+    A batch norm is merged if its input is a convolution, transposed convolution or linear layer that nothing else
+    reads and whose weights nothing else uses. With scale ``s = gamma / sqrt(var + eps)`` per output channel, the weight
+    becomes ``w * s`` and the bias ``(b - mean) * s + beta``; computed in double precision.
+
+    Args:
+        model: The model; it is not changed.
+    """
+    folded = model.clone().eval()
+    graph = folded.graph
+    for node in list(calls(graph)):
+        layer = node.args[0] if op_name(node) == "batch_norm" else None
+        if isinstance(layer, Node) and _can_fold(graph, layer, node):
+            _fold(graph, layer, node)
+    graph.graph.lint()
+    graph.recompile()
+    return folded
+
+
+def _can_fold(graph: GraphModule, layer: Node, norm: Node) -> bool:
+    if op_name(layer) not in _FOLDABLE or set(layer.users) != {norm}:
+        return False
+    if get_argument(norm, "training") or not isinstance(get_argument(norm, "running_mean"), Node):
+        return False
+    value = layer.meta.get("val")
+    if op_name(layer) == "linear" and (not isinstance(value, Tensor) or value.ndim != 2):
+        return False
+    for name in ("weight", "bias"):
+        source = get_argument(layer, name)
+        if source is not None and not (isinstance(source, Node) and _is_own(graph, source, layer)):
+            return False
+    return True
+
+
+def _is_own(graph: GraphModule, source: Node, layer: Node) -> bool:
+    """Whether a weight is an attribute of the graph that only this layer reads, once."""
+    if source.op != "get_attr":
+        return False
+    value = get_attribute(graph, str(source.target))
+    readers = [
+        (user, use)
+        for node in graph.graph.find_nodes(op="get_attr")
+        if get_attribute(graph, str(node.target)) is value
+        for user in node.users
+        for use in user.args
+        if use is node
+    ]
+    return len(readers) == 1 and readers[0][0] is layer
+
+
+def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
+    weight_node, bias_node = get_argument(layer, "weight"), get_argument(layer, "bias")
+    weight: Tensor = get_attribute(graph, str(weight_node.target))
+    bias = get_attribute(graph, str(bias_node.target)) if isinstance(bias_node, Node) else None
+    mean, variance = _value(graph, norm, "running_mean"), _value(graph, norm, "running_var")
+    gamma, beta = _value(graph, norm, "weight"), _value(graph, norm, "bias")
+    scale = torch.rsqrt(variance + float(get_argument(norm, "eps")))
+    scale = scale if gamma is None else scale * gamma
+    shift = (0.0 if bias is None else bias.detach().double()) - mean
+    new_bias = shift * scale + (0.0 if beta is None else beta)
+    new_weight = weight.detach().double() * _per_output(layer, weight, scale)
+    _assign(graph, str(weight_node.target), new_weight, weight)
+    if isinstance(bias_node, Node):
+        _assign(graph, str(bias_node.target), new_bias, weight if bias is None else bias)
+    else:
+        name = _free_name(graph, str(weight_node.target))
+        _assign(graph, name, new_bias, weight)
+        with graph.graph.inserting_before(layer):
+            set_argument(layer, "bias", graph.graph.get_attr(name))
+    norm.replace_all_uses_with(layer)
+    _remove(graph, norm)
+
+
+def _value(graph: GraphModule, norm: Node, name: str) -> Any:
+    source = get_argument(norm, name)
+    return get_attribute(graph, str(source.target)).detach().double() if isinstance(source, Node) else None
+
+
+def _per_output(layer: Node, weight: Tensor, scale: Tensor) -> Tensor:
+    """Shape a per-channel scale ``[C]`` so that it multiplies a weight along its output channels."""
+    if op_name(layer) not in _TRANSPOSED:
+        return scale.reshape(-1, *[1] * (weight.ndim - 1))
+    groups = int(get_argument(layer, "groups"))
+    # A transposed weight is [in, out / groups, ...]; the inputs of group g meet the outputs of group g.
+    per_input = scale.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
+    return per_input.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.ndim - 2))
+
+
+def _assign(graph: GraphModule, name: str, value: Tensor, like: Tensor) -> None:
+    strided = torch.empty_like(like) if value.shape == like.shape else torch.empty_like(value, dtype=like.dtype)
+    strided = strided.detach().copy_(value)
+    set_attribute(graph, name, nn.Parameter(strided, requires_grad=like.requires_grad))
+
+
+def _free_name(graph: GraphModule, weight_name: str) -> str:
+    """Return the name of a new bias beside a weight."""
+    prefix = weight_name.removesuffix("weight")
+    name, count = f"{prefix}bias", 1
+    while _has(graph, name):
+        name, count = f"{prefix}bias_{count}", count + 1
+    return name
+
+
+def _has(graph: GraphModule, name: str) -> bool:
+    try:
+        get_attribute(graph, name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _remove(graph: GraphModule, norm: Node) -> None:
+    """Erase a batch norm with the weights and statistics that nothing else reads."""
+    sources = [source for source in norm.all_input_nodes if source.op == "get_attr"]
+    graph.graph.erase_node(norm)
+    owners = {str(source.target).rpartition(".")[0] for source in sources}
+    counters = {f"{owner}.num_batches_tracked".lstrip(".") for owner in owners}
+    for source in [*sources, *(n for n in graph.graph.find_nodes(op="get_attr") if n.target in counters)]:
+        others = [n for n in graph.graph.find_nodes(op="get_attr") if n.target == source.target and n is not source]
+        if source.users:
+            continue
+        graph.graph.erase_node(source)
+        if not others:
+            owner_path, _, leaf = str(source.target).rpartition(".")
+            delattr(graph.get_submodule(owner_path), leaf)

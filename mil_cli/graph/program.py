@@ -1,0 +1,150 @@
+"""Runs `torch.export` the way a Model needs it, and turns exported programs into graph modules."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import SymInt, Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from mil_cli.graph.nodes import get_attribute, set_attribute
+from mil_cli.graph.regions import inline_regions
+from mil_cli.graph.tree import plain_spec
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+
+
+@contextmanager
+def capture_settings() -> Iterator[None]:
+    """Set what a capture needs and put it back: no fused attention fast path, gradients on, no warnings of torch's.
+
+    The fast path would hide attention in one opaque operator. torch's loggers are silenced: what goes wrong is raised.
+    """
+    known = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    noisy = [logger for logger in known if logger.name.startswith("torch") and not logger.disabled]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for logger in noisy:
+        logger.disabled = True
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for logger in noisy:
+            logger.disabled = False
+
+
+def trace(
+    module: nn.Module, samples: tuple[tuple[Any, ...], dict[str, Any]], axes: Sequence[Collection[int]]
+) -> ExportedProgram:
+    """Export a module in its present mode.
+
+    Args:
+        module: The module.
+        samples: ``(args, kwargs)``; no tensor object may occur twice.
+        axes: For each tensor among the samples' leaves, the axes that may be dynamic; the exporter makes those static
+            that have to be.
+    """
+    args, kwargs = samples
+    tensors = [leaf for leaf in pytree.tree_leaves(samples) if isinstance(leaf, Tensor)]
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor, wanted in zip(tensors, axes, strict=True):
+        if wanted:
+            shapes[tensor] = {axis: Dim.AUTO for axis in wanted}
+    dynamic = None
+    if any(axes):
+        dynamic = shapes.dynamic_shapes(module, args, kwargs)  # type: ignore[no-untyped-call]
+    # On failure torch prints the half-made graph.
+    with capture_settings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic)
+
+
+def input_shapes(program: ExportedProgram) -> list[tuple[int | SymInt, ...]]:
+    """Return the symbolic shape of each tensor among the user inputs: integers, or expressions where dynamic."""
+    names = set(program.graph_signature.user_inputs)
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names)
+    return [symbolic_shape(value) for value in values if isinstance(value, Tensor)]
+
+
+def symbolic_shape(value: Tensor) -> tuple[int | SymInt, ...]:
+    """Return a traced tensor's shape, with an integer for every size that the exporter found to be constant."""
+    return tuple(
+        int(size) if isinstance(size, SymInt) and size.node.expr.is_number else size for size in tuple(value.shape)
+    )
+
+
+def to_graph(program: ExportedProgram) -> tuple[GraphModule, list[str]]:
+    """Return the callable graph module of a program, and the names of its tensors that the state dict leaves out.
+
+    Constants become buffers, so that they move between devices with the rest.
+    """
+    with capture_settings():
+        graph = program.module(check_guards=False)
+    if not isinstance(graph, GraphModule):
+        raise TypeError(f"an exported program gave a {type(graph).__name__}")
+    transient = [
+        spec.target
+        for spec in program.graph_signature.input_specs
+        if spec.target is not None
+        and (spec.kind == InputKind.CONSTANT_TENSOR or (spec.kind == InputKind.BUFFER and spec.persistent is False))
+    ]
+    for name in transient:
+        value = get_attribute(graph, name)
+        if isinstance(value, Tensor):
+            set_attribute(graph, name, value.detach(), persistent=False)
+    # The exporter's check of input shapes would not survive a copy, and costs time at every step.
+    graph._forward_pre_hooks.clear()
+    graph._forward_pre_hooks_with_kwargs.clear()
+    inline_regions(graph)
+    _forget_history(graph)
+    for node in graph.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = {_short_key(key): value for key, value in stack.items()}
+    return graph, transient
+
+
+def export_model(model: Model) -> ExportedProgram:
+    """Export a model's graph again, in evaluation mode; records in its outputs become plain dicts and tuples."""
+    clone = model.clone().eval()
+    clone.graph.cpu()
+    set_out_spec(clone.graph, plain_spec(pytree.treespec_loads(model.spec.out_tree)))
+    # The bound methods are instance attributes that the exporter would take for state.
+    for name in ("train", "eval"):
+        clone.graph.__dict__.pop(name, None)
+    program = trace(clone.graph, clone.samples, [tuple(tensor.dynamic) for tensor in model.spec.inputs])
+    _forget_history(program.graph_module)
+    return program
+
+
+def set_out_spec(graph: GraphModule, spec: pytree.TreeSpec) -> None:
+    """Change the tree that a graph module's outputs are put into; the leaves stay as they are."""
+    codegen: Any = graph.graph._codegen
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+    graph.recompile()
+
+
+def _forget_history(graph: GraphModule) -> None:
+    """Drop the list of earlier graphs on each node: it grows with every export and holds addresses of this process."""
+    for node in graph.graph.nodes:
+        node.meta.pop("from_node", None)
+
+
+def _short_key(key: str) -> str:
+    """Every export prefixes the keys of the module stack once more; keep one prefix."""
+    prefix = "L__self__"
+    while key.startswith(prefix + prefix):
+        key = key[len(prefix) :]
+    return key

@@ -1,0 +1,130 @@
+"""Reads values inside a model by module path, beside its outputs: for feature distillation and for statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from mil_cli.errors import ModelError, did_you_mean
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import calls, module_stack, op_name
+from mil_cli.graph.program import set_out_spec
+
+
+class Tapped:
+    """A model that gives ``(outputs, {module path: value})``.
+
+    It runs on the model's own weights, in the model's present mode, with gradients. Make a new one after the model's
+    graph was changed.
+
+    Args:
+        model: The model.
+        nodes: The node to read for each module path.
+    """
+
+    def __init__(self, model: Model, nodes: dict[str, Node]) -> None:
+        self._model = model
+        self._nodes = nodes
+        self._graph: GraphModule | None = None
+        self._training = model.training
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The module paths that are read."""
+        return tuple(self._nodes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Run the model once; return its outputs and the value at each path."""
+        if self._graph is None or self._training != self._model.training:
+            self._training = self._model.training
+            self._graph = _with_taps(self._model.graph, self._nodes)
+        outputs, values = self._graph(*args, **kwargs)
+        return outputs, values
+
+
+def tap(model: Model, module_paths: Sequence[str]) -> Tapped:
+    """Return a callable that also gives the outputs of some of the user's modules.
+
+    Where a module is called several times its last call counts; where it returns several tensors, the last one that
+    is used outside of it.
+
+    Args:
+        model: The model; it is not changed.
+        module_paths: Dotted paths, as ``named_modules`` of the user's module gives them.
+
+    Raises:
+        ModelError: If no node of the graph belongs to a path.
+    """
+    return Tapped(model, {path: module_output(model, path) for path in module_paths})
+
+
+def tappable_paths(model: Model) -> list[str]:
+    """Return every module path whose output can be read, in order of execution."""
+    found: dict[str, None] = {}
+    for node in calls(model.graph):
+        found.update(dict.fromkeys(path for path, _ in module_stack(node) if path))
+    return list(found)
+
+
+def module_output(model: Model, path: str) -> Node:
+    """Return the node that holds the output of the last call of a module.
+
+    Raises:
+        ModelError: If no node of the graph belongs to the path.
+    """
+    inside = set(_inside(model.graph, path))
+    leaving = [
+        node
+        for node in calls(model.graph)
+        if node in inside and _is_tensor(node) and any(user not in inside for user in node.users)
+    ]
+    if not path or not leaving:
+        raise ModelError(
+            "no operation of the captured graph belongs to this module",
+            where="module path",
+            value=path,
+            hint=did_you_mean(path, tappable_paths(model)),
+        )
+    return leaving[-1]
+
+
+def _inside(graph: GraphModule, path: str) -> Iterator[Node]:
+    return (node for node in calls(graph) if any(path == name for name, _ in module_stack(node)))
+
+
+def _is_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return value is None or isinstance(value, Tensor)
+
+
+def _with_taps(graph: GraphModule, nodes: dict[str, Node]) -> GraphModule:
+    """Return a graph module on the same weights whose outputs are ``(outputs, {path: value})``."""
+    copied: dict[Node, Node] = {}
+    new = Graph()
+    outputs = new.graph_copy(graph.graph, copied)
+    taps = []
+    for node in nodes.values():
+        value = copied[node]
+        # A later in-place operation would change the value under the reader.
+        if any(op_name(user).endswith("_") for user in node.users):
+            with new.inserting_after(value):
+                value = new.call_function(torch.ops.aten.clone.default, (value,))
+        taps.append(value)
+    new.output((*_as_tuple(outputs), *taps))
+    new._codegen = copy.copy(graph.graph._codegen)
+    result = GraphModule(graph, new)
+    tree = pytree.TreeSpec(dict, list(nodes), [pytree.treespec_leaf() for _ in nodes])
+    codegen: Any = new._codegen
+    set_out_spec(result, pytree.TreeSpec(tuple, None, [codegen.pytree_info.out_spec, tree]))
+    result.training = graph.training
+    return result
+
+
+def _as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)

@@ -1,0 +1,1 @@
+"""Latency, memory, size, energy and cost of ONNX files, by one protocol."""

@@ -1,0 +1,92 @@
+"""Latency of several models, timed interleaved in one fresh process: the one protocol of all latencies shown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mil_cli.device.profile import DeviceProfile
+from mil_cli.errors import MeasureError
+from mil_cli.events import Progress, SilentProgress
+from mil_cli.measure.process import Feeds, run_job
+from mil_cli.measure.statistics import paired_ratio, percentiles, ratio_interval, verdict
+from mil_cli.measure.types import Latency
+
+LEAST_ROUNDS = 60
+"""Fewer rounds do not carry an interval."""
+
+
+def measure_latency(
+    files: Sequence[Path],
+    *,
+    device: DeviceProfile,
+    feeds: Feeds,
+    baseline_index: int = 0,
+    rounds: int = LEAST_ROUNDS,
+    sessions: int = 3,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Latency]:
+    """Time models side by side.
+
+    Args:
+        files: The ONNX files; all take the same inputs.
+        device: Threads and provider.
+        feeds: Input name -> array of one sample (batch 1).
+        baseline_index: Which file the others are compared with.
+        rounds: Rounds with each set of sessions, at least 60.
+        sessions: How often all sessions are rebuilt: two sessions of one file differ by 1 to 2 % for good.
+        seed: Seeds the bootstrap.
+        progress: Where rounds are reported.
+
+    Returns:
+        One latency for each file.
+
+    Raises:
+        MeasureError: Too few rounds, or the runtime failed on a file.
+    """
+    if not files:
+        raise MeasureError("there is nothing to measure", hint="name at least one model")
+    if rounds < LEAST_ROUNDS:
+        raise MeasureError("too few rounds for an interval", value=rounds, hint=f"measure {LEAST_ROUNDS} or more")
+    if sessions < 1:
+        raise MeasureError("at least one session is needed", value=sessions, hint="set measure.sessions to 3")
+    sink = SilentProgress() if progress is None else progress
+    _warn_if_busy(device.threads, sink)
+    with sink.work("measuring latency", rounds * sessions) as bar:
+        seconds = run_job(
+            "latency",
+            files,
+            device=device,
+            feeds=feeds,
+            settings={"rounds": rounds, "sessions": sessions},
+            on_advance=bar.advance,
+        )
+    # A turn's time is the median of its inferences; turns differ in length from session to session.
+    turns = np.array([[np.median(model, axis=1) for model in models] for models in seconds])
+    generator = np.random.default_rng(seed)
+    latencies = []
+    for index in range(len(files)):
+        every = np.concatenate([np.ravel(models[index]) for models in seconds])
+        p50, p90, p99 = percentiles(every * 1000)
+        if index == baseline_index:
+            ratio, interval, word = 1.0, (1.0, 1.0), "baseline"
+        else:
+            own, reference = turns[:, index], turns[:, baseline_index]
+            ratio = paired_ratio(own, reference)
+            interval = ratio_interval(own, reference, generator=generator)
+            word = verdict(ratio, interval)
+        latencies.append(Latency(p50=p50, p90=p90, p99=p99, ratio_to_baseline=ratio, ratio_ci95=interval, verdict=word))
+    return latencies
+
+
+def _warn_if_busy(threads: int, progress: Progress) -> None:
+    """Tell the user when the timing will be disturbed."""
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        progress.notice(f"the device profile uses {threads} threads and this machine has {cores}: timings will be off")
+    elif hasattr(os, "getloadavg") and os.getloadavg()[0] + threads > cores + 0.5:
+        progress.notice("other programs keep the processor busy: the intervals will be wide")

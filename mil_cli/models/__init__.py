@@ -1,0 +1,1 @@
+"""Built-in architectures, and the loading of models, weights and user code."""

@@ -1,0 +1,1 @@
+"""Running a recipe: the chain with its stage cache, resume, run directory, goals and report data."""

@@ -1,0 +1,127 @@
+"""Judges a final model against the goals of its recipe, and refuses goals that cannot be measured here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mil_cli.errors import GoalError
+
+if TYPE_CHECKING:
+    from mil_cli.device.profile import DeviceProfile
+    from mil_cli.recipe.goals import Goals
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One bound of one goal, judged.
+
+    Attributes:
+        name: The goal: quality, latency, size, macs, params, memory, energy or cost.
+        kind: The bound: max, min, max_ratio or max_drop.
+        bound: The number asked for, in base units (seconds, bytes, joules; ratios and drops as shares).
+        value: The number reached, in the same unit.
+        met: Whether the value keeps the bound.
+    """
+
+    name: str
+    kind: str
+    bound: float
+    value: float
+    met: bool
+
+
+def relative_drop(baseline: float, final: float, *, higher_is_better: bool) -> float:
+    """Return by what share of the baseline's value the metric got worse; negative when it got better."""
+    worse = baseline - final if higher_is_better else final - baseline
+    if worse == 0:
+        return 0.0
+    return worse / abs(baseline) if baseline else float("inf") * (1 if worse > 0 else -1)
+
+
+def _absolute(name: str, measurement: dict[str, Any]) -> float | None:
+    match name:
+        case "quality":
+            return float(measurement["quality"]["value"])
+        case "latency":
+            latency = measurement["latency_ms"]
+            return None if latency is None else latency["p50"] / 1000
+        case "size":
+            return _number(measurement["size_bytes"])
+        case "memory":
+            return _number(measurement["peak_memory_bytes"])
+        case "energy":
+            return _number(measurement["energy_j"])
+        case "cost":
+            return _number(measurement["cost_per_million"])
+    return _number(measurement[name])
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def judge(goals: Goals, *, baseline: dict[str, Any], final: dict[str, Any]) -> list[Verdict]:
+    """Judge every bound.
+
+    Args:
+        goals: The recipe's goals.
+        baseline: The uncompressed model's measurement, as in the report.
+        final: The compressed model's.
+
+    Raises:
+        GoalError: A figure that a goal is about was not measured.
+    """
+    verdicts = []
+    for name, bounds in goals.asked().items():
+        value, reference = _absolute(name, final), _absolute(name, baseline)
+        for kind, bound in bounds.items():
+            if kind == "max_drop":
+                quality = final["quality"]
+                reached = relative_drop(
+                    float(reference or 0.0), float(value or 0.0), higher_is_better=quality["higher_is_better"]
+                )
+            elif kind == "max_ratio" and name == "latency":
+                # The paired ratio, not the quotient of two medians: it is what the measurement protocol is made for.
+                reached = float(final["latency_ms"]["ratio_to_baseline"])
+            elif value is None or (kind == "max_ratio" and not reference):
+                raise GoalError("this goal's figure was not measured", where=f"goals.{name}.{kind}", value=bound)
+            else:
+                reached = value / reference if kind == "max_ratio" and reference else value
+            # A value exactly on its bound must not miss it by a rounding of the division.
+            on_bound = math.isclose(reached, bound, rel_tol=1e-9)
+            met = on_bound or (reached > bound if kind == "min" else reached < bound)
+            verdicts.append(Verdict(name, kind, bound, reached, met))
+    return verdicts
+
+
+def check_measurable(goals: Goals, device: DeviceProfile, *, higher_is_better: bool) -> None:
+    """Refuse, before anything runs, goals that this machine and device profile cannot measure.
+
+    Raises:
+        GoalError: Names the goal and what is missing.
+    """
+    from mil_cli.measure.energy import can_measure_energy
+
+    if goals.energy is not None and not can_measure_energy(device):
+        raise GoalError(
+            "energy cannot be measured here: no readable power counter, and the device profile names no watts",
+            where="goals.energy",
+            hint="set device.watts to the target's power draw under load, or remove the goal",
+        )
+    if goals.cost is not None and device.price_per_hour is None:
+        raise GoalError(
+            "cost needs a price: the device profile has none",
+            where="goals.cost",
+            hint="set device.price_per_hour, or remove the goal",
+        )
+    if goals.quality is not None:
+        wrong = "max" if higher_is_better else "min"
+        if getattr(goals.quality, wrong) is not None:
+            right = "min" if higher_is_better else "max"
+            raise GoalError(
+                f"the task's metric is better {'higher' if higher_is_better else 'lower'}, so {wrong} bounds nothing",
+                where=f"goals.quality.{wrong}",
+                hint=f"write {right} instead",
+            )

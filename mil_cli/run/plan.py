@@ -1,0 +1,163 @@
+"""The preflight: runs the whole chain and the export on a handful of samples, and estimates what the run will take.
+
+Nothing is cached and nothing is judged; what fails here would have failed hours into the run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mil_cli.data.base import Batch, Data, Split
+from mil_cli.events import Progress, SilentProgress
+from mil_cli.export.onnx import export_onnx
+from mil_cli.export.parity import check_parity
+from mil_cli.run.cache import Cache
+from mil_cli.run.execute import StageResult
+from mil_cli.run.goals import check_measurable
+from mil_cli.run.runner import run_chain
+from mil_cli.run.surroundings import build_surroundings
+
+if TYPE_CHECKING:
+    from mil_cli.recipe.schema import Recipe
+
+BATCHES = 2
+"""How many batches of each split the dry run sees."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage as the dry run saw it.
+
+    Attributes:
+        name: Its key in the recipe; ``baseline`` for the training of the uncompressed model.
+        family: Its family.
+        method: Its method.
+        seconds: Estimated seconds of the real run.
+        macs: Multiply-accumulates of one sample after it.
+        params: Parameters after it.
+    """
+
+    name: str
+    family: str
+    method: str
+    seconds: float
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        name: The recipe's name.
+        macs: Multiply-accumulates of one sample of the uncompressed model.
+        params: Its parameters.
+        samples: Split name -> samples.
+        stages: The stages in order.
+        goals: Goal name -> bounds.
+        dynamic: Input name -> its dynamic axes.
+        notices: What capture and export have to say.
+    """
+
+    name: str
+    macs: int
+    params: int
+    samples: dict[str, int]
+    stages: list[PlannedStage]
+    goals: dict[str, dict[str, float]]
+    dynamic: dict[str, dict[str, str]]
+    notices: list[str]
+
+    @property
+    def seconds(self) -> float:
+        """Estimated seconds of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+
+@dataclass
+class _Head:
+    """The first batches of a split; counts the time that their user spends on them."""
+
+    split: Split
+    clock: Callable[[], float]
+    limit: int
+    seconds: float = 0.0
+
+    def __len__(self) -> int:
+        return min(self.limit, len(self.split))
+
+    def batches(self, batch_size: int, **options: Any) -> Iterator[Batch]:
+        for batch in itertools.islice(self.split.batches(batch_size, **options), -(-len(self) // batch_size)):
+            started = self.clock()
+            yield batch
+            self.seconds += self.clock() - started
+
+    def fingerprint(self) -> str:
+        return f"the first {self.limit} of {self.split.fingerprint()}"
+
+    def take_seconds(self) -> float:
+        """Return the seconds spent since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def plan_recipe(recipe: Recipe, *, progress: Progress, clock: Callable[[], float] = time.perf_counter) -> Plan:
+    """Dry-run a recipe.
+
+    Args:
+        recipe: The validated recipe.
+        progress: Where work is reported.
+        clock: Seconds, from any zero.
+
+    Raises:
+        MilError: What would have stopped the run.
+    """
+    surroundings = build_surroundings(recipe)
+    check_measurable(recipe.goals, surroundings.device, higher_is_better=surroundings.task.higher_is_better)
+    full = surroundings.data
+    limit = BATCHES * recipe.trainer.batch_size
+    heads = {name: _Head(getattr(full, name), clock, limit) for name in ("train", "val", "test")}
+    small = replace(surroundings, data=Data(name=full.name, **heads))
+    stages: list[PlannedStage] = []
+
+    def keep(_: int, result: StageResult) -> None:
+        handled = {name: head.take_seconds() for name, head in heads.items()}
+        growth = {name: len(getattr(full, name)) / len(head) for name, head in heads.items()}
+        fixed = result.facts["seconds"] - sum(handled.values())
+        stages.append(
+            PlannedStage(
+                name=result.name,
+                family=result.config.family,
+                method=result.config.method,
+                seconds=max(0.0, fixed) + sum(handled[name] * growth[name] for name in heads),
+                macs=result.facts["macs"],
+                params=result.facts["params"],
+            )
+        )
+
+    progress.notice("dry run of the whole chain and the export on a few samples")
+    with tempfile.TemporaryDirectory(prefix="mil-plan-") as folder:
+        cache = Cache(Path(folder), SilentProgress())
+        chain = run_chain(recipe, small, cache=cache, fresh=False, progress=SilentProgress(), on_result=keep)
+        final = chain.final.load()
+        exported = export_onnx(final, Path(folder) / "model.onnx", device=surroundings.device)
+        batch = next(iter(full.val.batches(BATCHES)))
+        check_parity(final, exported.path, [surroundings.task.inputs(batch)], threads=surroundings.device.threads)
+        original = chain.original.load()
+    return Plan(
+        name=recipe.name,
+        macs=original.macs(),
+        params=original.num_params(),
+        samples={name: len(getattr(full, name)) for name in heads},
+        stages=stages,
+        goals=recipe.goals.asked(),
+        dynamic={spec.name: {str(axis): name for axis, name in spec.dynamic.items()} for spec in original.spec.inputs},
+        notices=[*original.spec.notices, *exported.notices],
+    )

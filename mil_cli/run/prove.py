@@ -1,0 +1,180 @@
+"""The proof: exports models, checks each file against its graph, and measures the files on the device profile."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mil_cli.device.host import detect
+from mil_cli.events import Progress
+from mil_cli.export.onnx import export_onnx
+from mil_cli.export.parity import check_parity
+from mil_cli.export.session import OnnxModel, feeds_of
+from mil_cli.files import sha256_of_file
+from mil_cli.measure.compare import Counts, compare
+from mil_cli.run.cache import Cache
+from mil_cli.run.environment import versions
+from mil_cli.stages.context import StoredModel, fingerprint_of
+from mil_cli.training.evaluate import evaluate
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mil_cli.data.base import Data
+    from mil_cli.device.profile import DeviceProfile
+    from mil_cli.graph.spec import ModelSpec
+    from mil_cli.recipe.schema import MeasureConfig
+    from mil_cli.task.base import Task
+
+PARITY_BATCHES = 4
+PARITY_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A model as the file that ships, checked and scored.
+
+    Attributes:
+        model: The graph it was exported from.
+        path: The ONNX file.
+        quality: Its quality in onnxruntime on the test split.
+        parity: How the file's outputs compare with the graph's, and both qualities.
+        notices: What the exporter has to say.
+        counts: Its macs and params.
+    """
+
+    model: StoredModel
+    path: Path
+    quality: dict[str, Any]
+    parity: dict[str, Any]
+    notices: list[str]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Prover:
+    """Exports and measures models for one task, data set and device.
+
+    Attributes:
+        task: What the models are for.
+        data: Parity is checked on `val`; quality is reported on `test`.
+        device: The target's profile.
+        cache: Keeps files and figures by content.
+        fresh: Whether to compute even what is there.
+        progress: Where work is reported.
+    """
+
+    task: Task
+    data: Data
+    device: DeviceProfile
+    cache: Cache
+    fresh: bool
+    progress: Progress
+
+    def prove(self, name: str, model: StoredModel, *, judged: bool) -> Proof:
+        """Export a model and check the file; with `judged` score it on the test split, else on val.
+
+        Raises:
+            ExportError: The model cannot be exported, or the file does not behave as the graph.
+        """
+        split_name = "test" if judged else "val"
+        split = self.data.test if judged else self.data.val
+        exported, _ = self.cache.memo(
+            fingerprint_of(["export", model.fingerprint, self.device.fingerprint(), versions()]),
+            kind="export",
+            label=name,
+            fresh=self.fresh,
+            compute=lambda folder: self._export(name, model, folder),
+        )
+        path = exported.folder / "model.onnx"
+        key = ["score", sha256_of_file(path), model.fingerprint, self.task.fingerprint(), split.fingerprint()]
+        scored, _ = self.cache.memo(
+            fingerprint_of([*key, self.data.val.fingerprint(), self.device.threads, versions()]),
+            kind="score",
+            label=f"{name} on {split_name}",
+            fresh=self.fresh,
+            compute=lambda _: self._score(name, model, path, split_name),
+        )
+        facts = scored.facts
+        return Proof(
+            model, path, facts["quality"], facts["parity"], exported.facts["notices"], exported.facts["counts"]
+        )
+
+    def _export(self, name: str, model: StoredModel, folder: Path) -> dict[str, Any]:
+        self.progress.notice(f"{name}: exporting to ONNX")
+        graph = model.load()
+        exported = export_onnx(graph, folder / "model.onnx", device=self.device)
+        return {"notices": list(exported.notices), "counts": {"macs": graph.macs(), "params": graph.num_params()}}
+
+    def _score(self, name: str, model: StoredModel, path: Path, split_name: str) -> dict[str, Any]:
+        graph = model.load()
+        batches = itertools.islice(self.data.val.batches(PARITY_BATCH_SIZE), PARITY_BATCHES)
+        parity = check_parity(graph, path, [self.task.inputs(batch) for batch in batches], threads=self.device.threads)
+        split = getattr(self.data, split_name)
+        in_torch = evaluate(graph, task=self.task, split=split, split_name=split_name)
+        session = OnnxModel(path, graph.spec, threads=self.device.threads)
+        in_onnx = evaluate(session, task=self.task, split=split, split_name=split_name)
+        return {
+            "quality": asdict(in_onnx),
+            "parity": {**asdict(parity), "metric_torch": in_torch.value, "metric_onnx": in_onnx.value},
+        }
+
+    def measure(self, proofs: Sequence[Proof], settings: MeasureConfig) -> list[dict[str, Any]]:
+        """Measure the files together, the first being what the others are compared with.
+
+        Args:
+            proofs: The models; all take the same inputs.
+            settings: Rounds and sessions.
+
+        Returns:
+            One measurement each, as in the report.
+
+        Raises:
+            MeasureError: The runtime failed on a file.
+        """
+        feeds = self._feeds(proofs[0].model.load().spec)
+        files = [proof.path for proof in proofs]
+        key = fingerprint_of(
+            [
+                "measurement",
+                [sha256_of_file(path) for path in files],
+                {name: sha256(array.tobytes()).hexdigest() for name, array in feeds.items()},
+                self.device.fingerprint(),
+                _machine(),
+                settings.model_dump(mode="json"),
+                versions(),
+            ]
+        )
+        counts = [Counts(**proof.counts) for proof in proofs]
+
+        def compute(_: Path) -> dict[str, Any]:
+            measurements = compare(
+                files,
+                device=self.device,
+                feeds=feeds,
+                counts=counts,
+                rounds=settings.rounds,
+                sessions=settings.sessions,
+                progress=self.progress,
+            )
+            return {"measurements": [measurement.to_json() for measurement in measurements]}
+
+        entry, _ = self.cache.memo(
+            key, kind="measurement", label=f"{len(files)} files", fresh=self.fresh, compute=compute
+        )
+        figures = entry.facts["measurements"]
+        return [{**figure, "quality": proof.quality} for proof, figure in zip(proofs, figures, strict=True)]
+
+    def _feeds(self, spec: ModelSpec) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the inputs of one sample of the test split, as the files take them."""
+        args, kwargs = self.task.inputs(next(iter(self.data.test.batches(1))))
+        return feeds_of(spec, args, kwargs)
+
+
+def _machine() -> dict[str, object]:
+    host = detect()
+    return {"processor": host.processor, "isa": sorted(host.isa), "cores": host.cores}

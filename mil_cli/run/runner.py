@@ -1,0 +1,228 @@
+"""Runs a whole recipe: uncompressed model, chain, export, proof, goals, report; everything resumable."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mil_cli.errors import MilError
+from mil_cli.events import Progress
+from mil_cli.files import write_json
+from mil_cli.run.cache import ENTRY, Cache, default_location
+from mil_cli.run.directory import REPORT, RunDirectory
+from mil_cli.run.environment import describe
+from mil_cli.run.execute import CapturedModel, Executor, StageResult
+from mil_cli.run.goals import check_measurable, judge
+from mil_cli.run.log import LoggedProgress
+from mil_cli.run.prove import Proof, Prover
+from mil_cli.run.surroundings import build_surroundings, source_model
+from mil_cli.stages.context import StoredModel, Surroundings
+
+if TYPE_CHECKING:
+    from mil_cli.recipe.schema import Recipe
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left.
+
+    Attributes:
+        directory: The run's folder.
+        report: The content of its `report.json`.
+        goals_met: Whether every goal was met.
+    """
+
+    directory: Path
+    report: dict[str, Any]
+    goals_met: bool
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The models of a recipe's chain.
+
+    Attributes:
+        surroundings: What the stages could read.
+        preparation: The stage that made the uncompressed model, if it had to be made.
+        original: The uncompressed model.
+        results: What each stage of the chain made, in order.
+    """
+
+    surroundings: Surroundings
+    preparation: StageResult | None
+    original: StoredModel
+    results: list[StageResult]
+
+    @property
+    def final(self) -> StoredModel:
+        """The last stage's model."""
+        return self.results[-1].model if self.results else self.original
+
+
+def run_chain(
+    recipe: Recipe,
+    surroundings: Surroundings,
+    *,
+    cache: Cache,
+    fresh: bool,
+    progress: Progress,
+    on_result: Callable[[int, StageResult], None],
+) -> Chain:
+    """Make the uncompressed model and run the chain on it.
+
+    Args:
+        recipe: The recipe.
+        surroundings: What its stages may read.
+        cache: Where results are kept.
+        fresh: Whether to compute even what is there.
+        progress: Where work is reported.
+        on_result: Called after each stage with its position (0 makes the uncompressed model) and result.
+
+    Raises:
+        MilError: A stage cannot do what its settings ask; what was reached stays in the cache.
+    """
+    original: StoredModel = CapturedModel(source_model(recipe, surroundings))
+    preparation = None
+    if recipe.baseline is not None and recipe.model.checkpoint is None and recipe.model.pt2 is None:
+        executor = Executor(surroundings, cache, fresh, progress)
+        preparation = executor.run("baseline", recipe.baseline, original)
+        on_result(0, preparation)
+        original = preparation.model
+    surroundings = replace(surroundings, original=original)
+    executor = Executor(surroundings, cache, fresh, progress)
+    results: list[StageResult] = []
+    model = original
+    for position, name in enumerate(recipe.chain, start=1):
+        result = executor.run(name, recipe.stages[name], model)
+        on_result(position, result)
+        results.append(result)
+        model = result.model
+    return Chain(surroundings, preparation, original, results)
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    progress: Progress,
+    out: Path | None = None,
+    fresh: bool = False,
+    cache_location: Path | None = None,
+    base: Path | None = None,
+    now: Callable[[], datetime] = datetime.now,
+) -> RunResult:
+    """Run a recipe and write its run directory.
+
+    Args:
+        recipe: The validated recipe.
+        progress: Where work is reported.
+        out: The run's folder; a dated one below ``runs/`` if None.
+        fresh: Compute this run's stages even if the cache has them.
+        cache_location: The stage cache; ``$MIL_CACHE`` or the user's cache folder if None.
+        base: Where ``runs/`` is; the present folder if None.
+        now: The clock that names and dates the run.
+
+    Raises:
+        MilError: Something that the user can mend; what was reached is saved, the same command goes on.
+    """
+    import yaml
+
+    resolved = yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
+    directory = RunDirectory.open(
+        recipe_name=recipe.name, resolved=resolved, out=out, now=now(), base=base or Path.cwd()
+    )
+    log = LoggedProgress(progress, directory.path / "log.txt", now)
+    try:
+        write_json(directory.path / "environment.json", describe())
+        cache = Cache(cache_location or default_location(), log)
+        report = _run(recipe, directory, cache=cache, fresh=fresh, progress=log)
+        directory.point_latest()
+    except MilError as error:
+        log.write(str(error))
+        raise
+    except Exception as error:
+        vars(error)["mil_log"] = directory.path / "log.txt"  # where the command line puts the traceback
+        raise
+    finally:
+        directory.close()
+    return RunResult(directory.path, report, report["goals_met"])
+
+
+def _run(recipe: Recipe, directory: RunDirectory, *, cache: Cache, fresh: bool, progress: Progress) -> dict[str, Any]:
+    surroundings = build_surroundings(recipe)
+    check_measurable(recipe.goals, surroundings.device, higher_is_better=surroundings.task.higher_is_better)
+
+    def keep(position: int, result: StageResult) -> None:
+        folder = f"stages/{position:02d}-{result.name}"
+        for file in sorted(result.folder.iterdir()):
+            if file.name != ENTRY:
+                directory.take(file, f"{folder}/{file.name}")
+        write_json(directory.path / folder / "stage.json", _stage_entry(result, None))
+
+    chain = run_chain(recipe, surroundings, cache=cache, fresh=fresh, progress=progress, on_result=keep)
+    prover = Prover(surroundings.task, surroundings.data, surroundings.device, cache, fresh, progress)
+    baseline = prover.prove("baseline", chain.original, judged=True)
+    between = [
+        prover.prove(result.name, result.model, judged=False)
+        for result in (chain.results[:-1] if recipe.measure.per_stage else [])
+    ]
+    final = prover.prove("final", chain.final, judged=True)
+    directory.take(baseline.path, "baseline.onnx")
+    directory.take(final.path, "model.onnx")
+    chain.final.load().save(directory.path / "model.pt2")
+    figures = prover.measure([baseline, *between, final], recipe.measure)
+    report = _report(recipe, chain, baseline, final, figures)
+    write_json(directory.path / REPORT, report)
+    from mil_cli.report.html import write_html
+
+    write_html(report, directory.path / "report.html")
+    return report
+
+
+def _report(
+    recipe: Recipe, chain: Chain, baseline: Proof, final: Proof, figures: list[dict[str, Any]]
+) -> dict[str, Any]:
+    of_baseline = {"quality": baseline.quality, **figures[0]}
+    of_final = {"quality": final.quality, **figures[-1]}
+    verdicts = judge(recipe.goals, baseline=of_baseline, final=of_final)
+    per_stage = figures[1:] if recipe.measure.per_stage else [None] * len(chain.results)
+    return {
+        "version": REPORT_VERSION,
+        "name": recipe.name,
+        "command": sys.argv[1:],
+        "recipe": recipe.resolved,
+        "environment": describe(),
+        "device": chain.surroundings.device.model_dump(mode="json"),
+        "preparation": None if chain.preparation is None else _stage_entry(chain.preparation, None),
+        "baseline": of_baseline,
+        "final": of_final,
+        "stages": [_stage_entry(result, measured) for result, measured in zip(chain.results, per_stage, strict=True)],
+        "goals": [asdict(verdict) for verdict in verdicts],
+        "goals_met": all(verdict.met for verdict in verdicts),
+        "parity": final.parity,
+        "baseline_parity": baseline.parity,
+        "notices": [*chain.original.load().spec.notices, *baseline.notices, *final.notices],
+    }
+
+
+_UNMEASURED = ("size_bytes", "latency_ms", "throughput_per_s", "peak_memory_bytes", "energy_j", "cost_per_million")
+
+
+def _stage_entry(result: StageResult, measured: dict[str, Any] | None) -> dict[str, Any]:
+    facts = result.facts
+    counts = {"params": facts["params"], "macs": facts["macs"]}
+    figures = measured if measured is not None else dict.fromkeys(_UNMEASURED)
+    return {
+        "name": result.name,
+        "family": result.config.family,
+        "method": result.config.method,
+        "seconds": facts["seconds"],
+        "cached": result.cached,
+        "measurement": {"quality": facts["quality"], **figures, **counts},
+        "notes": facts["notes"],
+    }

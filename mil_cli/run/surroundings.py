@@ -1,0 +1,94 @@
+"""Builds what a recipe's stages may read: task, data, device, and the uncompressed model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mil_cli.data.source import build_data
+from mil_cli.device.host import resolve
+from mil_cli.errors import ModelError, RecipeError
+from mil_cli.files import sha256_of_file
+from mil_cli.graph.model import Model
+from mil_cli.models.source import ModelSource, build_model
+from mil_cli.models.user_code import user_code_fingerprint
+from mil_cli.stages.context import Surroundings, derive_seed, fingerprint_of
+from mil_cli.task.source import build_task
+
+if TYPE_CHECKING:
+    from mil_cli.data.base import Data
+    from mil_cli.recipe.schema import Recipe
+    from mil_cli.task.base import Task
+
+EXAMPLE_BATCH = 4
+"""Samples in the batch that a model is captured with."""
+
+
+def build_surroundings(recipe: Recipe) -> Surroundings:
+    """Build everything that stages may read, but the uncompressed model.
+
+    Raises:
+        MilError: Data are missing, the task does not fit, the device profile asks for what this machine lacks.
+    """
+    device = resolve(recipe.device)
+    data = build_data(recipe.data, root=recipe.root)
+    task = build_task(recipe.task, root=recipe.root)
+    sources = _Sources(recipe=recipe, data=data, task=task)
+    return Surroundings(
+        seed=recipe.seed,
+        task=task,
+        data=data,
+        device=device,
+        trainer=recipe.trainer,
+        goals=recipe.goals.asked(),
+        stages=recipe.stages,
+        load_source=sources.load,
+        source_fingerprint=sources.fingerprint,
+    )
+
+
+def source_model(recipe: Recipe, surroundings: Surroundings) -> Model:
+    """Build and capture the recipe's own model.
+
+    Raises:
+        ModelError: It cannot be built, its checkpoint does not fit, or it cannot be captured.
+    """
+    return _build(recipe.model, recipe, surroundings.data, surroundings.task, purpose="model")
+
+
+def _build(source: ModelSource, recipe: Recipe, data: Data, task: Task, *, purpose: str) -> Model:
+    example = task.inputs(next(iter(data.train.batches(EXAMPLE_BATCH))))
+    return build_model(source, root=recipe.root, example=example, seed=derive_seed(recipe.seed, purpose))
+
+
+class _Sources:
+    """Other models that a stage may ask for, such as teachers."""
+
+    def __init__(self, *, recipe: Recipe, data: Data, task: Task) -> None:
+        self._recipe = recipe
+        self._data = data
+        self._task = task
+
+    def load(self, source: object) -> Model:
+        return _build(self._parse(source), self._recipe, self._data, self._task, purpose="source")
+
+    def fingerprint(self, source: object) -> str:
+        parsed = self._parse(source)
+        files = [sha256_of_file(path) for path in parsed.files(self._recipe.root) if path.is_file()]
+        code = user_code_fingerprint(self._recipe.root)
+        return fingerprint_of([parsed.model_dump(mode="json"), files, code])
+
+    def _parse(self, source: object) -> ModelSource:
+        from pydantic import ValidationError
+
+        settings: Any = {"pt2": source} if isinstance(source, str | Path) else source
+        if not isinstance(settings, Mapping):
+            raise ModelError(
+                "this is no model source", value=source, hint="give a .pt2 file, or _target_ and arguments"
+            )
+        try:
+            return ModelSource.model_validate(settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RecipeError(first["msg"], where=".".join(map(str, first["loc"])), value=source) from None

@@ -1,0 +1,364 @@
+"""How a stage reaches anything outside its model and its settings, and the record of what it read.
+
+A result is reused only if everything that its stage had read still has the same fingerprint. So a stage gets nothing
+but through its `Context`, which writes down every read by name; `Surroundings` gives the fingerprint of any name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+
+from mil_cli.errors import RecipeError, StageError, did_you_mean
+from mil_cli.events import Progress
+from mil_cli.stages.registry import StageConfig, config_type, function_of
+from mil_cli.training.checkpoint import CheckpointSlot, FileSlot, NullSlot
+from mil_cli.training.config import TrainerConfig
+from mil_cli.training.evaluate import Quality, evaluate
+
+if TYPE_CHECKING:
+    from mil_cli.data.base import Batch, Data, Split
+    from mil_cli.device.profile import DeviceProfile
+    from mil_cli.graph.model import Model
+    from mil_cli.task.base import Task
+
+
+def fingerprint_of(value: object) -> str:
+    """Return the SHA-256 of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def derive_seed(seed: int, *names: str) -> int:
+    """Return a seed of 63 bits that belongs to `names` under the recipe's seed."""
+    digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class StoredModel(Protocol):
+    """A model that is loaded only when it is needed; its fingerprint is known without."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The full SHA-256 of graph, weights and description."""
+        ...
+
+    def load(self) -> Model:
+        """Return the model; the same object each time, not to be changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Everything of a recipe that stages may read, each part with a fingerprint.
+
+    Attributes:
+        seed: The recipe's seed.
+        task: What the model is for.
+        data: The three splits.
+        device: The target's profile.
+        trainer: The recipe's trainer settings.
+        goals: Bounds by name, as JSON-able values.
+        stages: All stages of the recipe by key, so that one may fine-tune by another.
+        load_source: Builds a model from a source other than the recipe's (a teacher).
+        source_fingerprint: Fingerprint of such a source: its settings and the content of its files.
+        original: The uncompressed model where it is stored; absent while it is itself being made.
+    """
+
+    seed: int
+    task: Task
+    data: Data
+    device: DeviceProfile
+    trainer: TrainerConfig
+    goals: Mapping[str, object]
+    stages: Mapping[str, StageConfig]
+    load_source: Callable[[object], Model]
+    source_fingerprint: Callable[[object], str]
+    original: StoredModel | None = None
+
+    def fingerprint(self, read: str) -> str:
+        """Return the present fingerprint of what a stage read under the name `read`.
+
+        Raises:
+            KeyError: Nothing has that name now (a stage key that is gone, say); the caller takes it as changed.
+        """
+        kind, _, name = read.partition("/")
+        match kind:
+            case "seed":
+                return str(self.seed)
+            case "task":
+                return self._task_fingerprint
+            case "data":
+                return cast("Split", getattr(self.data, name)).fingerprint()
+            case "device":
+                return fingerprint_of(self.device.model_dump(mode="json")[name])
+            case "trainer":
+                return fingerprint_of(self.trainer.model_dump(mode="json"))
+            case "goal":
+                return fingerprint_of(self.goals.get(name))
+            case "stage":
+                config = self.stages[name]
+                return fingerprint_of([config.family, config.method, config.version, config.model_dump(mode="json")])
+            case "original":
+                return "none" if self.original is None else self.original.fingerprint
+            case "source":
+                return self.source_fingerprint(json.loads(name))
+        raise KeyError(read)
+
+    @cached_property
+    def _task_fingerprint(self) -> str:
+        return self.task.fingerprint()
+
+
+class _ReadDevice:
+    """The device profile, each field recorded as it is read."""
+
+    def __init__(self, profile: DeviceProfile, record: Callable[[str], None]) -> None:
+        self._profile = profile
+        self._record = record
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._profile, name)
+        if name in type(self._profile).model_fields:
+            self._record(f"device/{name}")
+        return value
+
+
+class _ReadData:
+    """The data as a stage may see them: `train` and `val`, recorded; `test` is for the report alone."""
+
+    def __init__(self, data: Data, record: Callable[[str], None]) -> None:
+        self._data = data
+        self._record = record
+        self.name = data.name
+
+    @property
+    def train(self) -> Split:
+        self._record("data/train")
+        return self._data.train
+
+    @property
+    def val(self) -> Split:
+        self._record("data/val")
+        return self._data.val
+
+    @property
+    def test(self) -> Split:
+        raise RuntimeError("a stage must not read the test split: it is for reporting only")
+
+
+@dataclass
+class Trace:
+    """What a stage has read so far: name -> fingerprint at the time of reading."""
+
+    reads: dict[str, str] = field(default_factory=dict)
+
+    def holds(self, surroundings: Surroundings) -> bool:
+        """Whether everything that was read has the same fingerprint now."""
+        try:
+            return all(surroundings.fingerprint(name) == value for name, value in self.reads.items())
+        except (KeyError, AttributeError):
+            return False
+
+
+class _TracedSlot:
+    """A checkpoint slot whose every save first stores the trace that it depends on."""
+
+    def __init__(self, slot: CheckpointSlot, before_save: Callable[[], None]) -> None:
+        self._slot = slot
+        self._before_save = before_save
+
+    def load(self) -> dict[str, Any] | None:
+        return self._slot.load()
+
+    def save(self, state: dict[str, Any]) -> None:
+        self._before_save()
+        self._slot.save(state)
+
+    def clear(self) -> None:
+        self._slot.clear()
+
+
+class Context:
+    """What one stage is handed beside its model and its settings.
+
+    Args:
+        name: The stage's key in the recipe.
+        surroundings: What it may read.
+        progress: Where it reports.
+        workspace: The folder for its checkpoints; None keeps none.
+        on_checkpoint: Called with the trace before each checkpoint is written.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        surroundings: Surroundings,
+        progress: Progress,
+        workspace: Path | None = None,
+        on_checkpoint: Callable[[Trace], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.progress = progress
+        self.trace = Trace()
+        self.notes: dict[str, object] = {}
+        self._surroundings = surroundings
+        self._workspace = workspace
+        self._on_checkpoint = on_checkpoint
+        self._prefix = ""
+
+    def _record(self, read: str) -> None:
+        if read not in self.trace.reads:
+            self.trace.reads[read] = self._surroundings.fingerprint(read)
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        self._record("task")
+        return self._surroundings.task
+
+    @property
+    def data(self) -> Data:
+        """The `train` and `val` splits; reading `test` raises."""
+        return cast("Data", _ReadData(self._surroundings.data, self._record))
+
+    @property
+    def device(self) -> DeviceProfile:
+        """The target's profile; each field counts as read when it is read."""
+        return cast("DeviceProfile", _ReadDevice(self._surroundings.device, self._record))
+
+    @property
+    def seed(self) -> int:
+        """A seed that belongs to this stage."""
+        self._record("seed")
+        return derive_seed(self._surroundings.seed, self.name)
+
+    @property
+    def original(self) -> Model:
+        """The uncompressed model; not to be changed.
+
+        Raises:
+            StageError: The stage is the one that makes it.
+        """
+        self._record("original")
+        if self._surroundings.original is None:
+            raise StageError("the uncompressed model does not exist yet while it is trained", where=self.name)
+        return self._surroundings.original.load()
+
+    def trainer(self, overrides: Mapping[str, Any] | None = None) -> TrainerConfig:
+        """Return the recipe's trainer settings with `overrides` merged over them.
+
+        Raises:
+            RecipeError: The overrides are no trainer settings.
+        """
+        self._record("trainer")
+        return merge_trainer(self._surroundings.trainer, overrides or {}, where=f"stages.{self.name}.trainer")
+
+    def goal(self, name: str) -> object:
+        """Return the bound of a goal, or None."""
+        self._record(f"goal/{name}")
+        return self._surroundings.goals.get(name)
+
+    def generator(self, purpose: str = "") -> torch.Generator:
+        """Return a random generator that belongs to this stage and purpose."""
+        self._record("seed")
+        return torch.Generator().manual_seed(derive_seed(self._surroundings.seed, self.name, purpose))
+
+    def slot(self, name: str = "main") -> CheckpointSlot:
+        """Return the place where a loop of this stage keeps its checkpoint; `name` tells loops apart."""
+        if self._workspace is None:
+            return NullSlot()
+        return _TracedSlot(FileSlot(self._workspace / f"{self._prefix}{name}.ckpt"), self._store_trace)
+
+    def _store_trace(self) -> None:
+        if self._on_checkpoint is not None:
+            self._on_checkpoint(self.trace)
+
+    def finetune(
+        self, model: Model, *, stage: str | None, name: str, trainer: Mapping[str, Any] | None = None
+    ) -> Model:
+        """Train `model` by another stage of the recipe, or plainly on the task.
+
+        Args:
+            model: The model to train; it is not changed.
+            stage: Key of a train or distill stage of the recipe; None trains on the task's loss.
+            name: Tells this call from others of the same stage, so that each has its own checkpoint.
+            trainer: Overrides merged over that stage's own trainer settings.
+
+        Raises:
+            StageError: There is no such stage, or it does not train.
+        """
+        if stage is None:
+            config: StageConfig = config_type("train", "supervised")()
+        elif stage in self._surroundings.stages:
+            self._record(f"stage/{stage}")
+            config = self._surroundings.stages[stage]
+        else:
+            hint = did_you_mean(stage, self._surroundings.stages)
+            raise StageError(f"there is no stage '{stage}' to fine-tune by", where=f"stages.{self.name}", hint=hint)
+        if config.family not in ("train", "distill"):
+            hint = "name a stage of the family train or distill"
+            raise StageError(f"stage '{stage}' does not train", where=f"stages.{self.name}", hint=hint)
+        merged = {**getattr(config, "trainer", {}), **(trainer or {})}
+        config = config.model_copy(update={"trainer": merged})
+        prefix, self._prefix = self._prefix, f"{self._prefix}{name}-"
+        try:
+            return function_of(config)(model, config, self)
+        finally:
+            self._prefix = prefix
+
+    def evaluate(self, model: Model, *, limit: int | None = None) -> Quality:
+        """Return the quality of `model` on the first `limit` samples (all by default) of `val`."""
+        return evaluate(model, task=self.task, split=self.data.val, split_name="val", limit=limit)
+
+    def calibration(self, *, samples: int, batch_size: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Yield (args, kwargs) of about `samples` training samples, drawn by the seed, without augmentation."""
+        task = self.task
+        for batch in self.calibration_batches(samples=samples, batch_size=batch_size):
+            yield task.inputs(batch)
+
+    def calibration_batches(self, *, samples: int, batch_size: int) -> Iterator[Batch]:
+        """Yield whole batches of about `samples` training samples, drawn by the seed, without augmentation."""
+        self._record("seed")
+        seed = derive_seed(self._surroundings.seed, "calibration")
+        seen = 0
+        for batch in self.data.train.batches(batch_size, shuffle=True, seed=seed):
+            yield batch
+            seen += batch_size
+            if seen >= samples:
+                return
+
+    def source(self, source: object) -> Model:
+        """Return another model, a teacher say, from a `.pt2` path or a model source's settings."""
+        self._record(f"source/{json.dumps(source, sort_keys=True)}")
+        return self._surroundings.load_source(source)
+
+    def note(self, **facts: object) -> None:
+        """Keep JSON-able facts that the report shows for this stage."""
+        self.notes.update(facts)
+
+
+def merge_trainer(settings: TrainerConfig, overrides: Mapping[str, Any], *, where: str) -> TrainerConfig:
+    """Return `settings` with `overrides` over them, validated.
+
+    Raises:
+        RecipeError: An override is unknown or out of range; `where` and its key are named.
+    """
+    if not overrides:
+        return settings
+    from pydantic import ValidationError
+
+    try:
+        return TrainerConfig.model_validate(settings.merged(overrides))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([where, *(str(part) for part in first["loc"])])
+        hint = did_you_mean(str(first["loc"][0]), TrainerConfig.model_fields)
+        raise RecipeError(first["msg"], where=key, value=first.get("input"), hint=hint) from None

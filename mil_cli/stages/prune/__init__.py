@@ -1,0 +1,1 @@
+"""Pruning: removing what a model can do without, one method a file."""

@@ -1,0 +1,197 @@
+"""The rounds that every structured pruning method runs: score, choose, cut, prove, fine-tune; they can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mil_cli.errors import StageError
+from mil_cli.graph.coupling import Counter, Coupling, analyse, check_equivalence, cut
+from mil_cli.stages.prune.batch_norm import recalibrate
+from mil_cli.stages.prune.selection import Scores, Selection, describe_widths, least_classes, select
+from mil_cli.stages.prune.settings import Quantity, StructuredPruningConfig
+from mil_cli.training.evaluate import fixed_batch
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+
+Importance = Callable[["Model", Coupling], Scores]
+
+_CALIBRATION_BATCH = 64
+_SHOWN_REASONS = 50
+
+
+def prune(model: Model, config: StructuredPruningConfig, context: Context, importance: Importance) -> Model:
+    """Cut a model down to its target in `config.steps` rounds.
+
+    Each round analyses the graph, scores every class, removes the least important ones, and compares the cut with the
+    uncut model on training samples; a group of coupled channels that fails the comparison is frozen, noted, and the
+    round chosen again without it. What a round decided and the weights after it are checkpointed.
+
+    Args:
+        model: The model; not changed.
+        config: The settings.
+        context: Gives data, device, fine-tuning and checkpoints.
+        importance: Scores of a model's classes, by space.
+
+    Returns:
+        The smaller model, in evaluation mode.
+
+    Raises:
+        StageError: The target cannot be met with `max_per_layer` and the rounding, or nothing can be cut.
+    """
+    current = model.clone().eval()
+    shapes = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
+    multiple = _multiple(config, context)
+    slot = context.slot("steps")
+    state = slot.load() or {"cuts": [], "facts": [], "weights": None}
+    coupling = analyse(current)
+    frozen = _frozen_facts(coupling)
+    start = _amount(coupling, config.quantity)({})
+    goal = config.kept.resolve(start)
+    for removed in state["cuts"]:  # done before an interruption: the same cuts, then the weights as they were
+        current = cut(current, analyse(current), {int(number): set(classes) for number, classes in removed.items()})
+    if state["weights"] is not None:
+        current.load_state_dict(state["weights"])
+    with context.progress.work(f"{context.name}: pruning", total=config.steps) as bar:
+        bar.advance(len(state["cuts"]))
+        for step in range(len(state["cuts"]), config.steps):
+            last = step == config.steps - 1
+            target = goal if last else start * (goal / start) ** ((step + 1) / config.steps)
+            current, removed, facts = _round(
+                current,
+                config,
+                context,
+                importance,
+                target=target,
+                multiple=multiple,
+                shapes=shapes,
+                must_reach=last,
+            )
+            state["facts"].append({"step": step + 1, **facts})
+            if config.recover is not None and (not last or config.recover_last):
+                current = context.finetune(
+                    current, stage=config.recover, name=f"step{step + 1}", trainer=config.recover_trainer
+                )
+            elif config.recalibrate_samples:
+                calls = context.calibration(
+                    samples=config.recalibrate_samples, batch_size=fixed_batch(current) or _CALIBRATION_BATCH
+                )
+                current = recalibrate(current, calls)
+            state["cuts"].append({number: sorted(classes) for number, classes in removed.items()})
+            state["weights"] = {name: tensor.detach().clone() for name, tensor in current.state_dict().items()}
+            slot.save(state)
+            bar.advance(note=f"{config.quantity} {state['facts'][-1]['left'] / start:.1%}")
+    after = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
+    context.note(
+        quantity=config.quantity,
+        before=start,
+        target=goal,
+        multiple=multiple,
+        steps=state["facts"],
+        widths=describe_widths(shapes, after),
+        frozen=frozen,
+    )
+    return current.eval()
+
+
+def _round(
+    model: Model,
+    config: StructuredPruningConfig,
+    context: Context,
+    importance: Importance,
+    *,
+    target: float,
+    multiple: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    must_reach: bool,
+) -> tuple[Model, dict[int, set[int]], dict[str, Any]]:
+    """Choose, cut and prove once; return the cut model, what was removed, and facts for the report."""
+    coupling = analyse(model)
+    if not any(space.free for space in coupling.spaces):
+        raise StageError(
+            "nothing of this model can be cut", where=f"stages.{context.name}", hint=_why_nothing(coupling)
+        )
+    failed: list[str] = []
+    while True:
+        measure = _amount(coupling, config.quantity)
+        least = least_classes(coupling, shapes, max_per_layer=config.max_per_layer)
+        chosen = select(
+            coupling, importance(model, coupling), target=target, measure=measure, multiple=multiple, least=least
+        )
+        if must_reach and not chosen.reached:
+            raise _unreachable(config, context, chosen, measure({}), multiple, failed)
+        result = cut(model, coupling, chosen.removed)
+        size = fixed_batch(model) or config.check_samples
+        calls = list(context.calibration(samples=config.check_samples, batch_size=size))
+        report = check_equivalence(model, coupling, chosen.removed, result, calls)
+        if report.equivalent:
+            break
+        names = [coupling.spaces[number].origin for number in report.failed]
+        failed.extend(names)
+        context.progress.notice(
+            f"{context.name}: a cut of {', '.join(names)} changes more than it should "
+            f"(difference {report.difference:.1e}); left as it is"
+        )
+        coupling = coupling.freeze(report.failed, "the cut did not pass the comparison with the uncut model")
+    facts = {
+        "target": target,
+        "left": chosen.left,
+        "check": {"difference": report.difference, "calls": report.samples, "compacted": list(report.compacted)},
+        "failed": failed,
+    }
+    return result, chosen.removed, facts
+
+
+def _amount(coupling: Coupling, quantity: Quantity) -> Callable[[Mapping[int, set[int]]], float]:
+    counter = Counter(coupling)
+    return {"macs": counter.macs, "params": counter.params, "channels": counter.channels}[quantity]
+
+
+def _multiple(config: StructuredPruningConfig, context: Context) -> int:
+    if config.round_to != "auto":
+        return config.round_to
+    preferred = context.device.preferred_multiple
+    return preferred.int8 if config.multiple == "int8" else preferred.float
+
+
+def _unreachable(
+    config: StructuredPruningConfig,
+    context: Context,
+    chosen: Selection,
+    start: float,
+    multiple: int,
+    failed: list[str],
+) -> StageError:
+    asked = getattr(config, config.quantity)
+    frozen = f" and {len(failed)} groups that failed the check" if failed else ""
+    return StageError(
+        f"the smallest that can be kept of {start:,.0f} {config.quantity} is {chosen.left:,.0f}, with max_per_layer "
+        f"{config.max_per_layer}, widths in multiples of {multiple}{frozen}",
+        where=f"stages.{context.name}.{config.quantity}",
+        value=asked,
+        hint="keep more, raise max_per_layer, or lower round_to",
+    )
+
+
+def _frozen_facts(coupling: Coupling) -> list[dict[str, Any]]:
+    """Return what cannot be cut and why, one entry per parameter axis; JSON-able."""
+    facts = [
+        {
+            "parameter": frozen.parameter,
+            "axis": frozen.axis,
+            "entries": frozen.entries,
+            "size": frozen.size,
+            "reason": frozen.reason,
+            "node": frozen.node,
+            "source": frozen.source_line,
+        }
+        for frozen in coupling.frozen
+    ]
+    return facts[:_SHOWN_REASONS]
+
+
+def _why_nothing(coupling: Coupling) -> str:
+    reasons = sorted({f"{frozen.reason} ({frozen.source_line or frozen.node})" for frozen in coupling.frozen})
+    return "; ".join(reasons[:3]) or "it has no layers with weights"

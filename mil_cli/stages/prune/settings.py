@@ -1,0 +1,78 @@
+"""The settings that all methods of structured pruning share: how much is kept, in how many steps, how widths end."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from mil_cli.stages.registry import StageConfig
+from mil_cli.units import Kept, parse_kept
+
+Quantity = Literal["macs", "params", "channels"]
+QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "channels")
+
+
+def _checked(value: str | float) -> str | float:
+    parse_kept(value)
+    return value
+
+
+Target = Annotated[str | float, AfterValidator(_checked)]
+
+
+class StructuredPruningConfig(StageConfig):
+    """Settings of a method that removes whole coupled channels, heads or hidden units.
+
+    Attributes:
+        macs: Multiply-accumulates to keep, as a ratio of what comes in (``0.3``, ``30%``) or a count (``6M``).
+        params: Parameters to keep, likewise. Exactly one of `macs`, `params` and `channels` is given.
+        channels: Channels to keep: classes of coupled entries over all spaces that can be cut.
+        steps: Rounds of scoring and cutting; each keeps the same ratio of the one before.
+        max_per_layer: Largest part of a layer's width that may be removed, over all steps.
+        round_to: Multiple that widths end on; ``auto`` takes the device's.
+        multiple: Which of the device's multiples ``auto`` takes: that of float kernels, or of int8 kernels for a model
+            that is quantized later.
+        recover: Key of a train or distill stage of the recipe that fine-tunes between the steps; None does not.
+        recover_trainer: Trainer settings for those fine-tunings, over that stage's own.
+        recover_last: Fine-tune after the last step too, where no later stage of the chain does.
+        check_samples: Training samples on which every cut is compared with the uncut model.
+        recalibrate_samples: Training samples from which the statistics of batch norms are taken anew after a cut that
+            no fine-tuning follows here; 0 leaves them.
+    """
+
+    family: ClassVar[str] = "prune"
+    never_after: ClassVar[dict[str, str]] = {
+        "quantize": "quantizers are placed and scaled for the widths that they find"
+    }
+
+    macs: Target | None = None
+    params: Target | None = None
+    channels: Target | None = None
+    steps: int = Field(1, ge=1, le=1000)
+    max_per_layer: float = Field(0.8, gt=0, lt=1)
+    round_to: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    multiple: Literal["float", "int8"] = "float"
+    recover: str | None = None
+    recover_trainer: dict[str, Any] = Field(default_factory=dict)
+    recover_last: bool = False
+    check_samples: int = Field(16, ge=1)
+    recalibrate_samples: int = Field(512, ge=0)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> StructuredPruningConfig:
+        given = [name for name in QUANTITIES if getattr(self, name) is not None]
+        if len(given) != 1:
+            shown = " and ".join(given) if given else "none"
+            raise ValueError(f"give exactly one of macs, params and channels, what is kept of it; {shown} is given")
+        return self
+
+    @property
+    def quantity(self) -> Quantity:
+        """What the target counts."""
+        return next(name for name in QUANTITIES if getattr(self, name) is not None)
+
+    @property
+    def kept(self) -> Kept:
+        """How much of it is kept."""
+        return parse_kept(getattr(self, self.quantity))

@@ -1,0 +1,87 @@
+"""Runs calibration batches through a graph once and shows chosen values to observers as they are made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from mil_cli.errors import StageError
+from mil_cli.events import Bar
+from mil_cli.graph.nodes import get_attribute
+from mil_cli.stages.quantize.observers import Observer
+
+_OWNER = "calibration_observer"
+
+
+class _Look(nn.Module):
+    """Shows a value to an observer."""
+
+    def __init__(self, name: str, observer: Observer) -> None:
+        super().__init__()
+        self.name = name
+        self.observer = observer
+
+    def forward(self, value: Tensor) -> None:
+        try:
+            self.observer.update(value)
+        except ValueError as error:
+            raise StageError(
+                f"calibration met a bad value at '{self.name}': {error}",
+                hint="the model or its inputs hold NaN or infinity: check the data and the training before this stage",
+            ) from error
+
+
+def calibrate(
+    graph: GraphModule,
+    observers: Mapping[Node, Observer],
+    batches: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    *,
+    bar: Bar,
+) -> int:
+    """Show the outputs of some nodes to their observers over all batches; memory does not grow with the batches.
+
+    Args:
+        graph: The graph; it is not changed.
+        observers: Node of `graph` -> who observes its output.
+        batches: The (args, kwargs) of each batch.
+        bar: Told after each batch.
+
+    Returns:
+        How many batches there were.
+
+    Raises:
+        StageError: There are no batches, or a value is NaN or infinite.
+    """
+    runner = _watch(graph, observers)
+    count = 0
+    with torch.no_grad():
+        for args, kwargs in batches:
+            runner(*args, **kwargs)
+            count += 1
+            bar.advance()
+    if not count:
+        raise StageError("there are no calibration samples", hint="check the train split and `calibration_samples`")
+    return count
+
+
+def _watch(graph: GraphModule, observers: Mapping[Node, Observer]) -> GraphModule:
+    """Return a graph module that shares the weights of `graph` and shows values to observers."""
+    names: dict[Node, Node] = {}
+    copied = torch.fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, names))
+    copied.set_codegen(copy.copy(graph.graph._codegen))
+    attributes: dict[str, Any] = {
+        str(node.target): get_attribute(graph, str(node.target)) for node in copied.find_nodes(op="get_attr")
+    }
+    for index, (node, observer) in enumerate(observers.items()):
+        target = f"{_OWNER}_{index}"
+        attributes[target] = _Look(node.name, observer)
+        before = copied.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else names[node]
+        with copied.inserting_after(before):
+            copied.call_module(target, (names[node],))
+    return GraphModule(attributes, copied)

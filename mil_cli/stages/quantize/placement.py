@@ -1,0 +1,299 @@
+"""Decides which values of a graph are quantized, so that onnxruntime can run its layers on integer kernels.
+
+Two policies, measured on onnxruntime:
+
+* ``cnn``: inputs and outputs of convolutions, and both sides of additions, concatenations and pooling between them.
+  Quantizing the inputs of convolutions alone leaves most of them unfused, and gains nothing.
+* ``transformer``: inputs of linear layers (products with a weight) only; what lies between them stays float, which is
+  both faster and more accurate there. Convolutions still get both sides: without their output they would run in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from mil_cli.errors import StageError, did_you_mean
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, module_path, op_name
+
+Policy = Literal["cnn", "transformer"]
+
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_PRODUCTS = {"linear": ("input", "weight", 0), "matmul": ("self", "other", -1), "mm": ("self", "mat2", 1)}
+"""Operator -> its activation, its weight, and the weight's axis of output channels."""
+
+_JOINS = frozenset({"add", "cat", "avg_pool2d", "adaptive_avg_pool2d", "mean"})
+_RECTIFIERS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min"})
+_PASSING = frozenset(
+    {
+        *("max_pool1d", "max_pool2d", "max_pool3d", "view", "reshape", "flatten", "unflatten", "permute", "transpose"),
+        *("squeeze", "unsqueeze", "contiguous", "clone", "alias", "detach", "dropout", "feature_dropout", "select"),
+        *("slice", "movedim", "upsample_nearest2d"),
+    }
+)
+"""Operators whose outputs are some of their input's values: the same codes serve both."""
+
+_NEVER = {
+    "conv_transpose1d": "onnxruntime has no integer kernel for transposed convolutions",
+    "conv_transpose2d": "onnxruntime has no integer kernel for transposed convolutions",
+    "conv_transpose3d": "onnxruntime has no integer kernel for transposed convolutions",
+    "embedding": "a table look-up computes nothing",
+    "lstm": "onnxruntime has no static integer kernel for recurrent layers",
+    "gru": "onnxruntime has no static integer kernel for recurrent layers",
+    "rnn_tanh": "onnxruntime has no integer kernel for this recurrent layer",
+    "rnn_relu": "onnxruntime has no integer kernel for this recurrent layer",
+    "scaled_dot_product_attention": "products of two activations stay float",
+    "bmm": "products of two activations stay float",
+    "baddbmm": "products of two activations stay float",
+    "einsum": "only plain products with a weight become integer kernels",
+    "addmm": "only plain products with a weight become integer kernels",
+}
+_ATTENTION = frozenset({"scaled_dot_product_attention", "softmax", "_softmax"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that will run on an integer kernel.
+
+    Attributes:
+        node: The convolution or product.
+        name: The dotted path of its module, or the name of its weight or node where there is none.
+        source: The node of its activation.
+        weight: The node that reads its weight.
+        axis: The weight's axis of output channels.
+        bias: The node that reads its bias, or None.
+        edge: Whether it is the first layer after an input, or the last before an output.
+    """
+
+    node: Node
+    name: str
+    source: Node
+    weight: Node
+    axis: int
+    bias: Node | None
+    edge: bool
+
+
+@dataclass
+class Placement:
+    """Which values of a graph get quantizers.
+
+    Attributes:
+        policy: The policy that decided.
+        layers: The layers that become integer kernels, in order of execution.
+        owned: The values that get a quantizer with a range of their own, in order of execution.
+        shared: Value -> the owned value whose scale and zero point serve it too.
+        exclusive: The values that everyone reads quantized, because integer kernels make them.
+        readers: For every other quantized value, who reads it quantized.
+        kept_float: Layer name -> why it stays float.
+    """
+
+    policy: Policy
+    layers: list[Layer] = field(default_factory=list)
+    owned: list[Node] = field(default_factory=list)
+    shared: dict[Node, Node] = field(default_factory=dict)
+    exclusive: set[Node] = field(default_factory=set)
+    readers: dict[Node, set[Node]] = field(default_factory=dict)
+    kept_float: dict[str, str] = field(default_factory=dict)
+
+
+def choose_policy(graph: GraphModule) -> Policy:
+    """Return the policy that fits a graph: ``transformer`` if it has attention or no convolution, else ``cnn``."""
+    names = {op_name(node) for node in calls(graph)}
+    if names & _CONVOLUTIONS and not names & _ATTENTION:
+        return "cnn"
+    return "transformer"
+
+
+def place(graph: GraphModule, *, policy: Policy, skip: Sequence[str] = ()) -> Placement:
+    """Decide which values of a graph are quantized.
+
+    Args:
+        graph: A graph in evaluation mode, batch norms folded, in-place operators replaced; it is not changed.
+        policy: The policy.
+        skip: Patterns of layers to leave float: a module's path (with all below it), a node's name, or either with
+            ``*`` and ``?``.
+
+    Raises:
+        StageError: A pattern of `skip` fits no layer.
+    """
+    placement = Placement(policy)
+    _find_layers(graph, placement, skip)
+    wanted: dict[Node, set[Node]] = {}
+    for layer in placement.layers:
+        wanted.setdefault(layer.source, set()).add(layer.node)
+        if op_name(layer.node) in _CONVOLUTIONS:
+            placement.exclusive.add(_after_rectifier(layer.node))
+    if policy == "cnn":
+        _place_joins(graph, placement, wanted)
+    order = {node: index for index, node in enumerate(graph.graph.nodes)}
+    for node in sorted({*wanted, *placement.exclusive}, key=order.__getitem__):
+        root = _root(node, placement)
+        if root is None:
+            placement.owned.append(node)
+        else:
+            placement.shared[node] = root
+        if node not in placement.exclusive:
+            placement.readers[node] = wanted[node]
+    return placement
+
+
+def _find_layers(graph: GraphModule, placement: Placement, skip: Sequence[str]) -> None:
+    names: list[str] = []
+    unused = set(skip)
+    for node in calls(graph):
+        found = _weighted(graph, node)
+        if found is None and op_name(node) not in _NEVER:
+            continue
+        name = _layer_name(graph, node, found)
+        names.append(name)
+        patterns = {pattern for pattern in skip if _matches(pattern, name, node.name)}
+        unused -= patterns
+        if patterns:
+            placement.kept_float[name] = f"skipped by '{min(patterns)}'"
+        elif op_name(node) in _NEVER:
+            placement.kept_float[name] = _NEVER[op_name(node)]
+        elif isinstance(found, str):
+            placement.kept_float[name] = found
+        elif found is not None:
+            source, weight, axis, bias = found
+            edge = _comes_from_input(source) or _goes_to_output(node)
+            placement.layers.append(Layer(node, name, source, weight, axis, bias, edge))
+    if unused:
+        pattern = min(unused)
+        hint = did_you_mean(pattern, names)
+        raise StageError(f"'{pattern}' fits no layer", where="skip", value=list(skip), hint=hint)
+
+
+def _weighted(graph: GraphModule, node: Node) -> tuple[Node, Node, int, Node | None] | str | None:
+    """Return a layer's activation, weight, axis and bias; why it cannot be quantized; or None if it is no layer."""
+    name = op_name(node)
+    if name in _CONVOLUTIONS:
+        source, weight, axis = get_argument(node, "input"), get_argument(node, "weight"), 0
+    elif name in _PRODUCTS:
+        source_name, weight_name, axis = _PRODUCTS[name]
+        source, weight = get_argument(node, source_name), get_argument(node, weight_name)
+    else:
+        return None
+    if weight.op != "get_attr":
+        return None if name in ("matmul", "mm") else "its weight is computed in the graph"
+    value = get_attribute(graph, str(weight.target))
+    if source.op == "get_attr":
+        return "its input is a constant"
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        return "its weight is not float32"
+    if name == "matmul" and value.ndim != 2:
+        return "only two-dimensional weights become integer kernels"
+    bias = get_argument(node, "bias") if name not in ("matmul", "mm") else None
+    return source, weight, axis % value.ndim, bias if isinstance(bias, Node) and bias.op == "get_attr" else None
+
+
+def _layer_name(graph: GraphModule, node: Node, found: object) -> str:
+    if isinstance(found, tuple):
+        owner, _, leaf = str(found[1].target).rpartition(".")
+        return owner if leaf == "weight" and owner else str(found[1].target)
+    path = module_path(node)
+    return f"{path}.{node.name}" if path else node.name
+
+
+def _matches(pattern: str, layer: str, node: str) -> bool:
+    return fnmatchcase(layer, pattern) or fnmatchcase(node, pattern) or layer.startswith(f"{pattern}.")
+
+
+def _after_rectifier(node: Node) -> Node:
+    """Return the rectifier that is all that follows a node, else the node: onnxruntime fuses the two."""
+    if len(node.users) == 1:
+        user = next(iter(node.users))
+        if op_name(user) in _RECTIFIERS and user.args[0] is node:
+            return user
+    return node
+
+
+def _place_joins(graph: GraphModule, placement: Placement, wanted: dict[Node, set[Node]]) -> None:
+    """Quantize both sides of joins whose inputs come from integer kernels, until nothing changes."""
+    joins = [node for node in calls(graph) if op_name(node) in _JOINS]
+    changed = True
+    while changed:
+        changed = False
+        for node in joins:
+            inputs = _join_inputs(node)
+            after = _after_rectifier(node)
+            if after in placement.exclusive or not inputs or _only_goes_out(after):
+                continue
+            if any(_is_integer(source, placement) for source in inputs):
+                for source in inputs:
+                    wanted.setdefault(source, set()).add(node)
+                placement.exclusive.add(after)
+                changed = True
+
+
+def _join_inputs(node: Node) -> list[Node]:
+    """Return the activations that a join reads; none if one of its inputs is no activation."""
+    if op_name(node) == "cat":
+        candidates = list(get_argument(node, "tensors"))
+    elif op_name(node) == "add":
+        candidates = [get_argument(node, "self"), get_argument(node, "other")]
+        if get_argument(node, "alpha") != 1:
+            return []
+    else:
+        candidates = [node.args[0]]
+    good = all(isinstance(source, Node) and source.op in ("call_function", "placeholder") for source in candidates)
+    return candidates if good else []
+
+
+def _is_integer(node: Node, placement: Placement) -> bool:
+    """Whether an integer kernel makes a value, or one that has its values."""
+    return any(step in placement.exclusive for step in _backwards(node))
+
+
+def _root(node: Node, placement: Placement) -> Node | None:
+    """Return the owned value whose codes a value passes on, or None if it needs a range of its own."""
+    for step in _backwards(node):
+        if step is node:
+            continue
+        if step in placement.shared:
+            return placement.shared[step]
+        if step in placement.owned:
+            return step
+    return None
+
+
+def _backwards(node: Node) -> Iterator[Node]:
+    """Yield a value and those before it that it takes its values from."""
+    yield node
+    while op_name(node) in _PASSING and isinstance(node.args[0], Node):
+        node = node.args[0]
+        yield node
+
+
+def _comes_from_input(node: Node) -> bool:
+    return any(step.op == "placeholder" for step in _backwards(node))
+
+
+def _goes_to_output(node: Node) -> bool:
+    return _reaches(node, lambda user: user.op == "output")
+
+
+def _reaches(node: Node, goal: Callable[[Node], bool]) -> bool:
+    """Whether a value gets to a node that fits, through nothing but rectifiers and what passes values on."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            if goal(user):
+                return True
+            if user not in seen and (op_name(user) in _PASSING or op_name(user) in _RECTIFIERS):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _only_goes_out(node: Node) -> bool:
+    """Whether nobody but the caller of the model reads a value: then 8 bits would only cost accuracy."""
+    return all(user.op == "output" for user in node.users)

@@ -1,0 +1,55 @@
+"""From a range of values to the scale and zero point of integer codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SMALLEST_SCALE = 2.0**-64
+"""Below this a float32 quotient could overflow; only values that are all zero ever come here."""
+
+
+@dataclass(frozen=True)
+class CodeRange:
+    """The integer codes that a value may take.
+
+    Attributes:
+        quant_min: The smallest code.
+        quant_max: The largest code.
+    """
+
+    quant_min: int
+    quant_max: int
+
+    @property
+    def steps(self) -> int:
+        """How many steps lie between the smallest and the largest code."""
+        return self.quant_max - self.quant_min
+
+
+def activation_codes(bits: int, *, signed: bool) -> CodeRange:
+    """Return the codes of activations: ``[0, 2^bits - 1]``, or ``[-2^(bits-1), 2^(bits-1) - 1]`` if signed."""
+    if signed:
+        return CodeRange(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return CodeRange(0, 2**bits - 1)
+
+
+def weight_codes(bits: int, *, reduce_range: bool) -> CodeRange:
+    """Return the symmetric codes of weights: ``[-(2^(bits-1) - 1), 2^(bits-1) - 1]``.
+
+    With a reduced range 8-bit weights keep to [-64, 64]: pairs of products of unsigned activations and signed weights
+    then fit into 16 bits, where instruction sets without VNNI would saturate.
+    """
+    if reduce_range and bits == 8:
+        return CodeRange(-64, 64)
+    return CodeRange(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
+
+
+def affine_parameters(low: float, high: float, codes: CodeRange) -> tuple[float, int]:
+    """Return the scale and zero point with which `codes` span ``[low, high]``; 0.0 always has a code of its own.
+
+    A range that starts at 0 has the smallest code as its zero point, so that a rectifier before it costs nothing.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / codes.steps, SMALLEST_SCALE)
+    zero_point = round(codes.quant_min - low / scale)
+    return scale, min(max(zero_point, codes.quant_min), codes.quant_max)

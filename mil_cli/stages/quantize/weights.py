@@ -1,0 +1,67 @@
+"""Scales of weights: symmetric, one per output channel or one for the whole tensor."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mil_cli.stages.quantize.ranges import SMALLEST_SCALE, CodeRange
+
+WeightObserverName = Literal["min_max", "mse"]
+
+_SMALLEST_SHARE = 0.3
+_CANDIDATES = 71
+
+
+def weight_scale(weight: Tensor, *, axis: int | None, codes: CodeRange, observer: WeightObserverName) -> Tensor:
+    """Return the scale of a weight's symmetric codes (zero point 0).
+
+    Args:
+        weight: The weight, any shape.
+        axis: The axis of its output channels, each of which gets a scale; None gives one for all.
+        codes: The codes; their largest absolute value spans the range.
+        observer: ``min_max`` spans the largest absolute weight; ``mse`` tries 71 shares of it from 0.3 to 1 and takes
+            that of the smallest squared error.
+
+    Returns:
+        float32, shape ``[weight.shape[axis]]``, or ``[]``. A channel of zeros gets the scale that the whole tensor
+        would have.
+    """
+    rows = weight.detach().double()
+    rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).reshape(weight.shape[axis], -1)
+    bound = min(codes.quant_max, -codes.quant_min)
+    largest = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+    largest = torch.where(largest > 0, largest, largest.max())
+    scale = largest / bound
+    if observer == "mse":
+        scale = _least_squared_error(rows, scale, codes)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=SMALLEST_SCALE).float()
+    return scale.reshape(()) if axis is None else scale
+
+
+def _least_squared_error(rows: Tensor, full: Tensor, codes: CodeRange) -> Tensor:
+    best, best_error = full, torch.full_like(full, float("inf"))
+    for share in torch.linspace(1.0, _SMALLEST_SHARE, _CANDIDATES, dtype=torch.float64):
+        scale = full * share
+        step = scale.clamp(min=SMALLEST_SCALE)[:, None]
+        error = ((rows / step).round_().clamp_(codes.quant_min, codes.quant_max).mul_(step) - rows).square().sum(1)
+        better = error < best_error
+        best = torch.where(better, scale, best)
+        best_error = torch.where(better, error, best_error)
+    return best
+
+
+def scale_for_bias(scale: Tensor, bias: Tensor | None, input_scale: float) -> Tensor:
+    """Raise the scales of channels whose weights are so small beside their bias that the bias would overflow.
+
+    Integer kernels hold the bias as int32 in steps of ``input_scale * scale``. Folded batch norms and pruning leave
+    channels with next to no weights and a real bias; without this floor their bias would saturate.
+    """
+    if bias is None:
+        return scale
+    floor = bias.detach().abs().double() / (input_scale * 2.0**28)
+    if scale.dim() == 0:
+        floor = floor.max()
+    return torch.maximum(scale.double(), floor).float()

@@ -1,0 +1,105 @@
+"""Which methods there are, and the function that runs each: registered by the type of its frozen config.
+
+A method is one module that defines a `StageConfig` subclass and a function decorated with ``@stage(ThatConfig)``.
+Its module is imported only when a recipe names it, so listing methods costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from mil_cli.errors import StageError, did_you_mean
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+
+METHODS: dict[tuple[str, str], str] = {
+    ("train", "supervised"): "mil_cli.stages.train.supervised",
+    ("prune", "magnitude"): "mil_cli.stages.prune.magnitude",
+    ("distill", "soft_labels"): "mil_cli.stages.distill.soft_labels",
+    ("quantize", "static"): "mil_cli.stages.quantize.static",
+}
+"""(family, method) -> the module that holds it."""
+
+
+class StageConfig(BaseModel):
+    """The settings of one stage; subclasses add theirs and name their family and method.
+
+    Attributes:
+        family: One of train, prune, distill, quantize, nas.
+        method: The method's name, which is also its module's and its config file's.
+        version: Raised when the method computes something else from the same settings, so that old results are
+            not taken for new ones.
+        never_after: Families that must not stand before this stage in a chain, with the reason.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: ClassVar[str]
+    method: ClassVar[str]
+    version: ClassVar[int] = 1
+    never_after: ClassVar[dict[str, str]] = {}
+
+
+StageFunction = Callable[["Model", "StageConfig", "Context"], "Model"]
+
+_CONFIGS: dict[tuple[str, str], type[StageConfig]] = {}
+_FUNCTIONS: dict[type[StageConfig], StageFunction] = {}
+
+
+F = TypeVar("F", bound=Callable[..., "Model"])
+
+
+def stage(config_type: type[StageConfig]) -> Callable[[F], F]:
+    """Register the decorated ``(model, config, context) -> model`` as what runs `config_type`."""
+
+    def register(function: F) -> F:
+        _CONFIGS[config_type.family, config_type.method] = config_type
+        _FUNCTIONS[config_type] = function
+        return function
+
+    return register
+
+
+def config_type(family: str, method: str) -> type[StageConfig]:
+    """Return the config type of a method, importing its module if needed.
+
+    Raises:
+        StageError: There is no such family, or no such method in it.
+    """
+    if (family, method) not in METHODS:
+        families = {known for known, _ in METHODS}
+        if family not in families:
+            raise StageError(f"there is no family '{family}'", hint=did_you_mean(family, families))
+        methods = {name for known, name in METHODS if known == family}
+        raise StageError(f"{family} has no method '{method}'", hint=did_you_mean(method, methods))
+    import_module(METHODS[family, method])
+    return _CONFIGS[family, method]
+
+
+def function_of(config: StageConfig) -> StageFunction:
+    """Return the function registered for the type of `config`."""
+    return _FUNCTIONS[type(config)]
+
+
+def check_order(chain: Sequence[tuple[str, StageConfig]]) -> list[StageError]:
+    """Return what is wrong with the order of a chain of (name, config); empty when it can run."""
+    problems = []
+    for position, (name, config) in enumerate(chain):
+        for earlier_name, earlier in chain[:position]:
+            reason = config.never_after.get(earlier.family)
+            if reason is not None:
+                problems.append(
+                    StageError(
+                        f"'{name}' ({config.family}) cannot follow '{earlier_name}' ({earlier.family}): {reason}",
+                        where="chain",
+                        value=[stage_name for stage_name, _ in chain],
+                        hint=f"put '{name}' before '{earlier_name}'",
+                    )
+                )
+    return problems

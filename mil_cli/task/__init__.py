@@ -1,0 +1,1 @@
+"""What models are for: inputs, losses, metrics, and distances between outputs."""

@@ -1,0 +1,132 @@
+"""Image to image (super-resolution, denoising, restoration): L1, Charbonnier or squared loss, and PSNR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torchmetrics import Metric
+from torchmetrics.image import PeakSignalNoiseRatio
+
+from mil_cli.data.base import Batch
+from mil_cli.errors import TaskError
+from mil_cli.task.divergence import check_same_shape
+from mil_cli.task.fields import (
+    Entry,
+    InputEntries,
+    check_choice,
+    entry,
+    model_inputs,
+    output_tensor,
+    target_entry,
+    task_fingerprint,
+)
+
+_LOSSES = ("l1", "charbonnier", "mse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageToImage:
+    """An image for an image: output and target of shape (batch, channels, height, width).
+
+    Attributes:
+        loss_kind: ``l1``, ``charbonnier`` (sqrt of squared difference + epsilon^2; Lai et al. 2017, LapSRN) or ``mse``.
+        data_range: Largest value minus smallest that an image can have (1.0 for images in [0, 1]).
+        minimum: Smallest value that an image can have; outputs are cut to the range before they are scored.
+        border: Pixels at each edge that are not scored, as is usual in super-resolution.
+        epsilon: Of the Charbonnier loss.
+        input_keys: See `InputEntries`.
+        target_key: The entry with the target; None: the last of a tuple, or the usual key of a dict.
+        output_key: Which output is scored; None: the only or first one.
+    """
+
+    loss_kind: str = "l1"
+    data_range: float = 1.0
+    minimum: float = 0.0
+    border: int = 0
+    epsilon: float = 1e-3
+    input_keys: InputEntries = None
+    target_key: Entry | None = None
+    output_key: Entry | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self.loss_kind, _LOSSES, where="task.loss_kind")
+        if self.data_range <= 0:
+            raise TaskError("must be above 0", where="task.data_range", value=self.data_range)
+        if self.border < 0:
+            raise TaskError("cannot be negative", where="task.border", value=self.border)
+
+    @property
+    def name(self) -> str:
+        """What reports call the task."""
+        return "image_to_image"
+
+    @property
+    def metric_name(self) -> str:
+        """What reports call the metric: the mean over images of each image's PSNR, in dB."""
+        return "PSNR"
+
+    @property
+    def higher_is_better(self) -> bool:
+        """PSNR: yes."""
+        return True
+
+    def inputs(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the model's arguments: all entries but the target, or those chosen."""
+        return model_inputs(batch, self.input_keys, without=[target_entry(batch, self.target_key)])
+
+    def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """Return the mean loss over all pixels.
+
+        Raises:
+            TaskError: Output and target differ in shape.
+        """
+        output, target = self._output_and_target(outputs, batch)
+        if self.loss_kind == "l1":
+            return functional.l1_loss(output, target)
+        if self.loss_kind == "mse":
+            return functional.mse_loss(output, target)
+        return torch.sqrt((output - target) ** 2 + self.epsilon**2).mean()
+
+    def metric(self) -> Metric:
+        """Return a fresh PSNR, averaged over images."""
+        return PeakSignalNoiseRatio(data_range=self.data_range, dim=(1, 2, 3), reduction="elementwise_mean")
+
+    def update(self, metric: Metric, outputs: Any, batch: Batch) -> None:
+        """Count one batch.
+
+        Raises:
+            TaskError: Output and target differ in shape, or the border leaves nothing.
+        """
+        output, target = self._output_and_target(outputs, batch)
+        output = output.clamp(self.minimum, self.minimum + self.data_range)
+        if self.border:
+            inner = slice(self.border, -self.border)
+            output, target = output[..., inner, inner], target[..., inner, inner]
+            if not output.numel():
+                raise TaskError("the border leaves no pixel", where="task.border", value=self.border)
+        metric.update(output, target)
+
+    def distance(self, student_outputs: Any, teacher_outputs: Any, batch: Batch, *, temperature: float) -> torch.Tensor:
+        """Return the mean absolute difference of the images; a temperature has no meaning here."""
+        student = output_tensor(student_outputs, self.output_key)
+        teacher = output_tensor(teacher_outputs, self.output_key)
+        check_same_shape(student, teacher)
+        return functional.l1_loss(student, teacher)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of code and settings."""
+        return task_fingerprint(self)
+
+    def _output_and_target(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        output = output_tensor(outputs, self.output_key)
+        target = entry(batch, target_entry(batch, self.target_key), where="task.target_key").to(output.dtype)
+        if output.ndim != 4 or output.shape != target.shape:
+            raise TaskError(
+                f"an output of shape {tuple(output.shape)} does not fit a target of shape {tuple(target.shape)}",
+                where="task",
+                hint="both must be (batch, channels, height, width)",
+            )
+        return output, target

@@ -1,0 +1,490 @@
+"""The one training loop: every stage that changes weights by gradients runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mil_cli.data.base import Batch, Data, batch_count, mix_seed
+from mil_cli.errors import RecipeError
+from mil_cli.events import Bar, Progress, SilentProgress
+from mil_cli.graph.model import Model
+from mil_cli.task.base import Task
+from mil_cli.training.checkpoint import CheckpointSlot, NullSlot
+from mil_cli.training.config import TrainerConfig
+from mil_cli.training.ema import MovingAverage
+from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate, fixed_batch
+from mil_cli.training.layout import place, to_contiguous, use_channels_last
+from mil_cli.training.optimizers import build_optimizer, build_scheduler
+
+Objective: TypeAlias = Callable[[Any, Batch], torch.Tensor]
+"""(outputs, batch) -> the scalar to minimise."""
+
+_STATE_VERSION = 1
+_GUARD_STEPS = 100
+_SHOW_SECONDS = 0.5
+_EPOCH_SAVE_SECONDS = 2.0
+_SAVE_SHARE = 50  # a checkpoint is written at most so often that writing takes 1/50 of the time
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What training gave.
+
+    Attributes:
+        model: The trained model, in evaluation mode.
+        history: For each epoch: ``epoch`` (from 1), ``train_loss``, ``learning_rate``, and ``val`` where it was
+            evaluated.
+        stopped: Why training stopped before its last epoch, or None.
+    """
+
+    model: Model
+    history: list[dict[str, Any]]
+    stopped: str | None
+
+
+def fit(
+    model: Model,
+    *,
+    task: Task,
+    data: Data,
+    settings: TrainerConfig,
+    seed: int,
+    objective: Objective | None = None,
+    before_step: Callable[[Model], None] | None = None,
+    checkpoint: CheckpointSlot | None = None,
+    progress: Progress | None = None,
+    description: str = "training",
+    clock: Callable[[], float] = time.monotonic,
+) -> FitResult:
+    """Train a copy of a model.
+
+    The same model, data, settings and seed give the same weights to the bit on the same machine with as many threads,
+    also when the process was killed in between and the same call went on from the slot's checkpoint. The global random
+    state is left as it was.
+
+    Args:
+        model: Where to start; not changed.
+        task: Gives inputs, loss and metric.
+        data: `train` changes weights; `val` is evaluated at the end of epochs.
+        settings: How to train.
+        seed: Of order, augmentation and dropout.
+        objective: What to minimise; None: the task's loss.
+        before_step: Called with the model in training after each backward pass, before clipping and the optimizer's
+            step: may change gradients.
+        checkpoint: Where to keep checkpoints; the last one stays there, so that a finished training is not repeated.
+        progress: Where to report.
+        description: What progress calls this training.
+        clock: Seconds that only ever grow.
+
+    Returns:
+        The model with the last weights (their average where `ema` is set); with the best on val where
+        `early_stopping` is set or training diverged.
+
+    Raises:
+        MilError: Settings that do not fit, or a task that does not fit the model.
+    """
+    fabric = _fabric(settings)
+    devices = [fabric.device.index] if fabric.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(mix_seed(seed, fabric.global_rank))
+        loop = _Loop(
+            model=model,
+            task=task,
+            data=data,
+            settings=settings,
+            seed=seed,
+            objective=objective if objective is not None else task.loss,
+            before_step=before_step,
+            slot=checkpoint if checkpoint is not None else NullSlot(),
+            progress=progress if progress is not None else SilentProgress(),
+            description=description,
+            clock=clock,
+            fabric=fabric,
+        )
+        return loop.run()
+
+
+@dataclass
+class _Position:
+    """How far training has come: everything that is not a tensor of the model."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: float | None = None
+    best_epoch: int = 0
+    stale: int = 0
+    stopped: str | None = None
+    diverged: bool = False
+
+
+class _Loop:
+    def __init__(
+        self,
+        *,
+        model: Model,
+        task: Task,
+        data: Data,
+        settings: TrainerConfig,
+        seed: int,
+        objective: Objective,
+        before_step: Callable[[Model], None] | None,
+        slot: CheckpointSlot,
+        progress: Progress,
+        description: str,
+        clock: Callable[[], float],
+        fabric: Fabric,
+    ) -> None:
+        self._task, self._data, self._settings, self._seed = task, data, settings, seed
+        self._objective, self._before_step = objective, before_step
+        self._slot, self._progress, self._description, self._clock = slot, progress, description, clock
+        self._fabric = fabric
+        self._model = model.clone().train()
+        self._channels_last = use_channels_last(self._model, wanted=settings.channels_last)
+        self._batch_size = self._choose_batch_size()
+        self._drop_last = len(data.train) >= self._batch_size
+        self._steps = batch_count(len(data.train), self._batch_size, drop_last=self._drop_last)
+        optimizer = build_optimizer(settings, self._model.named_parameters())
+        self._scheduler: LRScheduler
+        self._scheduler, self._interval = build_scheduler(
+            settings, optimizer, total_steps=settings.epochs * self._steps
+        )
+        self._raw_optimizer: Optimizer = optimizer
+        self._network, self._optimizer = fabric.setup(_Network(self._model), optimizer)
+        self._weights = self._model.state_dict()
+        self._average = MovingAverage(self._weights, settings.ema) if settings.ema is not None else None
+        self._position = _Position()
+        self._best_state: dict[str, torch.Tensor] | None = None
+        self._initial = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
+        self._saved_at = clock()
+        self._save_seconds = 0.0
+        self._unsaved = True
+        self._signature = self._sign()
+
+    def run(self) -> FitResult:
+        resumed = self._resume()
+        total = self._settings.epochs * self._steps
+        position = self._position
+        with self._progress.work(self._description, total) as bar:
+            if resumed:
+                bar.advance(position.epoch * self._steps + position.step, note="resumed")
+            while position.epoch < self._settings.epochs and position.stopped is None:
+                self._run_epoch(bar)
+        if self._unsaved:
+            self._save()
+        return self._finish()
+
+    def _run_epoch(self, bar: Bar) -> None:
+        position, settings = self._position, self._settings
+        clock, guard = self._clock, _GUARD_STEPS
+        every = settings.checkpoint_every_seconds
+        shown_at, unshown = clock(), 0
+        batches = self._data.train.batches(
+            self._batch_size,
+            shuffle=True,
+            augment=True,
+            seed=self._seed,
+            epoch=position.epoch,
+            drop_last=self._drop_last,
+            skip=position.step,
+            shard=(self._fabric.global_rank, self._fabric.world_size),
+        )
+        for batch in batches:
+            self._step(place(batch, device=self._fabric.device, channels_last=self._channels_last))
+            position.step += 1
+            self._unsaved = True
+            unshown += 1
+            if position.step % guard == 0 and not math.isfinite(self._loss_sum.item()):
+                break
+            now = clock()
+            if now - shown_at >= _SHOW_SECONDS:
+                bar.advance(unshown, note=self._note())
+                shown_at, unshown = now, 0
+            if position.step < self._steps and now - self._saved_at >= max(every, _SAVE_SHARE * self._save_seconds):
+                self._save_if_sound()
+        self._end_epoch()
+        bar.advance(unshown, note=self._note())
+        elapsed = clock() - self._saved_at
+        if elapsed >= max(min(every, _EPOCH_SAVE_SECONDS), _SAVE_SHARE * self._save_seconds):
+            self._save()
+
+    def _step(self, batch: Batch) -> None:
+        args, kwargs = self._task.inputs(batch)
+        loss = self._objective(self._network(*args, **kwargs), batch)
+        self._fabric.backward(loss)
+        if self._before_step is not None:
+            self._fabric.strategy.precision.unscale_gradients(self._raw_optimizer)
+            self._before_step(self._model)
+        if self._settings.gradient_clip is not None:
+            self._fabric.clip_gradients(self._network, self._optimizer, max_norm=self._settings.gradient_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._interval == "step":
+            self._scheduler.step()
+        if self._average is not None:
+            self._average.update()
+        self._loss_sum += loss.detach()
+
+    def _end_epoch(self) -> None:
+        position, settings = self._position, self._settings
+        total = self._fabric.all_reduce(self._loss_sum, reduce_op="mean")
+        mean = float(torch.as_tensor(total)) / max(position.step, 1)
+        entry: dict[str, Any] = {
+            "epoch": position.epoch + 1,
+            "train_loss": mean,
+            "learning_rate": self._raw_optimizer.param_groups[0]["lr"],
+        }
+        position.history.append(entry)
+        if self._interval == "epoch":
+            self._scheduler.step()
+        first = position.history[0]["train_loss"]
+        if not math.isfinite(mean):
+            self._diverge(f"the loss became {mean} in epoch {position.epoch + 1}")
+        elif settings.divergence is not None and mean > settings.divergence * abs(first) and position.epoch > 0:
+            self._diverge(f"the loss grew from {first:.4g} to {mean:.4g} by epoch {position.epoch + 1}")
+        elif (position.epoch + 1) % settings.evaluate_every == 0 or position.epoch + 1 == settings.epochs:
+            self._evaluate(entry)
+        position.epoch += 1
+        position.step = 0
+        self._loss_sum.zero_()
+
+    def _evaluate(self, entry: dict[str, Any]) -> None:
+        position, patience = self._position, self._settings.early_stopping
+        self._share_buffers()
+        with self._averaged():
+            try:
+                quality = self._quality()
+            except NotFiniteError:
+                self._diverge(f"the outputs on val are not finite after epoch {position.epoch + 1}")
+                return
+            entry["val"] = quality.value
+            best = None if position.best is None else Quality(**{**vars(quality), "value": position.best})
+            if quality.better_than(best):
+                position.best, position.best_epoch, position.stale = quality.value, position.epoch + 1, 0
+                self._best_state = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
+                return
+        position.stale += 1
+        if patience is not None and position.stale >= patience and position.epoch + 1 < self._settings.epochs:
+            position.stopped = (
+                f"no better {quality.metric} on val in {patience} evaluations; the best was after epoch"
+                f" {position.best_epoch}"
+            )
+            self._progress.notice(f"{self._description} stopped early: {position.stopped}")
+
+    def _quality(self) -> Quality:
+        device, channels_last = self._fabric.device, self._channels_last
+
+        def predict(*args: Any, **kwargs: Any) -> Any:
+            placed = place(args, device=device, channels_last=channels_last)
+            named = place(kwargs, device=device, channels_last=channels_last)
+            outputs = self._model(*placed, **dict(named))
+            return _to_cpu(outputs) if device.type != "cpu" else outputs
+
+        self._model.eval()
+        try:
+            return evaluate(predict, task=self._task, split=self._data.val, split_name="val", **self._evaluation_size())
+        finally:
+            self._model.train()
+
+    def _evaluation_size(self) -> dict[str, int]:
+        return {"batch_size": self._batch_size} if fixed_batch(self._model) is not None else {}
+
+    def _diverge(self, reason: str) -> None:
+        position = self._position
+        position.diverged = True
+        kept = f"those after epoch {position.best_epoch}" if self._best_state is not None else "those it started from"
+        position.stopped = f"{reason}; the best weights are kept, {kept}"
+        self._progress.notice(
+            f"{self._description} diverged: {position.stopped}. Try a lower trainer.learning_rate, or"
+            " trainer.gradient_clip: 1.0"
+        )
+
+    def _finish(self) -> FitResult:
+        position = self._position
+        if position.diverged and self._best_state is None:
+            self._load_weights(self._initial)
+        elif (position.diverged or self._settings.early_stopping is not None) and self._best_state is not None:
+            self._load_weights(self._best_state)
+        elif self._average is not None:
+            self._load_weights(self._average.tensors())
+        self._share_buffers()
+        model = self._model
+        for parameter in model.parameters():
+            parameter.grad = None
+        model.graph.to("cpu")
+        to_contiguous(model)
+        model.eval()
+        if self._fabric.world_size > 1:
+            model = model.clone()  # without the hooks of the distributed wrapper
+        return FitResult(model=model, history=position.history, stopped=position.stopped)
+
+    def _resume(self) -> bool:
+        state = self._slot.load()
+        if state is None:
+            return False
+        if state.get("signature") != self._signature:
+            self._progress.notice(f"{self._description}: a checkpoint of other settings is ignored")
+            return False
+        self._load_weights(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._fabric.strategy.precision.load_state_dict(state["precision"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        self._position = _Position(**state["position"])
+        self._loss_sum.fill_(self._position.loss_sum)
+        self._best_state = state["best"]
+        self._unsaved = False
+        if self._fabric.global_rank == 0:
+            torch.set_rng_state(state["random"])
+            if self._fabric.device.type == "cuda" and state["random_device"] is not None:
+                torch.cuda.set_rng_state(state["random_device"], self._fabric.device)
+        else:
+            torch.manual_seed(mix_seed(self._seed, self._fabric.global_rank, self._position.epoch, self._position.step))
+        return True
+
+    def _save_if_sound(self) -> None:
+        if math.isfinite(self._loss_sum.item()):
+            self._save()
+
+    def _save(self) -> None:
+        started = self._clock()
+        self._position.loss_sum = self._loss_sum.item()
+        if self._fabric.global_rank == 0:
+            on_gpu = self._fabric.device.type == "cuda"
+            self._slot.save(
+                {
+                    "signature": self._signature,
+                    "position": {**vars(self._position)},
+                    "model": dict(self._weights),
+                    "optimizer": self._raw_optimizer.state_dict(),
+                    "scheduler": self._scheduler.state_dict(),
+                    "precision": self._fabric.strategy.precision.state_dict(),
+                    "average": self._average.state_dict() if self._average is not None else None,
+                    "best": self._best_state,
+                    "random": torch.get_rng_state(),
+                    "random_device": torch.cuda.get_rng_state(self._fabric.device) if on_gpu else None,
+                }
+            )
+        self._unsaved = False
+        self._saved_at = self._clock()
+        self._save_seconds = self._saved_at - started if self._settings.checkpoint_every_seconds else 0.0
+
+    def _sign(self) -> str:
+        """Tell this training from others that might share its slot."""
+        shapes = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in self._weights.items()}
+        facts = [_STATE_VERSION, self._settings.model_dump(mode="json"), self._seed, self._steps, shapes]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @torch.no_grad()
+    def _load_weights(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in self._weights.items():
+            tensor.detach().copy_(state[name])
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the averaged weights in, for as long as the context is open."""
+        if self._average is None:
+            yield
+            return
+        live = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
+        self._load_weights(self._average.tensors())
+        try:
+            yield
+        finally:
+            self._load_weights(live)
+
+    def _share_buffers(self) -> None:
+        """Give every process the first one's buffers (batch-norm statistics), so that all decide alike."""
+        if self._fabric.world_size == 1:
+            return
+        for buffer in self._model.graph.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+    def _choose_batch_size(self) -> int:
+        size = self._settings.batch_size
+        fixed = fixed_batch(self._model)
+        if fixed is not None and fixed != size:
+            self._progress.notice(f"the model takes batches of {fixed} only: training uses that instead of {size}")
+            size = fixed
+        if size % self._fabric.world_size:
+            raise RecipeError(
+                f"must divide by the number of processes, {self._fabric.world_size}",
+                where="trainer.batch_size",
+                value=size,
+            )
+        return size
+
+    def _note(self) -> str:
+        position = self._position
+        parts = [f"epoch {min(position.epoch + 1, self._settings.epochs)}/{self._settings.epochs}"]
+        if position.step:
+            parts.append(f"loss {self._loss_sum.item() / position.step:.4g}")
+        elif position.history:
+            parts.append(f"loss {position.history[-1]['train_loss']:.4g}")
+        if position.best is not None:
+            parts.append(f"best {self._task.metric_name} {position.best:.4g}")
+        return ", ".join(parts)
+
+
+class _Network(nn.Module):
+    """A model as the module that lightning-fabric and DDP want."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.graph = model.graph
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graph(*args, **kwargs)
+
+
+def _fabric(settings: TrainerConfig) -> Fabric:
+    """Set the devices up: one, or those of the processes that torchrun started."""
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    world = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if world == 1 and isinstance(settings.devices, int) and settings.devices > 1:
+        raise RecipeError(
+            "several devices need as many processes",
+            where="trainer.devices",
+            value=settings.devices,
+            hint=f"start it by: torchrun --nproc-per-node={settings.devices} -m mil_cli compress RECIPE",
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world > 1 else 1
+    try:
+        fabric = Fabric(
+            accelerator=settings.accelerator,
+            devices=local,
+            num_nodes=world // local,
+            strategy="ddp" if world > 1 else "auto",
+            precision=settings.precision,
+        )
+        fabric.launch()
+    except (ValueError, RuntimeError, ImportError) as problem:
+        raise RecipeError(
+            f"the device cannot be used: {problem}",
+            where="trainer.accelerator",
+            value=settings.accelerator,
+            hint="set trainer.accelerator: cpu, or auto",
+        ) from problem
+    return fabric
+
+
+def _to_cpu(outputs: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), outputs)

@@ -1,0 +1,45 @@
+"""`mil list`: what is shipped, each with the first words of its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mil_cli.cli.list import Kind, describe, entries
+from mil_cli.cli.main import main
+from mil_cli.recipe.locations import configs_folder, recipes_folder
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_everything_has_a_description(kind: Kind) -> None:
+    found = entries(kind)
+    assert found
+    for name, description in found:
+        assert name
+        assert len(description) > 10, f"{name} has no comment that says what it is"
+
+
+def test_every_recipe_says_what_it_needs_how_long_it_takes_and_the_command() -> None:
+    for file in recipes_folder().rglob("*.yaml"):
+        head = file.read_text(encoding="utf-8").partition("\ndefaults:")[0]
+        for word in ("# Needs:", "# Takes:", "# Command: mil compress"):
+            assert word in head, f"{file} does not say {word}"
+
+
+def test_every_group_file_opens_with_a_comment() -> None:
+    for file in configs_folder().rglob("*.yaml"):
+        assert file.read_text(encoding="utf-8").startswith("#"), file
+
+
+def test_description_ends_at_the_first_full_stop(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("# @package _global_\n# Does one thing\n# in two lines. More words.\n#\n# Needs: nothing\na: 1\n")
+    assert describe(file) == "Does one thing in two lines"
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "models"]) == 0
+    assert "resnet20" in capsys.readouterr().out
+    assert main(["list"]) == 0
+    assert "recipes:" in capsys.readouterr().out

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mil_cli.device.profile import DeviceProfile, Int8Form
+from mil_cli.errors import ExportError
+from mil_cli.export.coverage import integer_coverage
+from mil_cli.export.onnx import export_onnx
+from mil_cli.export.parity import check_parity, without_quantizers
+from mil_cli.export.qdq import storage_bits
+from mil_cli.export.session import OnnxModel
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import set_attribute
+
+Build = Callable[[str], Any]
+KERNELS = {
+    "resnet": {"QLinearConv": 6, "QGemm": 1},
+    "mobilenet": {"QLinearConv": 7, "QGemm": 1},
+    "vit": {"QLinearConv": 1, "MatMulIntegerToFloat": 8, "QGemm": 1},
+    "encoder": {"MatMulIntegerToFloat": 6, "QGemm": 3},
+}
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_every_layer_runs_on_an_integer_kernel(name: str, case: Build, tmp_path: Path) -> None:
+    made = case(name)
+    model, notes = made.quantize()
+    exported = export_onnx(model, tmp_path / "model.onnx")
+    coverage = integer_coverage(exported.path)
+    assert coverage.integer == dict(sorted(KERNELS[name].items()))
+    assert coverage.integer_layers == notes["quantized_layers"]
+    assert coverage.float_layers == ()
+    if name in ("resnet", "mobilenet"):
+        assert coverage.other_integer == {"QLinearAdd": 2 if name == "resnet" else 1}
+    parity = check_parity(model, exported.path, [(made.inputs(count), {}) for count in (1, 7, 32)])
+    assert parity.quantized
+    assert parity.samples == 40
+    assert parity.noise_ratio is not None
+    assert parity.noise_ratio < 1.5
+    proto = onnx.load(exported.path)
+    assert {entry.domain for entry in proto.opset_import} == {""}
+    values = [*proto.graph.input, *proto.graph.output]
+    baseline = onnx.load(made.exported.path).graph
+    assert values == [*baseline.input, *baseline.output]
+
+
+def weight_bytes(path: Path) -> dict[str, int]:
+    """Bytes of all initializers by ONNX type."""
+    sizes: dict[str, int] = {}
+    for tensor in onnx.load(path).graph.initializer:
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        sizes[kind] = sizes.get(kind, 0) + len(tensor.raw_data)
+    return sizes
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, "INT8"), (4, "INT4"), (3, "INT4"), (2, "INT2")])
+def test_weights_are_packed(bits: int, kind: str, case: Build, tmp_path: Path) -> None:
+    made = case("mobilenet")
+    model, _ = made.quantize(weight_bits=bits, first_last_bits=bits)
+    exported = export_onnx(model, tmp_path / "model.onnx")
+    numbers = sum(parameter.numel() for parameter in made.module.parameters() if parameter.dim() > 1)
+    stored = {8: 8, 4: 4, 3: 4, 2: 2}[bits]
+    sizes = weight_bytes(exported.path)
+    assert numbers * stored / 8 <= sizes[kind] <= numbers * stored / 8 + 500  # beside 8-bit zero points
+    assert sizes["FLOAT"] < 3000  # scales and biases
+    assert integer_coverage(exported.path).integer == KERNELS["mobilenet"]
+    check_parity(model, exported.path, [(made.inputs(16), {})])
+    assert exported.opset == (25 if bits == 2 else 21)
+    assert bool(exported.notices) == (bits == 3)
+
+
+def test_packed_codes_are_those_of_the_graph(case: Build, tmp_path: Path) -> None:
+    made = case("vit")
+    model, _ = made.quantize(weight_bits=4)
+    path = export_onnx(model, tmp_path / "model.onnx").path
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    codes = constants["blocks.0.up.transposed.codes"].astype(np.float32)
+    scale = constants["blocks.0.up.transposed.scale"]
+    quantizers = model.graph.get_submodule("quantizers.blocks_0_up_weight")
+    weight = dict(model.named_parameters())["blocks.0.up.weight"]
+    expected = (weight / quantizers.scale[:, None]).round().clamp(-7, 7)
+    assert np.array_equal(codes.T, expected.detach().numpy())
+    assert np.array_equal(scale, quantizers.scale.numpy())
+
+
+def test_target_without_packed_types_gets_bytes(case: Build, tmp_path: Path) -> None:
+    model, _ = case("mobilenet").quantize(weight_bits=4)
+    device = DeviceProfile(name="old", int8=Int8Form(activations="uint8", reduce_range=False), weight_bits=(8,))
+    exported = export_onnx(model, tmp_path / "model.onnx", device=device)
+    assert "INT4" not in weight_bytes(exported.path)
+    check_parity(model, exported.path, [(case("mobilenet").inputs(16), {})])
+
+
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_signs_and_granularity(activations: str, per_channel: bool, case: Build, tmp_path: Path) -> None:
+    made = case("mobilenet")
+    model, _ = made.quantize({"activations": activations, "per_channel": per_channel, "reduce_range": True})
+    path = export_onnx(model, tmp_path / "model.onnx").path
+    proto = onnx.load(path)
+    codes = [onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer if tensor.data_type == 3]
+    assert max(int(np.abs(array.astype(int)).max()) for array in codes if array.ndim > 1) == 64
+    assert integer_coverage(path).integer == KERNELS["mobilenet"]
+    check_parity(model, path, [(made.inputs(16), {})])
+
+
+def test_narrow_activations_are_clipped_between_integer_kernels(case: Build, tmp_path: Path) -> None:
+    made = case("resnet")
+    model, _ = made.quantize(activation_bits=4, weight_bits=4)
+    path = export_onnx(model, tmp_path / "model.onnx").path
+    assert integer_coverage(path).integer == {"QGemm": 1, "QLinearConv": 6}
+    parity = check_parity(model, path, [(made.inputs(64), {})])
+    assert parity.noise_ratio is not None
+    assert parity.noise_ratio < 1
+
+
+class Recurrent(nn.Module):
+    """What has no integer kernel beside what has, a weight used twice, and a product with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(8, 16) * 0.2)
+        self.lstm = nn.LSTM(16, 8, batch_first=True)
+        self.shared = nn.Linear(8, 8)
+        self.up = nn.ConvTranspose1d(8, 4, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lstm((x @ self.mix).relu())[0]
+        return self.up((self.shared(y) + self.shared(y.tanh())).transpose(1, 2))
+
+
+def test_what_stays_float_is_said(tmp_path: Path, make_case: Callable[..., Any]) -> None:
+    made = make_case(Recurrent(), lambda count: (torch.randn(count, 5, 8),), tmp_path / "float.onnx")
+    model, notes = made.quantize()
+    assert set(notes["kept_float"]) == {"lstm.lstm", "up.conv_transpose1d"}
+    path = export_onnx(model, tmp_path / "model.onnx").path
+    assert integer_coverage(path).integer == {"MatMulIntegerToFloat": 3}
+    check_parity(model, path, [(made.inputs(3), {})])
+
+
+def test_large_bias_beside_tiny_weights_does_not_overflow(tmp_path: Path, make_case: Callable[..., Any]) -> None:
+    """Integer kernels hold biases as int32 in steps of both scales: unguarded, this one would saturate."""
+    module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4))
+    with torch.no_grad():
+        module[0].weight[3] *= 1e-12
+        module[0].bias[3] = 2.0
+        module[3].weight[1] *= 1e-12
+        module[3].bias[1] = -5.0
+        module[0].weight[4] = 0.0
+        module[0].bias[4] = 1.0
+    made = make_case(module.eval(), lambda count: (torch.randn(count, 1, 3, 3),), tmp_path / "float.onnx")
+    model, _ = made.quantize()
+    path = export_onnx(model, tmp_path / "model.onnx").path
+    assert integer_coverage(path).integer_layers == 2
+    args = made.inputs(32)
+    found = OnnxModel(path, model.spec)(*args)
+    with torch.no_grad():
+        torch.testing.assert_close(found, module(*args), atol=0.05, rtol=0)
+    check_parity(model, path, [(args, {})])
+
+
+def test_parity_finds_wrong_codes(case: Build, tmp_path: Path) -> None:
+    """As a kernel that saturates would: the file's products come out clipped."""
+    made = case("resnet")
+    model, _ = made.quantize()
+    path = export_onnx(model, tmp_path / "model.onnx").path
+    proto = onnx.load(path)
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1:
+            codes = onnx.numpy_helper.to_array(tensor)
+            tensor.raw_data = codes.clip(-100, 100).tobytes()
+    onnx.save(proto, path)
+    with pytest.raises(ExportError, match="rounding noise"):
+        check_parity(model, path, [(made.inputs(32), {})])
+
+
+def test_without_quantizers_is_the_float_model(case: Build) -> None:
+    made = case("resnet")
+    model, _ = made.quantize()
+    plain = without_quantizers(model)
+    assert plain is not None
+    assert without_quantizers(plain) is None
+    args = made.inputs(4)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(*args), made.module(*args), atol=1e-5, rtol=1e-4)
+
+
+def test_quantizers_that_onnx_cannot_hold_are_refused(case: Build, tmp_path: Path) -> None:
+    made = case("mobilenet")
+    model, _ = made.quantize()
+    broken = model.clone()
+    set_attribute(broken.graph, "quantizers.x.scale", torch.tensor(0.0))
+    with pytest.raises(ExportError, match="not positive"):
+        export_onnx(broken, tmp_path / "model.onnx")
+    broken = model.clone()
+    with torch.no_grad():
+        dict(broken.named_parameters())["head.weight"][0, 0] = float("nan")
+    with pytest.raises(ExportError, match="NaN"):
+        export_onnx(broken, tmp_path / "model.onnx")
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_storage_bits() -> None:
+    assert [storage_bits(low, high) for low, high in ((-127, 127), (-8, 7), (-3, 3), (-2, 1), (-1, 1))] == [
+        8,
+        4,
+        4,
+        2,
+        2,
+    ]
+    assert storage_bits(-1, 1, (4, 8)) == 4
+    assert storage_bits(-1, 1, ()) == 8
+    with pytest.raises(ExportError, match="8 bits"):
+        storage_bits(-200, 200)
+
+
+def test_quantized_model_survives_its_archive(case: Build, tmp_path: Path) -> None:
+    made = case("mobilenet")
+    model, _ = made.quantize()
+    model.save(tmp_path / "model.pt2")
+    loaded = Model.load(tmp_path / "model.pt2")
+    args = made.inputs(5)
+    with torch.no_grad():
+        assert torch.equal(loaded(*args), model(*args))
+    first = export_onnx(model, tmp_path / "first.onnx").path
+    second = export_onnx(loaded, tmp_path / "second.onnx").path
+    assert first.read_bytes() == second.read_bytes()

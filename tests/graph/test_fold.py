@@ -1,0 +1,114 @@
+"""Batch-norm folding leaves the outputs as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mil_cli.graph.fold import fold_batch_norm
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import calls, op_name
+
+CASES = {
+    "conv1d": (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (4, 9)),
+    "conv2d": (nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), (4, 9, 9)),
+    "conv2d-grouped": (nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8), (4, 9, 9)),
+    "conv3d": (nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6), (4, 5, 5, 5)),
+    "conv2d-plain-norm": (nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False), (4, 9, 9)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6), (4, 9, 9)),
+    "transposed-grouped": (nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6), (4, 9, 9)),
+    "linear": (nn.Linear(4, 6), nn.BatchNorm1d(6), (4,)),
+}
+
+
+def randomise(model: Model) -> None:
+    """Give norms statistics that a trained model could have, scales of both signs."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if "running_var" in name:
+                value.copy_(torch.rand(value.shape, generator=generator) * 4 + 0.01)
+            elif value.is_floating_point():
+                value.copy_(torch.randn(value.shape, generator=generator))
+
+
+def norms(model: Model) -> int:
+    return sum(op_name(node) == "batch_norm" for node in calls(model.graph))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_stay(name: str) -> None:
+    layer, norm, shape = CASES[name]
+    model = Model.capture(nn.Sequential(layer, norm, nn.ReLU()), (torch.randn(4, *shape),))
+    randomise(model)
+    before = model.fingerprint()
+    folded = fold_batch_norm(model)
+    assert model.fingerprint() == before
+    assert norms(folded) == 0
+    assert set(folded.state_dict()) == {"0.weight", "0.bias"}
+    x = torch.randn(7, *shape)
+    expected, actual = model(x), folded(x)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert all(parameter.requires_grad for parameter in folded.parameters())
+
+
+def test_a_folded_model_is_saved_and_loaded(tmp_path) -> None:
+    model = Model.capture(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)), (torch.randn(4, 3, 8, 8),))
+    randomise(model)
+    folded = fold_batch_norm(model)
+    folded.save(tmp_path / "f.pt2")
+    loaded = Model.load(tmp_path / "f.pt2")
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(loaded(x), folded(x))
+    assert loaded.fingerprint() == folded.fingerprint()
+
+
+class Shared(nn.Module):
+    """Weights used twice, an activation between, an output read twice, a norm over the wrong axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(4, 4, 3, padding=1)
+        self.tied = nn.Conv2d(4, 4, 3, padding=1)
+        self.tied_too = nn.Conv2d(4, 4, 3, padding=1)
+        self.tied_too.weight = self.tied.weight
+        self.twice = nn.Conv2d(4, 4, 3, padding=1)
+        self.linear = nn.Linear(8, 6)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(5))
+        self.over_length = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[1](self.shared(self.norms[0](self.shared(x))))
+        x = self.norms[3](self.tied_too(self.norms[2](self.tied(x))))
+        y = self.twice(x)
+        x = self.norms[4](y) + y
+        return self.over_length(self.linear(x[:, :, 0]))
+
+
+def test_what_is_shared_is_left_alone() -> None:
+    model = Model.capture(Shared(), (torch.randn(3, 4, 8, 8),))
+    randomise(model)
+    folded = fold_batch_norm(model)
+    assert norms(folded) == norms(model)
+    x = torch.randn(5, 4, 8, 8)
+    assert torch.equal(folded(x), model(x))
+
+
+def test_a_shared_norm_is_folded_into_each_layer() -> None:
+    class OneNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.b(self.norm(self.a(x))))
+
+    model = Model.capture(OneNorm(), (torch.randn(3, 4, 8, 8),))
+    randomise(model)
+    folded = fold_batch_norm(model)
+    assert norms(folded) == 0
+    assert not any(name.startswith("norm") for name in folded.state_dict())
+    x = torch.randn(5, 4, 8, 8)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,110 @@
+"""From a file to a typed recipe: what each part becomes, and what the schema guarantees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from mil_cli.errors import RecipeErrors
+from mil_cli.recipe.load import build_recipe, load_recipe
+from mil_cli.recipe.locations import configs_folder, recipes_folder
+from mil_cli.stages.registry import METHODS, config_type
+
+Write = Callable[..., Path]
+
+
+def test_every_part_is_typed(write: Write) -> None:
+    path = write()
+    recipe = load_recipe(path)
+    assert recipe.name == "recipe"
+    assert recipe.root == path.parent
+    assert recipe.model.target == "mil_cli.models.convnet.convnet"
+    assert recipe.chain == ("prune", "recover", "quantize")
+    assert [recipe.stages[name].family for name in recipe.chain] == ["prune", "distill", "quantize"]
+    assert recipe.baseline is not None
+    assert recipe.baseline.method == "supervised"
+    assert recipe.goals.asked() == {
+        "quality": {"max_drop": 0.01},
+        "size": {"max": 100_000.0},
+        "latency": {"max_ratio": 0.5},
+    }
+    assert recipe.measure.rounds == 60
+
+
+def test_overrides_reach_the_typed_parts(write: Write) -> None:
+    overrides = ["seed=7", "stages.prune.macs=6M", "trainer.epochs=3", "baseline=null", "goals.params.max_ratio=0.5"]
+    recipe = load_recipe(write(), [*overrides, "name=other", "stages.recover.trainer.epochs=2"])
+    assert (recipe.seed, recipe.trainer.epochs, recipe.baseline, recipe.name) == (7, 3, None, "other")
+    assert recipe.stages["prune"].model_dump()["macs"] == "6M"
+    assert recipe.stages["recover"].model_dump()["trainer"] == {"epochs": 2}
+    assert recipe.goals.params is not None
+
+
+def test_a_recipe_cannot_be_changed(write: Write) -> None:
+    recipe = load_recipe(write())
+    with pytest.raises(ValidationError):
+        recipe.seed = 3  # type: ignore[misc]
+
+
+def test_resolved_is_plain_and_gives_the_same_recipe_again(write: Write, tmp_path: Path) -> None:
+    recipe = load_recipe(write(), ["stages.prune.macs=0.25"])
+    text = yaml.safe_dump(recipe.resolved)
+    again = tmp_path / "again.yaml"
+    again.write_text(text)
+    loaded = load_recipe(again)
+    assert loaded.stages == recipe.stages
+    assert loaded.goals == recipe.goals
+    assert loaded.trainer == recipe.trainer
+
+
+def test_a_stage_outside_the_chain_is_kept_for_fine_tuning(write: Write) -> None:
+    recipe = load_recipe(write(), ["chain=[prune,quantize]", "stages.prune.recover=recover"])
+    assert set(recipe.stages) == {"prune", "recover", "quantize"}
+
+
+def test_problems_of_independent_parts_come_together(write: Write) -> None:
+    path = write(("prune: {macs: 0.5}", "prune: {macs: 5.0, stepss: 2}"), ("chain: [prune,", "chain: [prun,"))
+    with pytest.raises(RecipeErrors) as caught:
+        load_recipe(path, ["seed=-1", "device.threads=0", "trainer.epochs=x", "+foo=1"])
+    assert {problem.where for problem in caught.value.problems} == {
+        "foo",
+        "seed",
+        "trainer.epochs",
+        "device.threads",
+        "stages.prune.macs",
+        "stages.prune.stepss",
+        "chain[0]",
+    }
+    assert all(problem.hint for problem in caught.value.problems)
+
+
+def test_content_that_is_built_in_memory(write: Write) -> None:
+    path = write()
+    recipe = load_recipe(path)
+    assert build_recipe(recipe.resolved, path=path).stages == recipe.stages
+
+
+@pytest.mark.parametrize("file", sorted(recipes_folder().rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.goals.asked()
+
+
+@pytest.mark.parametrize(("family", "method"), sorted(METHODS))
+def test_every_method_has_a_file_that_shows_every_field_with_its_default(family: str, method: str) -> None:
+    content = yaml.safe_load((configs_folder() / "stage" / family / f"{method}.yaml").read_text())
+    assert (content.pop("family"), content.pop("method")) == (family, method)
+    fields = config_type(family, method).model_fields
+    assert set(content) == set(fields)
+    for name, value in content.items():
+        default = fields[name].get_default(call_default_factory=True)
+        assert value == (list(default) if isinstance(default, tuple) else default), name
+
+
+def test_every_stage_file_belongs_to_a_method() -> None:
+    for file in (configs_folder() / "stage").glob("*/*.yaml"):
+        assert (file.parent.name, file.stem) in METHODS

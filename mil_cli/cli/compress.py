@@ -43,10 +43,12 @@ def compress(
         render_plan(plan_recipe(loaded, progress=progress), console.results())
         return 0
 
+    from mil_cli.report.html import write_html
     from mil_cli.report.terminal import render
     from mil_cli.run.runner import run_recipe
 
     result = run_recipe(loaded, out=out, fresh=fresh, progress=progress)
+    write_html(result.report, result.directory / "report.html")
     render(result.report, console.results(), directory=_from_here(result.directory))
     return 0 if result.goals_met else 3
 

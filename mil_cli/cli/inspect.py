@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mil_cli.graph.coupling import Coupling
     from mil_cli.graph.model import Model
 
@@ -41,7 +43,7 @@ def inspect(
         stdout.print(f"note: {notice}", markup=False)
 
 
-def _show_onnx(path: Path, stdout: Any) -> None:
+def _show_onnx(path: Path, stdout: Console) -> None:
     from collections import Counter
 
     import onnx
@@ -59,7 +61,7 @@ def _show_onnx(path: Path, stdout: Any) -> None:
     stdout.print(f"{path.stat().st_size} bytes", markup=False)
 
 
-def _show_signature(graph: Model, stdout: Any) -> None:
+def _show_signature(graph: Model, stdout: Console) -> None:
     for kind, specs in (("input", graph.spec.inputs), ("output", graph.spec.outputs)):
         for spec in specs:
             shape = [spec.dynamic.get(axis, size) for axis, size in enumerate(spec.shape)]
@@ -83,31 +85,30 @@ def _cuttable(coupling: Coupling) -> dict[str, tuple[int, int]]:
     return {name: (int(rows.sum()), len(rows)) for name, rows in free.items()}
 
 
-def _show_layers(graph: Model, cuttable: dict[str, tuple[int, int]], everything: bool, stdout: Any) -> None:
-    from rich.table import Table
+def _show_layers(graph: Model, cuttable: dict[str, tuple[int, int]], everything: bool, stdout: Console) -> None:
+    from rich.markup import escape
 
     from mil_cli.graph.count import count_layers
+    from mil_cli.report.terminal import new_table, show
 
-    table = Table("module", "op", "output", "macs", "parameters", "prunable", "int8")
-    for column in table.columns[3:5]:
-        column.justify = "right"
+    table = new_table("Layers", "module", "op", "output", "macs", "parameters", "prunable", "int8", numbers_from=3)
     for layer in count_layers(graph):
         if not everything and not layer.macs and not layer.params:
             continue
         rows = cuttable.get(f"{layer.module}.weight" if layer.module else "weight")
         table.add_row(
-            layer.module or layer.node,
-            layer.op,
+            escape(layer.module or layer.node),
+            escape(layer.op),
             "x".join(str(size) for size in layer.shape),
             f"{layer.macs:,}" if layer.macs else "",
             f"{layer.params:,}" if layer.params else "",
             f"{rows[0]} of {rows[1]}" if rows is not None and layer.params else "",
             "yes" if layer.op in QUANTIZABLE and layer.macs else "",
         )
-    stdout.print(table)
+    show(stdout, table)
 
 
-def _show_limits(coupling: Coupling, stdout: Any) -> None:
+def _show_limits(coupling: Coupling, stdout: Console) -> None:
     if not coupling.frozen:
         return
     stdout.print("cannot be pruned:")

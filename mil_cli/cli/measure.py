@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mil_cli.cli.subjects import Subject
     from mil_cli.device.profile import DeviceProfile
 
@@ -85,24 +87,27 @@ def _figures(subjects: list[Subject], profile: DeviceProfile, rounds: int) -> li
     ]
 
 
-def _show(figures: list[dict[str, Any]], stdout: Any) -> None:
-    from rich.table import Table
+def _show(figures: list[dict[str, Any]], stdout: Console) -> None:
+    from rich.markup import escape
 
-    table = Table("model", "p50 ms", "p90 ms", "p99 ms", "ratio", "95 % interval", "verdict", "size", "memory", "macs")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    from mil_cli.report import text
+    from mil_cli.report.terminal import new_table, show
+
+    table = new_table(
+        "Models", "model", "p50", "p90", "p99", "ratio", "95 % interval", "verdict", "size", "memory", "macs"
+    )
     for row in figures:
         measured = row["measurement"]
         latency = measured["latency_ms"]
         low, high = latency["ratio_ci95"]
         table.add_row(
-            row["name"],
-            *(f"{latency[name]:.3f}" for name in ("p50", "p90", "p99")),
+            escape(row["name"]),
+            *(text.milliseconds(latency[name]) for name in ("p50", "p90", "p99")),
             f"{latency['ratio_to_baseline']:.3f}",
             f"{low:.3f} to {high:.3f}",
-            str(row["verdict"]),
-            f"{measured['size_bytes'] / 1e3:.1f} kB",
-            "-" if measured["peak_memory_bytes"] is None else f"{measured['peak_memory_bytes'] / 1e6:.1f} MB",
-            "-" if measured["macs"] is None else f"{measured['macs'] / 1e6:.2f} M",
+            escape(str(row["verdict"])),
+            text.size(measured["size_bytes"]),
+            text.size(measured["peak_memory_bytes"]),
+            text.count(measured["macs"]),
         )
-    stdout.print(table)
+    show(stdout, table)

@@ -112,6 +112,7 @@ class Point:
         from mil_cli.files import write_json
         from mil_cli.recipe.compose import plain, shown
         from mil_cli.recipe.load import build_recipe
+        from mil_cli.report.html import write_html
         from mil_cli.report.sweep import POINT_FILE
 
         job = HydraConfig.get()
@@ -125,7 +126,9 @@ class Point:
             from mil_cli.run.runner import run_recipe
 
             recipe = build_recipe(plain(config, path=self.path), path=self.path)
-            code = 0 if run_recipe(recipe, out=directory, fresh=self.fresh, progress=progress).goals_met else 3
+            result = run_recipe(recipe, out=directory, fresh=self.fresh, progress=progress)
+            write_html(result.report, result.directory / "report.html")
+            code = 0 if result.goals_met else 3
         except MilError as error:
             code, message = error.exit_code, str(error)
         except Exception as error:

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from mil_cli.data.base import Batch, batch_indices, epoch_order, mix_seed
 from mil_cli.data.collate import as_batch, stack_collate
 from mil_cli.data.tensors import check_finite
 from mil_cli.errors import DataError, MilError
-from mil_cli.models.user_code import source_line
+from mil_cli.models.user_code import source_line, source_sha256
 
 _PLAIN_EPOCH = -1
 
@@ -108,7 +108,8 @@ class DatasetSplit:
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{type(self._dataset).__qualname__} {self._length}".encode())
+        made_of = (type(self._dataset).__qualname__, self._length, _describe_collate(self._collate))
+        digest = hashlib.sha256(repr(made_of).encode())
         for dataset in [self._dataset] if self._plain is self._dataset else [self._dataset, self._plain]:
             own = getattr(dataset, "fingerprint", None)
             if callable(own):
@@ -195,6 +196,12 @@ class _Seeded(Dataset[Any]):
                 where=self._where,
                 hint=f"raised at {line}" if line else None,
             ) from problem
+
+
+def _describe_collate(collate: Callable[[Sequence[Any]], Any]) -> str:
+    if isinstance(collate, partial):
+        return f"{_describe_collate(collate.func)} {collate.args!r} {sorted(collate.keywords.items())!r}"
+    return f"{getattr(collate, '__qualname__', type(collate).__qualname__)} {source_sha256(collate)}"
 
 
 def _length(dataset: Dataset[Any], where: str) -> int:

@@ -230,7 +230,12 @@ def _as_device_error(error: ValidationError) -> DeviceError:
         elif finding["type"] == "missing":
             problems.append(DeviceError("a value is needed here", where=key, hint=f"set {key}"))
         else:
-            what = finding["msg"].replace("Input should", "must").replace("String should", "must")
+            what = (
+                finding["msg"]
+                .removeprefix("Value error, ")
+                .replace("Input should", "must")
+                .replace("String should", "must")
+            )
             problems.append(DeviceError(what, where=key, value=finding["input"], hint=f"change {key}"))
     if len(problems) == 1:
         return problems[0]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PROFILE_VERSION: Final = 1
 """The version of the profile's fields; a profile of another version is refused."""
@@ -61,6 +61,12 @@ class PreferredMultiple(_Part):
     int8: int = Field(16, ge=1, le=1024)
 
 
+def _rising(widths: tuple[int, ...]) -> tuple[int, ...]:
+    if not widths:
+        raise ValueError("a device has at least one width of weights")
+    return tuple(sorted(set(widths)))
+
+
 class DeviceProfile(_Part):
     """A target device.
 
@@ -88,7 +94,7 @@ class DeviceProfile(_Part):
     threads: int = Field(1, ge=1, le=1024)
     requires: Requirements = Field(default_factory=Requirements)
     int8: Int8Form
-    weight_bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field((2, 4, 8), min_length=1)
+    weight_bits: Annotated[tuple[Annotated[int, Field(ge=1, le=8)], ...], AfterValidator(_rising)] = (2, 4, 8)
     preferred_multiple: PreferredMultiple = Field(default_factory=lambda: PreferredMultiple(float=8, int8=16))
     price_per_hour: float | None = Field(None, gt=0, allow_inf_nan=False)
     watts: float | None = Field(None, gt=0, allow_inf_nan=False)

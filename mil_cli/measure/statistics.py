@@ -25,15 +25,26 @@ def percentiles(milliseconds: Array) -> tuple[float, float, float]:
 
 
 def paired_ratio(times: Array, baseline: Array) -> float:
-    """Return how long a model takes relative to the baseline: timings of the same round are paired.
+    """Return how long a model takes relative to the baseline: timings of neighbouring rounds are paired.
 
-    The median over the rounds of each pair of sessions, then the geometric mean over the sessions.
+    The median over the pairs of each session, then the geometric mean over the sessions.
 
     Args:
         times: One time for each session and round, shape (sessions, rounds).
         baseline: The baseline's, same shape.
     """
-    return float(np.exp(np.median(np.log(times / baseline), axis=1).mean()))
+    return float(np.exp(np.median(_log_ratios(times, baseline), axis=1).mean()))
+
+
+def _log_ratios(times: Array, baseline: Array) -> Array:
+    """Return the logarithm of the ratio in each two rounds, shape (sessions, rounds // 2).
+
+    The order of the models is reversed from round to round, so a round and the next together favour neither.
+    """
+    logs = np.log(times / baseline)
+    even = logs.shape[1] // 2 * 2
+    paired: Array = logs[:, :even].reshape(logs.shape[0], -1, 2).mean(axis=2)
+    return paired
 
 
 def ratio_interval(
@@ -52,7 +63,7 @@ def ratio_interval(
         generator: Draws the resamples.
         resamples: How many are drawn.
     """
-    logs = np.log(times / baseline)
+    logs = _log_ratios(times, baseline)
     sessions, rounds = logs.shape
     chunk = max(1, _CHUNK // logs.size)
     draws = []

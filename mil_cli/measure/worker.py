@@ -95,11 +95,11 @@ class Runner:
         except Exception as error:
             raise FileFailure(file, error) from error
 
-    def time(self) -> float:
-        """Run once and return the seconds that it took."""
-        started = time.perf_counter()
+    def time(self) -> tuple[float, float]:
+        """Run once and return the seconds that passed and the seconds of processor time of this thread."""
+        started, worked = time.perf_counter(), time.thread_time()
         self._session.run(self._outputs, self._feeds)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.thread_time() - worked
 
     def warm_up(self) -> float:
         """Run until it gets no faster, and return the seconds of one run then."""
@@ -115,11 +115,11 @@ class Runner:
         """Return the median seconds of a few runs; fewer if they are long."""
         times: list[float] = []
         while len(times) < _WARM_UP_LEAST or (len(times) < _WARM_UP_WINDOW and sum(times) < _WARM_UP_SECONDS / 2):
-            times.append(self.time())
+            times.append(self.time()[0])
         return statistics.median(times)
 
 
-def latency(job: Job, emit: Emit) -> list[list[list[list[float]]]]:
+def latency(job: Job, emit: Emit) -> list[list[list[list[tuple[float, float]]]]]:
     """Time all files interleaved.
 
     The sessions are rebuilt `job["sessions"]` times; each time, after warm-up, every round gives each model one turn,
@@ -127,16 +127,16 @@ def latency(job: Job, emit: Emit) -> list[list[list[list[float]]]]:
     what the model before has left in the caches weighs little; it is as many for each model.
 
     Returns:
-        Seconds of every inference: [session][file][round][inference of the turn].
+        Seconds of every inference: [session][file][round][inference of the turn][passed, of processor time].
     """
     feeds = read_feeds(job)
     files: Sequence[str] = job["files"]
-    result: list[list[list[list[float]]]] = []
+    result: list[list[list[list[tuple[float, float]]]]] = []
     for _ in range(job["sessions"]):
         runners = [Runner(job, file, feeds) for file in files]
         fastest = min(runner.warm_up() for runner in runners)
         turn = min(max(1, math.ceil(TURN_SECONDS / fastest)), LONGEST_TURN)
-        times: list[list[list[float]]] = [[] for _ in files]
+        times: list[list[list[tuple[float, float]]]] = [[] for _ in files]
         order = list(range(len(files)))
         gc.collect()
         gc.disable()

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,8 +56,12 @@ def user_modules(root: Path) -> dict[str, Path]:
     """
     root = root.resolve()
     package = Path(__file__).resolve().parent.parent
+    inside = f"{root}{os.sep}"
     found: dict[str, Path] = {}
     for name, module in list(sys.modules.items()):
+        # By text first: there are thousands of modules, and resolving a path asks the file system.
+        if not str(getattr(module, "__file__", None)).startswith(inside):
+            continue
         path = _source_file(module)
         if path is None or not path.is_relative_to(root) or path.is_relative_to(package):
             continue
@@ -286,9 +291,10 @@ def _import_longest(
 
 
 def _forget_foreign(root: Path) -> None:
-    for name in {name.partition(".")[0] for name in sys.modules}:
-        if not ((root / f"{name}.py").is_file() or (root / name / "__init__.py").is_file()):
-            continue
+    if not root.is_dir():
+        return
+    own = {entry.stem for entry in root.glob("*.py")} | {entry.parent.name for entry in root.glob("*/__init__.py")}
+    for name in own & sys.modules.keys():
         top = sys.modules.get(name)
         path = _source_file(top) if top is not None else None
         protected = name in sys.stdlib_module_names or name in ("mil_cli", "__main__")

@@ -233,7 +233,7 @@ def labels(sweep: Sweep) -> dict[str, str]:
 def print_sweep(sweep: Sweep, console: Console) -> None:
     """Print the table of a sweep."""
     rows = sweep_rows(sweep)
-    table = new_table(f"{sweep.name}: {len(rows)} points", *map(escape, _columns(sweep)), numbers_from=3)
+    table = new_table(f"{escape(sweep.name)}: {len(rows)} points", *map(escape, _columns(sweep)), numbers_from=3)
     for row in rows:
         if row.problem:
             table.add_row("", escape(row.name), escape(row.label), "[bold red]did not end[/bold red]")

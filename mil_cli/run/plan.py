@@ -17,6 +17,7 @@ from mil_cli.data.base import Batch, Data, Split
 from mil_cli.events import Progress, SilentProgress
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.parity import check_parity
+from mil_cli.models.user_code import importable
 from mil_cli.run.cache import Cache
 from mil_cli.run.execute import StageResult
 from mil_cli.run.goals import check_measurable
@@ -119,6 +120,11 @@ def plan_recipe(recipe: Recipe, *, progress: Progress, clock: Callable[[], float
     Raises:
         MilError: What would have stopped the run.
     """
+    with importable(recipe.root):
+        return _plan(recipe, progress, clock)
+
+
+def _plan(recipe: Recipe, progress: Progress, clock: Callable[[], float]) -> Plan:
     surroundings = build_surroundings(recipe)
     check_measurable(recipe.goals, surroundings.device, higher_is_better=surroundings.task.higher_is_better)
     full = surroundings.data

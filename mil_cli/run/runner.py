@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mil_cli.errors import MilError
 from mil_cli.events import Progress
 from mil_cli.files import write_json
+from mil_cli.models.user_code import importable
 from mil_cli.run.cache import ENTRY, Cache, default_location
 from mil_cli.run.directory import REPORT, RunDirectory
 from mil_cli.run.environment import describe
@@ -140,7 +141,8 @@ def run_recipe(
     try:
         write_json(directory.path / "environment.json", describe())
         cache = Cache(cache_location or default_location(), log)
-        report = _run(recipe, directory, cache=cache, fresh=fresh, progress=log)
+        with importable(recipe.root):
+            report = _run(recipe, directory, cache=cache, fresh=fresh, progress=log)
         directory.point_latest()
     except MilError as error:
         log.write(str(error))
@@ -159,9 +161,7 @@ def _run(recipe: Recipe, directory: RunDirectory, *, cache: Cache, fresh: bool, 
 
     def keep(position: int, result: StageResult) -> None:
         folder = f"stages/{position:02d}-{result.name}"
-        for file in sorted(result.folder.iterdir()):
-            if file.name != ENTRY:
-                directory.take(file, f"{folder}/{file.name}")
+        _take_all(directory, result.folder, folder)
         write_json(directory.path / folder / "stage.json", _stage_entry(result, None))
 
     chain = run_chain(recipe, surroundings, cache=cache, fresh=fresh, progress=progress, on_result=keep)
@@ -174,14 +174,26 @@ def _run(recipe: Recipe, directory: RunDirectory, *, cache: Cache, fresh: bool, 
     final = prover.prove("final", chain.final, judged=True)
     directory.take(baseline.path, "baseline.onnx")
     directory.take(final.path, "model.onnx")
-    chain.final.load().save(directory.path / "model.pt2")
+    _keep_final(directory, chain)
     figures = prover.measure([baseline, *between, final], recipe.measure)
     report = _report(recipe, chain, baseline, final, figures)
     write_json(directory.path / REPORT, report)
-    from mil_cli.report.html import write_html
-
-    write_html(report, directory.path / "report.html")
     return report
+
+
+def _take_all(directory: RunDirectory, source: Path, folder: str) -> None:
+    for file in sorted(source.iterdir()):
+        if file.name != ENTRY:
+            directory.take(file, f"{folder}/{file.name}")
+
+
+def _keep_final(directory: RunDirectory, chain: Chain) -> None:
+    """Put the last model and its sidecar files into the run's folder."""
+    last = chain.results[-1] if chain.results else chain.preparation
+    if last is None:
+        chain.final.load().save(directory.path / "model.pt2")
+    else:
+        _take_all(directory, last.folder, ".")
 
 
 def _report(

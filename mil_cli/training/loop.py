@@ -167,6 +167,9 @@ class _Loop:
         )
         self._raw_optimizer: Optimizer = optimizer
         self._network, self._optimizer = fabric.setup(_Network(self._model), optimizer)
+        # On one device in full precision Fabric's wrappers do nothing but cost time, which small models feel.
+        self._plain = fabric.world_size == 1 and settings.precision == "32-true"
+        self._forward: Callable[..., Any] = self._model.graph if self._plain else self._network
         self._weights = self._model.state_dict()
         self._average = MovingAverage(self._weights, settings.ema) if settings.ema is not None else None
         self._position = _Position()
@@ -227,15 +230,19 @@ class _Loop:
 
     def _step(self, batch: Batch) -> None:
         args, kwargs = self._task.inputs(batch)
-        loss = self._objective(self._network(*args, **kwargs), batch)
-        self._fabric.backward(loss)
+        loss = self._objective(self._forward(*args, **kwargs), batch)
+        optimizer = self._raw_optimizer if self._plain else self._optimizer
+        if self._plain:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._fabric.backward(loss)
         if self._before_step is not None:
             self._fabric.strategy.precision.unscale_gradients(self._raw_optimizer)
             self._before_step(self._model)
         if self._settings.gradient_clip is not None:
             self._fabric.clip_gradients(self._network, self._optimizer, max_norm=self._settings.gradient_clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         if self._interval == "step":
             self._scheduler.step()
         if self._average is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mil_cli.data.base import Split
+from mil_cli.data.collate import pad_collate
 from mil_cli.data.datasets import DatasetSplit
 from mil_cli.errors import DataError
 
@@ -83,6 +85,12 @@ def test_the_fingerprint_follows_the_content() -> None:
     assert DatasetSplit(Noisy()).fingerprint() == DatasetSplit(Noisy()).fingerprint()
     assert DatasetSplit(Noisy()).fingerprint() != DatasetSplit(Changed()).fingerprint()
     assert DatasetSplit(Noisy()).fingerprint() != DatasetSplit(Noisy(10)).fingerprint()
+    padded = [
+        DatasetSplit(Noisy(), collate_fn=partial(pad_collate, multiple=multiple)).fingerprint()
+        for multiple in (1, 1, 2)
+    ]
+    assert padded[0] == padded[1]
+    assert len({*padded, DatasetSplit(Noisy()).fingerprint()}) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])

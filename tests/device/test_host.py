@@ -94,6 +94,7 @@ def test_lacking_packages_providers_and_remotes_are_named(hosts: dict[str, Host]
         ({"price_per_hour": float("inf")}, "device.price_per_hour", "finite"),
         ({"preferred_multiple": {"float": 0}}, "device.preferred_multiple.float", "greater than or equal to 1"),
         ({"weight_bits": [9]}, "device.weight_bits.0", "less than or equal to 8"),
+        ({"weight_bits": []}, "device.weight_bits", "at least one width"),
         ({"version": 2}, "device.version", "must be 1"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mil_cli.errors import ExportError, OutputError
+from mil_cli.export.coverage import integer_coverage
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.parity import check_parity
 from mil_cli.export.session import OnnxModel, feeds_of
@@ -157,3 +158,23 @@ def test_parity_finds_a_file_of_other_weights(case: Build) -> None:
     assert loose.differing_fraction == pytest.approx(0.1)
     with pytest.raises(ExportError, match="at least one batch"):
         check_parity(model, path, [])
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+def test_operator_without_translation_is_named(tmp_path: Path) -> None:
+    model = Model.capture(Unknown().eval(), (torch.rand(2, 3),))
+    with pytest.raises(ExportError, match=r"cannot be written as ONNX: .*bessel_j0"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.glob("*.onnx"))
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_float_file_has_no_integer_kernel(case: Build) -> None:
+    coverage = integer_coverage(case("mobilenet").exported.path)
+    assert coverage.integer_layers == 0
+    assert len(coverage.float_layers) == 8
+    assert coverage.conversions == 0

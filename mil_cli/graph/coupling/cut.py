@@ -48,6 +48,7 @@ def cut_graph(
     values: dict[str, Any] = {}
     for old, new in pairs:
         _rewrite(old, new, module, coupling, masks, values)
+        _refresh_shapes(old, new, coupling, masks)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -103,6 +104,29 @@ def _rewrite(
         module.graph.erase_node(new)
     elif name in REWRITES:
         REWRITES[name](Edit(old=old, new=new, module=module, recording=recording, masks=masks, values=values))
+
+
+def _refresh_shapes(old: Node, new: Node, coupling: Coupling, masks: Masks) -> None:
+    """Give the shapes that the capture noted beside a node (``meta["val"]``) their new sizes."""
+    noted = new.meta.get("val")
+    recording = coupling.recording
+    if isinstance(noted, torch.Tensor):
+        new.meta["val"] = _resized(noted, masks.get(recording.key(old), {}))
+    elif isinstance(noted, tuple | list):
+        new.meta["val"] = type(noted)(
+            _resized(part, masks.get(f"{old.name}#{number}", {})) if isinstance(part, torch.Tensor) else part
+            for number, part in enumerate(noted)
+        )
+
+
+def _resized(noted: torch.Tensor, masks: dict[int, Any]) -> torch.Tensor:
+    if not masks:
+        return noted
+    shape: list[Any] = list(noted.shape)
+    for axis, mask in masks.items():
+        kept = int(mask.sum())
+        shape[axis] = kept if isinstance(shape[axis], int) else shape[axis] * kept // len(mask)
+    return noted.new_empty(shape)
 
 
 def _recomputed(node: Node, before: dict[str, Any], after: dict[str, Any]) -> Any:

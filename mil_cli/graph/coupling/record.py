@@ -2,7 +2,8 @@
 
 Coupling needs no symbolic reasoning once these are known: a view, a slice or a gather is plain index arithmetic on
 concrete sizes. Floating-point tensors are run as shapes only (on the meta device), which takes milliseconds; a graph
-Coupling needs no symbolic reasoning once these are known: a view, a slice or a gather is plain index arithmetic on
+whose shapes depend on their values is run in full. Tensors are named by keys, strings that stay valid in a copy of
+the graph:
 
 ======================  =========================================================================
 ``conv2d_3``            the output of the node of that name

@@ -126,8 +126,9 @@ def select(
             high = middle
         else:
             low = middle + 1
-    chosen = _with_returns(chunks[:low], lambda kept: measure(removal(kept)) <= target)
-    removed = repair(coupling, removal(chosen))
+    removed = removal(chunks[:low])
+    _return_chunks(removed, chunks[:low], lambda: measure(removed) <= target)
+    removed = repair(coupling, removed)
     left = measure(removed)
     while left > target and low < len(chunks):  # repair gave something back
         low += 1
@@ -136,23 +137,20 @@ def select(
     return Selection(removed, left, reached=left <= target)
 
 
-def _with_returns(chosen: Sequence[Chunk], holds: Callable[[Sequence[Chunk]], bool]) -> list[Chunk]:
-    """Return `chosen` without those that may stay after all, trying the most important first."""
-    kept = list(chosen)
+def _return_chunks(removed: dict[int, set[int]], chosen: Sequence[Chunk], holds: Callable[[], bool]) -> None:
+    """Take chunks out of `removed` that may stay after all, trying the most important first."""
     closed: set[int] = set()
     tries = 0
     for chunk in reversed(chosen):
         if tries >= _MOST_RETURNS:
-            break
+            return
         if chunk.space in closed:
             continue
         tries += 1
-        without = [other for other in kept if other is not chunk]
-        if holds(without):
-            kept = without
-        else:
+        removed[chunk.space] -= set(chunk.classes)
+        if not holds():
+            removed[chunk.space] |= set(chunk.classes)
             closed.add(chunk.space)  # what goes before it in the same space cannot stay without it
-    return kept
 
 
 def least_classes(coupling: Coupling, original: Mapping[str, Sequence[int]], *, max_per_layer: float) -> dict[int, int]:

@@ -254,3 +254,64 @@ def test_a_fixed_batch_can_be_cut() -> None:
     result = cut(model, coupling, removed)
     assert check_equivalence(model, coupling, removed, result, [model.samples]).equivalent
     assert result.macs() == macs_of(coupling, removed)
+
+
+def test_the_shapes_noted_beside_the_nodes_are_those_of_the_cut(tower: Model, coupling: Coupling) -> None:
+    removed = {number: set(space.free[:1]) for number, space in enumerate(coupling.spaces) if space.free}
+    result = cut(tower, coupling, removed)
+    x = torch.randn(3, 3, 10, 10)
+
+    class Compare(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            noted = n.meta.get("val")
+            if isinstance(value, Tensor) and isinstance(noted, Tensor):
+                shown = [size if isinstance(size, int) else 3 for size in noted.shape]
+                assert shown == list(value.shape), n
+                compared.append(n.name)
+            return value
+
+    compared: list[str] = []
+    Compare(result.graph).run(x, enable_io_processing=False)
+    assert {"conv2d", "conv2d_3", "linear", "mean"} <= set(compared)
+    assert next(node for node in tower.graph.graph.nodes if node.name == "conv2d").meta["val"].shape[1] == 12
+
+
+class Tokens(nn.Module):
+    """Takes a dict and a keyword, gives a dict: embedding, positions, padding mask, masked mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 24, padding_idx=0)
+        self.position = nn.Parameter(torch.randn(1, 7, 24))
+        layer = nn.TransformerEncoderLayer(24, 3, 40, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(24, 4)
+
+    def forward(self, batch: dict[str, Tensor], *, scale: Tensor) -> dict[str, Tensor]:
+        present = batch["tokens"] != 0
+        x = self.embed(batch["tokens"]) + self.position
+        x = self.body(x, src_key_padding_mask=~present)
+        weight = present[..., None].to(x.dtype)
+        return {"logits": self.head((x * weight).sum(1) / weight.sum(1).clamp(min=1)) * scale, "length": present.sum(1)}
+
+
+def test_a_padded_transformer_with_dicts_is_cut_in_every_way() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 30, (3, 7))
+    tokens[:, 5:] = 0
+    model = Model.capture(Tokens().eval(), ({"tokens": tokens},), {"scale": torch.ones(3, 1)})
+    coupling = analyse(model)
+    assert coupling.unknown == ()
+    assert coupling.cuttable_share > 0.7
+    sizes = sorted(len(space.free) for space in coupling.spaces if space.free)
+    assert sizes == [3, 3, 8, 8, 24, 40, 40]  # heads, head sizes, features, hidden units
+    removed = repair(coupling, {n: set(space.free[::3]) for n, space in enumerate(coupling.spaces) if space.free})
+    result = cut(model, coupling, removed)
+    calls = [model.batch_input(size) for size in (1, 4)]
+    report = check_equivalence(model, coupling, removed, result, calls)
+    assert report.equivalent
+    assert len(report.compacted) == 4  # the layer norms
+    assert macs_of(coupling, removed) == result.macs() < 0.5 * model.macs()
+    outputs = result({"tokens": torch.randint(0, 30, (6, 7))}, scale=torch.ones(6, 1))
+    assert outputs["logits"].shape == (6, 4)

@@ -525,7 +525,7 @@ def linear_attention() -> nn.Module:
     )
 
 
-@network((9, 12))
+@network((4, 12))
 def long_short_term_memory() -> nn.Module:
     return Net(
         {
@@ -537,7 +537,7 @@ def long_short_term_memory() -> nn.Module:
     )
 
 
-@network((9, 12))
+@network((4, 12))
 def gated_recurrent() -> nn.Module:
     return Net(
         {"body": nn.GRU(12, 14, batch_first=True), "fc": nn.Linear(14, 10)}, lambda net, x: net.fc(net.body(x)[1][0])
@@ -797,6 +797,23 @@ EVERYTHING_INEXACT = {"standardised_weight"}
 
 def test_every_operator_is_known(case: tuple[nn.Module, Coupling, GraphModule, tuple[int, ...]]) -> None:
     assert case[1].unknown == ()
+
+
+def test_shapes_alone_are_those_of_a_full_run(
+    case: tuple[nn.Module, Coupling, GraphModule, tuple[int, ...]],
+) -> None:
+    module, coupling, _, shape = case
+    shown = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda part, given, result: shown.update({name: result.shape}) if isinstance(result, Tensor) else None
+
+    handles = [part.register_forward_hook(keep(name)) for name, part in module.named_modules() if name]
+    module(torch.randn(BATCH, *shape))
+    for handle in handles:
+        handle.remove()
+    recorded = set(coupling.recording.shapes.values())
+    assert {tuple(size) for size in shown.values()} <= recorded
 
 
 def test_most_rows_can_be_cut(case: tuple[nn.Module, Coupling, GraphModule, tuple[int, ...]]) -> None:

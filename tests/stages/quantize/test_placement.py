@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mil_cli.errors import StageError
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import calls, op_name
+from mil_cli.stages.quantize.functional import make_functional
+from mil_cli.stages.quantize.placement import Placement, Policy, choose_policy, place
+
+
+class Block(nn.Module):
+    """Two convolutions with a shortcut, pooling, and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.inner = nn.ModuleDict({"a": nn.Conv2d(4, 4, 3, padding=1), "b": nn.Conv2d(4, 4, 3, padding=1)})
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.max_pool2d(torch.relu(self.first(x)), 2)
+        y = self.inner["b"](torch.relu(self.inner["a"](x)))
+        return self.head(functional.dropout(torch.relu(x + y).mean((2, 3)), 0.5, self.training))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv1d(2, 8, 2, 2)
+        self.norm = nn.LayerNorm(8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).transpose(1, 2)
+        y = self.norm(x)
+        mixed = functional.scaled_dot_product_attention(*(layer(y) for layer in self.layers[:3]))
+        return x + self.layers[3](mixed)
+
+
+def placed(module: nn.Module, shape: tuple[int, ...], policy: Policy, *, skip: tuple[str, ...] = ()) -> Placement:
+    model = Model.capture(module.eval(), (torch.randn(shape),))
+    make_functional(model.graph)
+    return place(model.graph, policy=policy, skip=skip)
+
+
+def ops(nodes: object) -> list[str]:
+    return sorted(op_name(node) for node in nodes)  # type: ignore[attr-defined]
+
+
+def test_policy_follows_the_content() -> None:
+    assert choose_policy(Model.capture(Block().eval(), (torch.randn(2, 1, 8, 8),)).graph) == "cnn"
+    assert choose_policy(Model.capture(Attention().eval(), (torch.randn(2, 2, 8),)).graph) == "transformer"
+    assert choose_policy(Model.capture(nn.Linear(3, 3).eval(), (torch.randn(2, 3),)).graph) == "transformer"
+
+
+def test_cnn_policy_covers_both_sides_of_everything() -> None:
+    placement = placed(Block(), (2, 1, 8, 8), "cnn")
+    assert [layer.name for layer in placement.layers] == ["first", "inner.a", "inner.b", "head"]
+    # the input; first and its relu; a and its relu; b; the sum and its relu; the mean
+    assert ops(placement.owned) == ["conv2d", "mean", "placeholder", "relu", "relu", "relu"]
+    # pooling keeps its input's values, dropout is the identity: they share the scale of what comes before
+    assert {op_name(node): op_name(root) for node, root in placement.shared.items()} == {
+        "max_pool2d": "relu",
+        "dropout": "mean",
+    }
+    assert [layer.edge for layer in placement.layers] == [True, False, False, True]
+    assert not placement.kept_float
+    # the output of the last layer stays as it is
+    assert all("output" not in {user.op for user in node.users} for node in placement.owned)
+
+
+def test_transformer_policy_covers_inputs_of_products_only() -> None:
+    placement = placed(Attention(), (2, 2, 8), "transformer")
+    assert ops(placement.owned) == ["conv1d", "layer_norm", "placeholder", "scaled_dot_product_attention"]
+    assert ops(placement.exclusive) == ["conv1d"]
+    norm = next(node for node in placement.owned if op_name(node) == "layer_norm")
+    assert ops(placement.readers[norm]) == ["linear", "linear", "linear"]
+    assert list(placement.kept_float.values()) == ["products of two activations stay float"]
+
+
+def test_a_value_read_by_a_float_operator_stays_exact_for_it() -> None:
+    class PostNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return y + self.linear(y)
+
+    placement = placed(PostNorm(), (2, 4), "transformer")
+    (norm,) = placement.owned
+    assert ops(placement.readers[norm]) == ["linear"]
+    assert len(norm.users) == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("inner", ["first", "head"]),
+        ("inner.a", ["first", "inner.b", "head"]),
+        ("*.?", ["first", "head"]),
+        ("li*", None),
+    ],
+)
+def test_skip_patterns(pattern: str, left: list[str] | None) -> None:
+    placement = placed(Block(), (2, 1, 8, 8), "cnn", skip=(pattern,))
+    names = [layer.name for layer in placement.layers]
+    assert names == (["first", "inner.a", "inner.b"] if left is None else left)
+    skipped = {"first", "inner.a", "inner.b", "head"} - set(names)
+    assert placement.kept_float == dict.fromkeys(skipped, f"skipped by '{pattern}'")
+
+
+def test_skip_pattern_that_fits_nothing_is_refused() -> None:
+    with pytest.raises(StageError, match="'haed' fits no layer") as caught:
+        placed(Block(), (2, 1, 8, 8), "cnn", skip=("haed",))
+    assert "did you mean 'head'" in str(caught.value)
+
+
+def test_reasons_for_float_layers() -> None:
+    class Float(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 4)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+            self.up = nn.ConvTranspose1d(4, 4, 2)
+            self.gru = nn.GRU(7, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gru(self.up(self.normed(self.embedding(x)).transpose(1, 2)))[0]
+
+    model = Model.capture(Float().eval(), (torch.zeros(3, 6, dtype=torch.int64),))
+    kept = place(model.graph, policy="transformer").kept_float
+    assert {name.split(".")[0]: reason.split(" ")[0] for name, reason in kept.items()} == {
+        "embedding": "a",
+        "normed": "its",
+        "up": "onnxruntime",
+        "gru": "onnxruntime",
+    }
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = x * 2
+        functional.relu_(y)
+        z = y + 1
+        z.add_(x)
+        part = x + 3
+        part[:, 0].mul_(2)
+        return y, z, part
+
+
+def test_in_place_operators_become_functional_where_that_is_safe() -> None:
+    x = torch.randn(4, 5)
+    model = Model.capture(InPlace().eval(), (x,))
+    expected = model(x.clone())
+    make_functional(model.graph)
+    names = [op_name(node) for node in calls(model.graph)]
+    assert "relu_" not in names
+    assert "add_" not in names
+    assert "mul_" in names  # it writes into a view
+    for found, reference in zip(model(x.clone()), expected, strict=True):
+        assert torch.equal(found, reference)

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from mil_cli.data.base import Data
+from mil_cli.data.tensors import TensorSplit
+from mil_cli.device.profile import DeviceProfile, Int8Form
+from mil_cli.errors import StageError
+from mil_cli.events import SilentProgress
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import calls, get_argument, op_name
+from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.quantize.static import StaticConfig, quantize
+from mil_cli.stages.registry import check_order, config_type, function_of
+from mil_cli.task.classification import Classification
+from mil_cli.training.config import TrainerConfig
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.relu(x + self.body(x)).mean((2, 3)))
+
+
+def make_model() -> Model:
+    torch.manual_seed(0)
+    module = Net().train()
+    with torch.no_grad():
+        for _ in range(10):
+            module(torch.randn(16, 1, 8, 8))
+    return Model.capture(module.eval(), (torch.randn(2, 1, 8, 8),))
+
+
+def context(*, samples: int = 256, spoil: bool = False, **rules: Any) -> Context:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(samples, 1, 8, 8, generator=generator)
+    split = TensorSplit((images, torch.zeros(samples, dtype=torch.int64)))
+    if spoil:
+        images[:, 0, 0, 0] = float("nan")
+    form: dict[str, Any] = {"activations": "uint8", "reduce_range": False, **rules}
+    around = Surroundings(
+        seed=0,
+        task=Classification(),
+        data=Data(name="noise", train=split, val=split, test=split),
+        device=DeviceProfile(name="test", int8=Int8Form(**form)),
+        trainer=TrainerConfig(),
+        goals={},
+        stages={},
+        load_source=lambda source: pytest.fail("no source is needed"),
+        source_fingerprint=str,
+    )
+    return Context(name="quantize", surroundings=around, progress=SilentProgress())
+
+
+def quantizers(model: Model) -> list[Any]:
+    return [node for node in calls(model.graph) if op_name(node) == "quantize_affine"]
+
+
+def noise(model: Model, quantized: Model) -> float:
+    x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected, found = model(x), quantized(x)
+    return float((expected - found).norm() / expected.norm())
+
+
+def test_the_input_is_untouched_and_the_result_is_close() -> None:
+    model = make_model()
+    before = model.fingerprint()
+    used = context()
+    quantized = quantize(model, StaticConfig(), used)
+    assert model.fingerprint() == before
+    assert noise(model, quantized) < 0.05
+    assert not any(op_name(node) == "batch_norm" for node in calls(quantized.graph))
+    assert quantized.spec.inputs == model.spec.inputs
+    assert used.notes["policy"] == "cnn"
+    assert used.notes["quantized_layers"] == 3
+    assert used.notes["kept_float"] == {}
+    assert {"device/int8", "data/train", "seed", "task"} <= set(used.trace.reads)
+    assert "data/val" not in used.trace.reads
+
+
+def test_rectified_values_start_at_code_zero() -> None:
+    quantized = quantize(make_model(), StaticConfig(observer="min_max"), context())
+    for node in quantizers(quantized):
+        source = get_argument(node, "x")
+        if op_name(source) == "relu":
+            zero_point = quantized.graph.get_buffer(str(get_argument(node, "zero_point").target))
+            assert int(zero_point) == get_argument(node, "quant_min") == 0
+
+
+@pytest.mark.parametrize("observer", ["min_max", "percentile", "mse"])
+@pytest.mark.parametrize("weight_observer", ["min_max", "mse"])
+def test_more_bits_are_closer(observer: Any, weight_observer: Any) -> None:
+    model = make_model()
+    errors = []
+    for bits in (8, 6, 4):
+        config = StaticConfig(
+            weight_bits=bits,
+            activation_bits=bits,
+            first_last_bits=bits,
+            observer=observer,
+            weight_observer=weight_observer,
+            percentile=99.9,
+        )
+        errors.append(noise(model, quantize(model, config, context())))
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_device_rules_and_their_overrides() -> None:
+    model = make_model()
+
+    def ranges(config: StaticConfig, **rules: Any) -> set[tuple[int | None, int, int]]:
+        quantized = quantize(model, config, context(**rules))
+        return {
+            (get_argument(node, "axis"), get_argument(node, "quant_min"), get_argument(node, "quant_max"))
+            for node in quantizers(quantized)
+        }
+
+    assert ranges(StaticConfig()) == {(None, 0, 255), (0, -127, 127)}
+    assert ranges(StaticConfig(), reduce_range=True) == {(None, 0, 255), (0, -64, 64)}
+    assert ranges(StaticConfig(), activations="int8", per_channel=False) == {(None, -128, 127), (None, -127, 127)}
+    assert ranges(StaticConfig(activations="uint8", reduce_range=False), activations="int8", reduce_range=True) == {
+        (None, 0, 255),
+        (0, -127, 127),
+    }
+    mixed = ranges(StaticConfig(weight_bits=4, activation_bits=6))
+    assert mixed == {(None, 0, 63), (0, -127, 127), (0, -7, 7)}  # first and last layer keep 8 bits
+
+
+def test_same_seed_same_result() -> None:
+    model = make_model()
+    first, second = (quantize(model, StaticConfig(), context()) for _ in range(2))
+    assert first.fingerprint() == second.fingerprint()
+
+
+def test_result_trains_clones_and_switches_mode() -> None:
+    quantized = quantize(make_model(), StaticConfig(weight_bits=4, activation_bits=4), context())
+    student = quantized.clone().train()
+    labels = torch.randint(0, 4, (64,))
+    x = torch.randn(64, 1, 8, 8) * (labels + 1)[:, None, None, None] / 4
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(student(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    assert not torch.equal(student.eval()(x), quantized(x))
+
+
+def test_calibration_stops_at_what_was_asked() -> None:
+    model = make_model()
+    few = quantize(model, StaticConfig(calibration_samples=16, calibration_batch_size=8), context())
+    many = quantize(model, StaticConfig(calibration_samples=256), context())
+    assert few.fingerprint() != many.fingerprint()
+    more_than_there_are = quantize(model, StaticConfig(calibration_samples=10_000), context())
+    assert more_than_there_are.fingerprint() == many.fingerprint()
+
+
+def test_problems_are_named() -> None:
+    model = make_model()
+    quantized = quantize(model, StaticConfig(), context())
+    with pytest.raises(StageError, match="quantized already"):
+        quantize(quantized, StaticConfig(), context())
+    with pytest.raises(StageError, match="fits no layer"):
+        quantize(model, StaticConfig(skip=("nothing",)), context())
+    with pytest.raises(StageError, match="no layer of the model can be quantized"):
+        quantize(model, StaticConfig(skip=("*",)), context())
+    with pytest.raises(StageError, match="NaN"):
+        quantize(model, StaticConfig(), context(spoil=True))
+    with pytest.raises(ValidationError):
+        StaticConfig(weight_bits=9)
+
+
+def test_registered_and_not_twice_in_a_chain() -> None:
+    assert config_type("quantize", "static") is StaticConfig
+    assert function_of(StaticConfig()) is quantize
+    assert len(check_order([("a", StaticConfig()), ("b", StaticConfig())])) == 1

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mil_cli.ops.quantize import quantize_affine
+from mil_cli.stages.quantize.ranges import weight_codes
+from mil_cli.stages.quantize.weights import scale_for_bias, weight_scale
+
+CODES = weight_codes(8, reduce_range=False)
+
+
+def error(weight: Tensor, scale: Tensor, axis: int | None, bits: int) -> float:
+    codes = weight_codes(bits, reduce_range=False)
+    zero = torch.zeros(scale.shape, dtype=torch.int32)
+    rounded = quantize_affine(weight, scale, zero, axis, codes.quant_min, codes.quant_max)
+    return float((rounded - weight).square().sum())
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_min_max_is_the_largest_weight_of_each_channel(axis: int) -> None:
+    weight = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    scale = weight_scale(weight, axis=axis, codes=CODES, observer="min_max")
+    others = [dimension for dimension in range(3) if dimension != axis % 3]
+    torch.testing.assert_close(scale, weight.abs().amax(others) / 127)
+    whole = weight_scale(weight, axis=None, codes=CODES, observer="min_max")
+    assert whole.shape == ()
+    torch.testing.assert_close(whole, weight.abs().max() / 127)
+    reduced = weight_scale(weight, axis=axis, codes=weight_codes(8, reduce_range=True), observer="min_max")
+    torch.testing.assert_close(reduced, weight.abs().amax(others) / 64)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("axis", [0, None])
+def test_mse_is_never_worse_and_close_to_brute_force(bits: int, axis: int | None) -> None:
+    weight = torch.randn(6, 200, generator=torch.Generator().manual_seed(1))
+    codes = weight_codes(bits, reduce_range=False)
+    scale = weight_scale(weight, axis=axis, codes=codes, observer="mse")
+    full = weight_scale(weight, axis=axis, codes=codes, observer="min_max")
+    found = error(weight, scale, axis, bits)
+    assert found <= error(weight, full, axis, bits) * (1 + 1e-6)
+    shares = torch.linspace(0.2, 1.0, 400)
+    if axis is None:
+        best = min(error(weight, full * share, None, bits) for share in shares)
+    else:
+        rows = [
+            min(error(weight[row : row + 1], full[row : row + 1] * share, 0, bits) for share in shares)
+            for row in range(6)
+        ]
+        best = sum(rows)
+    assert found <= best * 1.05
+
+
+def test_channels_of_zeros_get_the_scale_of_the_tensor() -> None:
+    weight = torch.zeros(3, 4)
+    weight[1] = torch.tensor([1.0, -2.0, 0.5, 0.0])
+    scale = weight_scale(weight, axis=0, codes=CODES, observer="min_max")
+    torch.testing.assert_close(scale, torch.full((3,), 2.0 / 127))
+    assert weight_scale(torch.zeros(2, 2), axis=0, codes=CODES, observer="mse").tolist() == [1.0, 1.0]
+
+
+def test_scale_keeps_the_bias_in_32_bits() -> None:
+    scale = torch.tensor([1e-12, 0.01])
+    bias = torch.tensor([3.0, 3.0])
+    raised = scale_for_bias(scale, bias, 0.02)
+    assert raised[1] == scale[1]
+    assert (bias / (raised * 0.02)).abs().max() < 2**31
+    assert scale_for_bias(scale, None, 0.02) is scale
+    assert scale_for_bias(torch.tensor(1e-12), bias, 0.02).shape == ()

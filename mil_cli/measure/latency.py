@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from mil_cli.device.profile import DeviceProfile
 from mil_cli.errors import MeasureError
@@ -20,6 +20,9 @@ LEAST_ROUNDS = 60
 
 PASSED, PROCESSOR = 0, 1
 """The two clocks of the worker: time that passed, and processor time of the thread that runs the model."""
+
+_LOOK_SECONDS = 0.3
+_TOLERATED_CORES = 0.3
 
 
 def measure_latency(
@@ -95,8 +98,11 @@ def measure_latency(
 
 def _warn_if_busy(threads: int, progress: Progress) -> None:
     """Tell the user when the timing will be disturbed."""
-    cores = os.cpu_count() or 1
+    cores = psutil.cpu_count() or 1
     if threads > cores:
         progress.notice(f"the device profile uses {threads} threads and this machine has {cores}: timings will be off")
-    elif hasattr(os, "getloadavg") and os.getloadavg()[0] + threads > cores + 0.5:
-        progress.notice("other programs keep the processor busy: the intervals will be wide")
+        return
+    # Not the load average: it still holds what the run itself did a minute ago.
+    busy = psutil.cpu_percent(interval=_LOOK_SECONDS) / 100 * cores
+    if busy + threads > cores + _TOLERATED_CORES:
+        progress.notice("other programs keep the processor busy: latencies will be higher and spread wider")

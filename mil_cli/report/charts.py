@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mil_cli.report import text
@@ -12,6 +12,7 @@ from mil_cli.report.load import Report
 from mil_cli.report.view import speed
 
 WIDTH, HEIGHT = 520.0, 240.0
+_NEAR = 9.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 12.0, 40.0
 
 
@@ -205,10 +206,28 @@ def scatter(
         )
         for sample in samples
     ]
+    dots = _join_labels(dots)
     best = _staircase(samples, higher_is_better=higher_is_better)
     line = " ".join(f"{x_axis.place(sample.x)},{y_axis.place(sample.y)}" for sample in best)
     lines = {"front": line} if len(best) > 1 else {}
     return Chart(heading, x_label, y_label, x_axis.ticks(write_x), y_axis.ticks(mark), lines, dots)
+
+
+def _join_labels(dots: Sequence[Dot]) -> list[Dot]:
+    """Return the dots, those that lie on one another with one label for all of them."""
+    joined: list[Dot] = []
+    for dot in dots:
+        near = next(
+            (at for at, other in enumerate(joined) if math.dist((dot.x, dot.y), (other.x, other.y)) < _NEAR), None
+        )
+        if near is None:
+            joined.append(dot)
+            continue
+        first = joined[near]
+        label = f"{first.label}, {dot.label}" if first.label else dot.label
+        joined[near] = replace(first, label=label, title=f"{first.title}\n{dot.title}")
+        joined.append(replace(dot, label="", title=f"{first.title}\n{dot.title}"))
+    return joined
 
 
 def _staircase(samples: Sequence[Sample], *, higher_is_better: bool) -> list[Sample]:

@@ -117,7 +117,8 @@ def _stages(stages: view.StagesView, *, narrow: bool) -> Table:
         columns += ["file", "latency p50"]
     table = new_table("Stages: what each gained and cost", *map(escape, columns), "time", numbers_from=2)
     for stage in stages.lines:
-        change = f" [{'yellow' if stage.worse else 'green'}]({stage.quality_change})[/]" if stage.quality_change else ""
+        style = "dim" if stage.quality_change == "0" else "yellow" if stage.worse else "green"
+        change = f" [{style}]({stage.quality_change})[/{style}]" if stage.quality_change else ""
         cells = [
             escape(stage.name),
             escape(stage.method.rpartition("/")[2] if narrow else stage.method),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 NOT_MEASURED = "-"
-_MINUS = "\N{MINUS SIGN}"
 _MICRO = "\N{MICRO SIGN}"
 
 
@@ -15,7 +14,7 @@ def significant(value: float, digits: int = 3) -> str:
         return "0" if value == 0 else str(value)
     magnitude = math.floor(math.log10(abs(value)))
     if -5 < magnitude < 6:
-        return f"{value:.{max(0, digits - 1 - magnitude)}f}".replace("-", _MINUS)
+        return f"{value:.{max(0, digits - 1 - magnitude)}f}"
     return f"{value:.{digits - 1}e}"
 
 
@@ -64,19 +63,19 @@ def quality(value: float | None) -> str:
     """Write a metric with four digits behind the point, or four significant ones if it is large."""
     if value is None:
         return NOT_MEASURED
-    return f"{value:.4f}".replace("-", _MINUS) if abs(value) < 10 else significant(value, 4)
+    return f"{value:.4f}" if abs(value) < 10 else significant(value, 4)
 
 
 def change(value: float) -> str:
     """Write a difference of two metrics with its sign."""
     if value == 0:
         return "0"
-    return ("+" if value > 0 else _MINUS) + quality(abs(value))
+    return ("+" if value > 0 else "-") + quality(abs(value))
 
 
 def percent(value: float, digits: int = 2) -> str:
     """Write a share as a percentage."""
-    return f"{100 * value:.{digits}f} %".replace("-", _MINUS)
+    return f"{100 * value:.{digits}f} %"
 
 
 def signed_percent(value: float) -> str:

@@ -137,7 +137,7 @@ def goal_line(goal: Figures) -> GoalLine:
     if kind == "max_drop":
         title, write = f"{name} drop, relative", lambda share: text.percent(share or 0.0)
         room = bound - value
-        margin = f"{'+' if room > 0 else ''}{100 * room:.2f} points".replace("-", "\N{MINUS SIGN}")
+        margin = f"{'+' if room > 0 else ''}{100 * room:.2f} points"
     else:
         if kind == "max_ratio":
             title, write = f"{name}, relative to baseline", lambda ratio: text.times(ratio or 0.0)

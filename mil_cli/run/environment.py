@@ -10,6 +10,7 @@ from functools import cache
 from importlib import metadata
 
 import mil_cli
+from mil_cli.run.processes import place
 from mil_cli.stages.registry import StageConfig, function_of
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "lightning-fabric", "torchmetrics", "numpy", "scikit-learn")
@@ -26,13 +27,14 @@ def versions() -> dict[str, str]:
 
 
 def computing_environment() -> dict[str, object]:
-    """Return what changes the bits of a training on this machine: threads, instruction set, versions of the maths."""
+    """Return what changes the bits of a training on this machine: threads, processes, instruction set, versions."""
     import torch
 
     return {
         "mil": mil_cli.__version__,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
+        "processes": place().count,
         "isa": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mil_cli.errors import MilError
-from mil_cli.events import Progress
+from mil_cli.events import Progress, SilentProgress
 from mil_cli.files import write_json
 from mil_cli.models.user_code import importable
 from mil_cli.run.cache import ENTRY, Cache, default_location
@@ -19,6 +19,7 @@ from mil_cli.run.environment import describe
 from mil_cli.run.execute import CapturedModel, Executor, StageResult
 from mil_cli.run.goals import check_measurable, judge
 from mil_cli.run.log import LoggedProgress
+from mil_cli.run.processes import place
 from mil_cli.run.prove import Proof, Prover
 from mil_cli.run.surroundings import build_surroundings, source_model
 from mil_cli.stages.context import StoredModel, Surroundings
@@ -34,8 +35,8 @@ class RunResult:
     """What a run left.
 
     Attributes:
-        directory: The run's folder.
-        report: The content of its `report.json`.
+        directory: The run's folder; the process's part of the cache in a process that only helped to train.
+        report: The content of its `report.json`; empty in a process that only helped to train.
         goals_met: Whether every goal was met.
     """
 
@@ -73,7 +74,7 @@ def run_chain(
     cache: Cache,
     fresh: bool,
     progress: Progress,
-    on_result: Callable[[int, StageResult], None],
+    on_result: Callable[[int, StageResult], None] = lambda position, result: None,
 ) -> Chain:
     """Make the uncompressed model and run the chain on it.
 
@@ -131,6 +132,14 @@ def run_recipe(
     Raises:
         MilError: Something that the user can mend; what was reached is saved, the same command goes on.
     """
+    own = place()
+    location = own.cache_location(cache_location or default_location())
+    if not own.leads:
+        with importable(recipe.root):
+            quiet = SilentProgress()
+            cache = Cache(location, quiet)
+            run_chain(recipe, build_surroundings(recipe), cache=cache, fresh=fresh, progress=quiet)
+            return RunResult(location, {}, goals_met=True)
     import yaml
 
     resolved = yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
@@ -140,7 +149,7 @@ def run_recipe(
     log = LoggedProgress(progress, directory.path / "log.txt", now)
     try:
         write_json(directory.path / "environment.json", describe())
-        cache = Cache(cache_location or default_location(), log)
+        cache = Cache(location, log)
         with importable(recipe.root):
             report = _run(recipe, directory, cache=cache, fresh=fresh, progress=log)
         directory.point_latest()

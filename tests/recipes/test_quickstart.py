@@ -127,6 +127,23 @@ def test_two_runs_at_the_same_time_share_the_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_torchrun_shares_the_training_and_writes_one_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    environment = {**os.environ, "MIL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mil_cli"]
+    result = subprocess.run(
+        [*launcher, "compress", str(QUICKSTART), *SHORT, "--out", str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("goals met") == 1
+    assert json.loads((out / "report.json").read_text())["goals_met"] is True
+
+
+@pytest.mark.slow
 def test_ten_kills_of_the_whole_quickstart(tmp_path: Path) -> None:
     report = run(tmp_path / "cache", tmp_path / "whole")
     assert report["goals_met"]

@@ -13,8 +13,7 @@ from mil_cli.device.host import resolve
 from mil_cli.run.execute import CapturedModel
 from mil_cli.stages.registry import config_type
 from mil_cli.training.config import TrainerConfig
-
-from .toys import RUNS, Scale, toy_data, toy_executor, toy_model
+from tests.run.toys import RUNS, Scale, toy_data, toy_executor, toy_model
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +107,7 @@ def test_a_killed_stage_goes_on_and_a_failed_one_is_not_cached(tmp_path: Path, m
 def test_a_checkpoint_is_used_only_while_what_was_read_is_the_same(
     tmp_path: Path, model: CapturedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from . import toys
+    from tests.run import toys
 
     def interrupted(location: Path, **changes: Any) -> int:
         """Die after two steps, then let the stage through; return the step it started from."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 
 def quality(value: float, split: str = "test") -> dict[str, Any]:
@@ -111,6 +114,7 @@ _REPORT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def report(**changes: Any) -> dict[str, Any]:
-    """Return a copy of the report with parts replaced."""
-    return {**copy.deepcopy(_REPORT), **changes}
+@pytest.fixture
+def make_report() -> Callable[..., dict[str, Any]]:
+    """Return a function that copies the report and replaces parts of it."""
+    return lambda **changes: {**copy.deepcopy(_REPORT), **changes}

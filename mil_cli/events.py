@@ -21,8 +21,8 @@ class Progress(Protocol):
     """Where progress, notices and warnings go."""
 
     @contextmanager
-    def work(self, description: str, total: int | None = None) -> Iterator[Bar]:
-        """Open a piece of work; the ETA follows from `total` and the advances."""
+    def work(self, description: str, total: int | None = None, *, done: int = 0) -> Iterator[Bar]:
+        """Open a piece of work of `total` steps, `done` of them by an earlier run; the ETA follows from the advances."""
         ...
 
     def notice(self, text: str) -> None:
@@ -38,7 +38,7 @@ class SilentProgress:
     """A sink that drops everything: for library use and tests."""
 
     @contextmanager
-    def work(self, description: str, total: int | None = None) -> Iterator[Bar]:
+    def work(self, description: str, total: int | None = None, *, done: int = 0) -> Iterator[Bar]:
         """Open a piece of work that is shown nowhere."""
         yield _SilentBar()
 

@@ -52,12 +52,12 @@ class BarProgress:
         self._open = 0
 
     @contextmanager
-    def work(self, description: str, total: int | None = None) -> Iterator[Bar]:
+    def work(self, description: str, total: int | None = None, *, done: int = 0) -> Iterator[Bar]:
         """Show a bar while the work is open."""
         if self._open == 0:
             self._display.start()
         self._open += 1
-        task = self._display.add_task(escape(description), total=total, note="")
+        task = self._display.add_task(escape(description), total=total, completed=done, note="")
         try:
             yield _DrawnBar(self._display, task)
         finally:
@@ -102,9 +102,9 @@ class LineProgress:
         self._last = clock()
 
     @contextmanager
-    def work(self, description: str, total: int | None = None) -> Iterator[Bar]:
+    def work(self, description: str, total: int | None = None, *, done: int = 0) -> Iterator[Bar]:
         """Print how the work goes on, and that it is done if it took its time."""
-        bar = _LineBar(self, description, total, self._clock())
+        bar = _LineBar(self, description, total, done, self._clock())
         yield bar
         seconds = self._clock() - bar.started
         if seconds >= self._interval:
@@ -126,11 +126,12 @@ class LineProgress:
 
 
 class _LineBar:
-    def __init__(self, sink: LineProgress, description: str, total: int | None, started: float) -> None:
+    def __init__(self, sink: LineProgress, description: str, total: int | None, done: int, started: float) -> None:
         self._sink = sink
         self._description = description
         self._total = total
-        self._done = 0
+        self._done = done
+        self._before = done
         self._note = ""
         self.started = started
 
@@ -147,8 +148,8 @@ class _LineBar:
             return
         progress = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
         text = f"{self._description}: {progress}{self.suffix}"
-        if self._total is not None and self._done > 0:
-            left = (now - self.started) / self._done * (self._total - self._done)
+        if self._total is not None and self._done > self._before:
+            left = (now - self.started) / (self._done - self._before) * (self._total - self._done)
             text += f", {duration(left)} left"
         self._sink.line(text)
 

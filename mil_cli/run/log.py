@@ -30,10 +30,10 @@ class LoggedProgress:
             stream.write(f"{self._now().isoformat(timespec='seconds')} {text}\n")
 
     @contextmanager
-    def work(self, description: str, total: int | None = None) -> Iterator[Bar]:
+    def work(self, description: str, total: int | None = None, *, done: int = 0) -> Iterator[Bar]:
         """Open a piece of work; its beginning and end are logged."""
         self.write(f"begin {description}" + (f" ({total} steps)" if total is not None else ""))
-        with self._inner.work(description, total) as bar:
+        with self._inner.work(description, total, done=done) as bar:
             yield bar
         self.write(f"end {description}")
 

@@ -182,12 +182,11 @@ class _Loop:
         self._signature = self._sign()
 
     def run(self) -> FitResult:
-        resumed = self._resume()
+        self._resume()
         total = self._settings.epochs * self._steps
         position = self._position
-        with self._progress.work(self._description, total) as bar:
-            if resumed:
-                bar.advance(position.epoch * self._steps + position.step, note="resumed")
+        done = position.epoch * self._steps + position.step
+        with self._progress.work(self._description, total, done=done) as bar:
             while position.epoch < self._settings.epochs and position.stopped is None:
                 self._run_epoch(bar)
         if self._unsaved:
@@ -342,13 +341,13 @@ class _Loop:
             model = model.clone()  # without the hooks of the distributed wrapper
         return FitResult(model=model, history=position.history, stopped=position.stopped)
 
-    def _resume(self) -> bool:
+    def _resume(self) -> None:
         state = self._slot.load()
         if state is None:
-            return False
+            return
         if state.get("signature") != self._signature:
             self._progress.notice(f"{self._description}: a checkpoint of other settings is ignored")
-            return False
+            return
         self._load_weights(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
@@ -365,7 +364,6 @@ class _Loop:
                 torch.cuda.set_rng_state(state["random_device"], self._fabric.device)
         else:
             torch.manual_seed(mix_seed(self._seed, self._fabric.global_rank, self._position.epoch, self._position.step))
-        return True
 
     def _save_if_sound(self) -> None:
         if math.isfinite(self._loss_sum.item()):

@@ -127,3 +127,12 @@ def test_a_signal_interrupts(number: signal.Signals) -> None:
         process.send_signal(number)
         assert process.wait(timeout=20) == 130
         assert b"interrupted" in process.stderr.read()
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: dict[str, str], expected: str) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {**{name: value for name, value in os.environ.items() if name not in names}, **given}
+    code = "import os; from mil_cli.cli.main import main; main(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == expected

@@ -43,6 +43,15 @@ def test_lines_are_throttled_and_show_what_is_left() -> None:
     ]
 
 
+def test_what_an_earlier_run_did_says_nothing_of_the_pace() -> None:
+    clock, console = Clock(), plain()
+    with LineProgress(console, interval=10, clock=clock).work("training", total=100, done=80) as bar:
+        for _ in range(10):
+            clock.now += 1
+            bar.advance()
+    assert lines(console)[0] == "training: 90/100, 10.0 s left"
+
+
 def test_short_work_prints_nothing() -> None:
     clock, console = Clock(), plain()
     sink = LineProgress(console, interval=10, clock=clock)

@@ -24,7 +24,7 @@ class Recorder(SilentProgress):
         self.steps = 0
         self.total: int | None = None
 
-    def work(self, description: str, total: int | None = None):  # type: ignore[no-untyped-def,override]
+    def work(self, description: str, total: int | None = None, *, done: int = 0):  # type: ignore[no-untyped-def,override]
         self.total = total
         recorder = self
 

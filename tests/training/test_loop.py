@@ -55,7 +55,7 @@ class Recorder:
         self.total: int | None = None
 
     @contextmanager
-    def work(self, description: str, total: int | None = None) -> Iterator[Recorder]:
+    def work(self, description: str, total: int | None = None, *, done: int = 0) -> Iterator[Recorder]:
         self.total = total
         yield self
 

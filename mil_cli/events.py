@@ -22,7 +22,7 @@ class Progress(Protocol):
 
     @contextmanager
     def work(self, description: str, total: int | None = None, *, done: int = 0) -> Iterator[Bar]:
-        """Open a piece of work of `total` steps, `done` of them by an earlier run; the ETA follows from the advances."""
+        """Open a piece of work of `total` steps, `done` of them by an earlier run; the advances give the ETA."""
         ...
 
     def notice(self, text: str) -> None:

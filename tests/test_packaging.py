@@ -68,7 +68,7 @@ def test_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert str(site) in run("list", "recipes", cwd=tmp_path)
+    assert "site/mil_cli/_recipes/quickstart.yaml" in run("list", "recipes", cwd=tmp_path)
     run("init", "mine", cwd=tmp_path)
     run("compress", "recipe.yaml", "--out", "run", cwd=tmp_path / "mine")
     report = json.loads((tmp_path / "mine/run/report.json").read_text())

@@ -52,6 +52,14 @@ def test_what_an_earlier_run_did_says_nothing_of_the_pace() -> None:
     assert lines(console)[0] == "training: 90/100, 10.0 s left"
 
 
+def test_steps_of_an_earlier_run_do_not_count_as_fast() -> None:
+    clock, console = Clock(), plain()
+    with LineProgress(console, interval=10, clock=clock).work("training", total=100, done=80) as bar:
+        clock.now = 10
+        bar.advance(10)
+    assert lines(console)[0] == "training: 90/100, 10.0 s left"
+
+
 def test_short_work_prints_nothing() -> None:
     clock, console = Clock(), plain()
     sink = LineProgress(console, interval=10, clock=clock)

@@ -57,6 +57,7 @@ class Recorder:
     @contextmanager
     def work(self, description: str, total: int | None = None, *, done: int = 0) -> Iterator[Recorder]:
         self.total = total
+        self.done += done
         yield self
 
     def advance(self, steps: int = 1, *, note: str = "") -> None:

@@ -152,15 +152,16 @@ class Prover:
         counts = [Counts(**proof.counts) for proof in proofs]
 
         def compute(_: Path) -> dict[str, Any]:
-            measurements = compare(
-                files,
-                device=self.device,
-                feeds=feeds,
-                counts=counts,
-                rounds=settings.rounds,
-                sessions=settings.sessions,
-                progress=self.progress,
-            )
+            with self.cache.measuring():
+                measurements = compare(
+                    files,
+                    device=self.device,
+                    feeds=feeds,
+                    counts=counts,
+                    rounds=settings.rounds,
+                    sessions=settings.sessions,
+                    progress=self.progress,
+                )
             return {"measurements": [measurement.to_json() for measurement in measurements]}
 
         entry, _ = self.cache.memo(

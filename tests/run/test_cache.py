@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,26 @@ def test_memo_computes_once_and_again_when_fresh(cache: Cache) -> None:
         for fresh in (False, False, True, False)
     ]
     assert facts == [1, 1, 2, 2]
+
+
+def test_one_measures_at_a_time_and_nothing_stays(cache: Cache) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def measure() -> None:
+        with cache.measuring():
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+
+    threads = [threading.Thread(target=measure) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+    assert list((cache.location / "work").iterdir()) == []
 
 
 def test_listing_and_clearing(cache: Cache) -> None:

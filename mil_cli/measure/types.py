@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -43,30 +43,10 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QualityFigure:
-    """A figure of quality.
-
-    Attributes:
-        metric: Its name.
-        value: Its value; shares are in [0, 1].
-        higher_is_better: Whether more is better.
-        samples: Samples that it was taken on.
-        split: The split: train, val or test.
-    """
-
-    metric: str
-    value: float
-    higher_is_better: bool
-    samples: int
-    split: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """All figures of one model; None is what was not measured.
+    """What a file and a graph tell of one model; None is what was not measured.
 
     Attributes:
-        quality: The task's metric on a split.
         params: Number of parameters.
         macs: Multiply-accumulates of one sample.
         size_bytes: Bytes of the files that ship.
@@ -76,7 +56,6 @@ class Measurement:
         cost_per_million: Price of a million inferences, in the device profile's currency.
     """
 
-    quality: QualityFigure | None = None
     params: int | None = None
     macs: int | None = None
     size_bytes: int | None = None
@@ -86,9 +65,9 @@ class Measurement:
     cost_per_million: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the measurement as the report holds it."""
+        """Return the measurement as the report holds it; the quality is for who has scored the model to fill in."""
         return {
-            "quality": None if self.quality is None else asdict(self.quality),
+            "quality": None,
             "params": self.params,
             "macs": self.macs,
             "size_bytes": self.size_bytes,

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from mil_cli.errors import MilError, did_you_mean
+from mil_cli.models.imports import local_sources
 
 _LOADED_SHA256 = "__mil_source_sha256__"
 
@@ -170,15 +171,24 @@ def source_line(exception: BaseException, root: Path | None = None) -> str | Non
 
 
 def source_sha256(owner: object) -> str:
-    """Return the SHA-256 of the source file that defines a class, or of its qualified name where there is no source."""
+    """Return the SHA-256 of the source that defines a class or function; of its qualified name where there is none.
+
+    For user code that is the file itself and all files beside it that it imports, directly or through others.
+    """
     try:
-        path = inspect.getsourcefile(owner)  # type: ignore[arg-type]
+        found = inspect.getsourcefile(owner)  # type: ignore[arg-type]
     except TypeError:
-        path = None
-    if path is not None and Path(path).is_file():
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    name = f"{getattr(owner, '__module__', '')}.{getattr(owner, '__qualname__', repr(owner))}"
-    return hashlib.sha256(name.encode()).hexdigest()
+        found = None
+    module = str(getattr(owner, "__module__", ""))
+    if found is None or not Path(found).is_file():
+        name = f"{module}.{getattr(owner, '__qualname__', repr(owner))}"
+        return hashlib.sha256(name.encode()).hexdigest()
+    path = Path(found).resolve()
+    package = Path(__file__).resolve().parent.parent
+    if path.is_relative_to(package) or _is_installed(path):
+        return _sha256(path)
+    root = path.parents[module.count(".") + (path.name == "__init__.py")]
+    return hashlib.sha256("".join(_sha256(source) for source in local_sources(path, root=root)).encode()).hexdigest()
 
 
 def _build(config: Mapping[str, Any], *, where: str, error: type[MilError], extra: Mapping[str, Any]) -> Any:

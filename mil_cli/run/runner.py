@@ -208,8 +208,7 @@ def _keep_final(directory: RunDirectory, chain: Chain) -> None:
 def _report(
     recipe: Recipe, chain: Chain, baseline: Proof, final: Proof, figures: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    of_baseline = {"quality": baseline.quality, **figures[0]}
-    of_final = {"quality": final.quality, **figures[-1]}
+    of_baseline, of_final = figures[0], figures[-1]
     verdicts = judge(recipe.goals, baseline=of_baseline, final=of_final)
     per_stage = figures[1:] if recipe.measure.per_stage else [None] * len(chain.results)
     return {

@@ -166,7 +166,7 @@ class UserTask:
         return torch.stack(terms).mean()
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the class's source file and the settings, or the user's own."""
+        """Return the SHA-256 of the class's source, what it imports beside it, and the settings; or the user's own."""
         if hasattr(self._own, "fingerprint"):
             return str(self._own.fingerprint())
         settings = json.dumps(self._settings, sort_keys=True, default=repr)

@@ -15,7 +15,7 @@ from mil_cli.measure.cost import cost_per_million
 from mil_cli.measure.energy import can_measure_energy, counters, energy_source, measure_energy
 from mil_cli.measure.memory import measure_memory
 from mil_cli.measure.size import size_bytes
-from mil_cli.measure.types import Latency, Measurement, QualityFigure
+from mil_cli.measure.types import Latency, Measurement
 
 WriteNet = Callable[..., Path]
 
@@ -23,10 +23,9 @@ LATENCY = Latency(p50=2.0, p90=2.5, p99=3.0, ratio_to_baseline=0.5, ratio_ci95=(
 
 
 def test_a_measurement_is_written_as_the_report_holds_it() -> None:
-    quality = QualityFigure(metric="accuracy", value=0.9, higher_is_better=True, samples=10, split="test")
-    content = Measurement(quality=quality, params=3, macs=4, size_bytes=5, latency=LATENCY).to_json()
+    content = Measurement(params=3, macs=4, size_bytes=5, latency=LATENCY).to_json()
     assert json.loads(json.dumps(content)) == {
-        "quality": {"metric": "accuracy", "value": 0.9, "higher_is_better": True, "samples": 10, "split": "test"},
+        "quality": None,
         "params": 3,
         "macs": 4,
         "size_bytes": 5,

@@ -38,3 +38,12 @@ def place() -> Place:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Place(0, 1)
     return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def part() -> None:
+    """End the processes' exchange: what follows the chain is the first one's alone, and must wait for no other."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -19,7 +19,7 @@ from mil_cli.run.environment import describe
 from mil_cli.run.execute import CapturedModel, Executor, StageResult
 from mil_cli.run.goals import check_measurable, judge
 from mil_cli.run.log import LoggedProgress
-from mil_cli.run.processes import place
+from mil_cli.run.processes import part, place
 from mil_cli.run.prove import Proof, Prover
 from mil_cli.run.surroundings import build_surroundings, source_model
 from mil_cli.stages.context import StoredModel, Surroundings
@@ -139,6 +139,7 @@ def run_recipe(
             quiet = SilentProgress()
             cache = Cache(location, quiet)
             run_chain(recipe, build_surroundings(recipe), cache=cache, fresh=fresh, progress=quiet)
+            part()
             return RunResult(location, {}, goals_met=True)
     import yaml
 
@@ -174,6 +175,7 @@ def _run(recipe: Recipe, directory: RunDirectory, *, cache: Cache, fresh: bool, 
         write_json(directory.path / folder / "stage.json", _stage_entry(result, None))
 
     chain = run_chain(recipe, surroundings, cache=cache, fresh=fresh, progress=progress, on_result=keep)
+    part()
     prover = Prover(surroundings.task, surroundings.data, surroundings.device, cache, fresh, progress)
     baseline = prover.prove("baseline", chain.original, judged=True)
     between = [

@@ -160,8 +160,10 @@ class Cache:
         """Hold the right to time models: runs that share this cache must not disturb each other's figures."""
         folder = self.location / "work" / "measuring"
         with locked(folder, on_wait=lambda: self._progress.notice("waiting for another run's measurement")):
-            yield
-            folder.rmdir()
+            try:
+                yield
+            finally:
+                folder.rmdir()
 
     def store(
         self, key: str, workspace: Workspace, *, kind: str, label: str, trace: dict[str, str], facts: dict[str, Any]

@@ -97,7 +97,7 @@ class Surroundings:
             case "data":
                 return cast("Split", getattr(self.data, name)).fingerprint()
             case "device":
-                return fingerprint_of(self.device.model_dump(mode="json")[name])
+                return self.device.field_fingerprints()[name]
             case "trainer":
                 return fingerprint_of(self.trainer.model_dump(mode="json"))
             case "goal":

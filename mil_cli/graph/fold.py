@@ -10,6 +10,8 @@ from torch.fx import GraphModule, Node
 
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_argument, set_attribute
+from mil_cli.ops.learned_scale import SMALLEST_SCALE
+from mil_cli.ops.quantize import quantize_codes
 
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _FOLDABLE = ("conv1d", "conv2d", "conv3d", "linear", *_TRANSPOSED)
@@ -21,6 +23,10 @@ def fold_batch_norm(model: Model) -> Model:
     A batch norm is merged if its input is a convolution, transposed convolution or linear layer that nothing else
     reads and whose weights nothing else uses. With scale ``s = gamma / sqrt(var + eps)`` per output channel, the weight
     becomes ``w * s`` and the bias ``(b - mean) * s + beta``; computed in double precision.
+
+    A layer may read its weight through a ``quantize_affine`` of symmetric codes with zero point 0, per output channel
+    or per tensor: its scale becomes ``scale * |s|`` for each channel, which leaves every code as it was, up to its
+    sign where s is negative.
 
     Args:
         model: The model; it is not changed.
@@ -44,15 +50,27 @@ def _can_fold(graph: GraphModule, layer: Node, norm: Node) -> bool:
     value = layer.meta.get("val")
     if op_name(layer) == "linear" and (not isinstance(value, Tensor) or value.ndim != 2):
         return False
-    for name in ("weight", "bias"):
-        source = get_argument(layer, name)
-        if source is not None and not (isinstance(source, Node) and _is_own(graph, source, layer)):
-            return False
-    return True
+    weight, bias = get_argument(layer, "weight"), get_argument(layer, "bias")
+    if not isinstance(weight, Node) or not (bias is None or (isinstance(bias, Node) and _is_own(graph, bias, layer))):
+        return False
+    return _can_scale(graph, weight, layer) if op_name(weight) == "quantize_affine" else _is_own(graph, weight, layer)
 
 
-def _is_own(graph: GraphModule, source: Node, layer: Node) -> bool:
-    """Whether a weight is an attribute of the graph that only this layer reads, once."""
+def _can_scale(graph: GraphModule, quantizer: Node, layer: Node) -> bool:
+    """Whether a weight's quantizer can take a factor for each output channel without a change of its codes."""
+    if op_name(layer) in _TRANSPOSED or set(quantizer.users) != {layer}:
+        return False
+    sources = [get_argument(quantizer, name) for name in ("x", "scale", "zero_point")]
+    if not all(isinstance(source, Node) and _is_own(graph, source, quantizer) for source in sources):
+        return False
+    weight, _, zero_point = (get_attribute(graph, str(source.target)) for source in sources)
+    axis = get_argument(quantizer, "axis")
+    symmetric = get_argument(quantizer, "quant_min") == -get_argument(quantizer, "quant_max")
+    return symmetric and not bool(zero_point.any()) and (axis is None or axis % weight.ndim == 0)
+
+
+def _is_own(graph: GraphModule, source: Node, reader: Node) -> bool:
+    """Whether a node reads an attribute of the graph that only this node reads, once."""
     if source.op != "get_attr":
         return False
     value = get_attribute(graph, str(source.target))
@@ -64,11 +82,14 @@ def _is_own(graph: GraphModule, source: Node, layer: Node) -> bool:
         for use in user.args
         if use is node
     ]
-    return len(readers) == 1 and readers[0][0] is layer
+    return len(readers) == 1 and readers[0][0] is reader
 
 
 def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
     weight_node, bias_node = get_argument(layer, "weight"), get_argument(layer, "bias")
+    quantizer = weight_node if op_name(weight_node) == "quantize_affine" else None
+    if quantizer is not None:
+        weight_node = get_argument(quantizer, "x")
     weight: Tensor = get_attribute(graph, str(weight_node.target))
     bias = get_attribute(graph, str(bias_node.target)) if isinstance(bias_node, Node) else None
     mean, variance = _value(graph, norm, "running_mean"), _value(graph, norm, "running_var")
@@ -78,6 +99,8 @@ def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
     shift = (0.0 if bias is None else bias.detach().double()) - mean
     new_bias = shift * scale + (0.0 if beta is None else beta)
     new_weight = weight.detach().double() * _per_output(layer, weight, scale)
+    if quantizer is not None:
+        new_weight = _scale_codes(graph, quantizer, weight.detach(), new_weight, scale)
     _assign(graph, str(weight_node.target), new_weight, weight)
     if isinstance(bias_node, Node):
         _assign(graph, str(bias_node.target), new_bias, weight if bias is None else bias)
@@ -88,6 +111,37 @@ def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
             set_argument(layer, "bias", graph.graph.get_attr(name))
     norm.replace_all_uses_with(layer)
     _remove(graph, norm)
+
+
+def _scale_codes(graph: GraphModule, quantizer: Node, weight: Tensor, new_weight: Tensor, factor: Tensor) -> Tensor:
+    """Give a weight's quantizer the scales that fit the new weight; returns the new weight.
+
+    Args:
+        graph: The graph.
+        quantizer: The quantizer; it becomes one of output channels.
+        weight: The weight before, ``[out, ...]``.
+        new_weight: The same times `factor`, float64.
+        factor: float64 ``[out]``.
+    """
+    scale_node, zero_node = get_argument(quantizer, "scale"), get_argument(quantizer, "zero_point")
+    scale: Tensor = get_attribute(graph, str(scale_node.target))
+    zero_point: Tensor = get_attribute(graph, str(zero_node.target))
+    limits = get_argument(quantizer, "quant_min"), get_argument(quantizer, "quant_max")
+    codes = quantize_codes(weight, scale.detach(), zero_point, get_argument(quantizer, "axis"), *limits)
+    new_scale = (scale.detach().double() * factor.abs()).clamp(min=SMALLEST_SCALE).to(scale.dtype)
+    zeros = torch.zeros(factor.shape, dtype=zero_point.dtype)
+    set_attribute(graph, str(scale_node.target), nn.Parameter(new_scale) if _trains(scale) else new_scale)
+    set_attribute(graph, str(zero_node.target), zeros)
+    set_argument(quantizer, "axis", 0)
+    # A weight midway between two codes could fall to the other side by rounding; it moves to its code.
+    columns = [-1, *[1] * (weight.ndim - 1)]
+    codes = codes * factor.sign().reshape(columns)
+    found = quantize_codes(new_weight.to(weight.dtype), new_scale, zeros, 0, *limits)
+    return torch.where(found == codes, new_weight, codes * new_scale.double().reshape(columns))
+
+
+def _trains(value: Tensor) -> bool:
+    return isinstance(value, nn.Parameter) and value.requires_grad
 
 
 def _value(graph: GraphModule, norm: Node, name: str) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from mil_cli.graph.nodes import annotate, calls, get_argument, read_annotation, schema_index, set_argument
+from mil_cli.graph.nodes import annotate, get_argument, read_annotation, schema_index, set_argument
 
 FLAGS = ("training", "train", "use_input_stats")
 """Names of the operators' arguments that say whether they train."""
@@ -48,8 +48,19 @@ def record_mode(node: Node, name: str, *, evaluation: Any, training: Any) -> Non
 
 def set_mode(graph: GraphModule, training: bool) -> None:
     """Switch a graph in place to training or evaluation, and its `training` flags with it."""
+    changed = switch_nodes(graph.graph, training)
+    for module in graph.modules():
+        module.training = training
+    if changed:
+        graph.recompile()
+
+
+def switch_nodes(graph: Graph, training: bool) -> bool:
+    """Switch the nodes of a graph in place, and say whether that changed anything; its code is the caller's."""
     changed = False
-    for node in calls(graph):
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
         changed |= _swap_inference_norm(node, training)
         for name, (evaluation, train) in mode_arguments(node).items():
             value = train if training else evaluation
@@ -57,10 +68,7 @@ def set_mode(graph: GraphModule, training: bool) -> None:
                 record_mode(node, name, evaluation=evaluation, training=train)
                 set_argument(node, name, value)
                 changed = True
-    for module in graph.modules():
-        module.training = training
-    if changed:
-        graph.recompile()
+    return changed
 
 
 def bind_mode_methods(graph: GraphModule) -> None:

@@ -37,7 +37,7 @@ def run_job(
     """Do one job of `mil_cli.measure.worker` in a fresh process.
 
     Args:
-        kind: ``latency``, ``memory`` or ``energy``.
+        kind: ``latency``, ``memory``, ``energy`` or ``operators``.
         files: The ONNX files.
         device: Threads and provider.
         feeds: Input name -> array, batch 1.

@@ -33,6 +33,12 @@ _WARM_UP_LEAST = 3
 _WARM_UP_GAIN = 0.02
 _WARM_UP_SECONDS = 2.0
 
+_OVERHEAD_RUNS = 301
+_SHORT_TURN = 0.0005
+_LONGEST_SHORT_TURN = 20
+_LEAST_PAIRS, _MOST_PAIRS = 9, 31
+"""How operators are timed: seconds and runs of a turn, and how many pairs of turns."""
+
 
 class FileFailure(Exception):
     """The runtime failed on a file.
@@ -198,7 +204,88 @@ def _read(path: Path) -> int:
     return int(path.read_text(encoding="ascii"))
 
 
-JOBS: dict[str, Callable[[Job, Emit], Any]] = {"latency": latency, "memory": memory, "energy": energy}
+_WHOLE = {"tensor(int64)": "int64", "tensor(uint8)": "uint8", "tensor(int8)": "int8"}
+
+
+class BoundRunner:
+    """One session whose inputs and outputs stay where they are, so that only the model's own work is timed.
+
+    Args:
+        job: What is measured.
+        file: The ONNX file; its inputs are made up. Axes of unknown size have one element.
+    """
+
+    def __init__(self, job: Job, file: str) -> None:
+        import numpy as np
+
+        self._session = open_session(job, file)
+        self._binding = self._session.io_binding()
+        self._clock = time.thread_time if job["processor_time"] else time.perf_counter
+        generator = np.random.default_rng(0)
+        for given in self._session.get_inputs():
+            shape = [size if isinstance(size, int) else 1 for size in given.shape]
+            dtype = _WHOLE.get(given.type)  # of indices there always is a first
+            data = generator.standard_normal(shape, np.float32) if dtype is None else np.zeros(shape, dtype)
+            self._binding.bind_cpu_input(given.name, data)
+        for output in self._session.get_outputs():
+            self._binding.bind_output(output.name)
+        try:
+            self.time(1)
+        except Exception as error:
+            raise FileFailure(file, error) from error
+
+    def time(self, runs: int) -> float:
+        """Run so many times and return the seconds of one."""
+        started = self._clock()
+        for _ in range(runs):
+            self._session.run_with_iobinding(self._binding)
+        return float(self._clock() - started) / runs
+
+
+def operators(job: Job, emit: Emit) -> dict[str, Any]:
+    """Time many small models that hold one operator each.
+
+    The first file is an empty model: what a run takes whatever the model is. Then each two files hold an operator once
+    and `job["copies"]` times; a copy takes what the second takes longer than the first, over the copies that it has
+    more, the median over turns that lie close together. What the ends of a model take falls out.
+
+    Returns:
+        ``overhead``: seconds of the empty model. ``seconds``: those of each operator, or what the runtime said of it.
+    """
+    empty, *files = job["files"]
+    runner = Runner(job, empty, read_feeds(job))
+    runner.warm_up()
+    clock = 1 if job["processor_time"] else 0
+    overhead = statistics.median(runner.time()[clock] for _ in range(_OVERHEAD_RUNS))
+    seconds: list[float | str] = []
+    gc.collect()
+    gc.disable()
+    for once, several in zip(files[::2], files[1::2], strict=True):
+        try:
+            seconds.append(_seconds_of_a_copy(job, BoundRunner(job, once), BoundRunner(job, several)))
+        except FileFailure as failure:
+            seconds.append(str(failure))
+        emit({"advance": 1})
+    gc.enable()
+    return {"overhead": overhead, "seconds": seconds}
+
+
+def _seconds_of_a_copy(job: Job, once: BoundRunner, several: BoundRunner) -> float:
+    for runner in (once, several):
+        runner.time(_WARM_UP_LEAST)
+    longest = several.time(_WARM_UP_LEAST)
+    runs = min(max(1, math.ceil(_SHORT_TURN / max(longest, 1e-7))), _LONGEST_SHORT_TURN)
+    rounds = min(max(_LEAST_PAIRS, math.ceil(job["seconds"] / (2 * runs * max(longest, 1e-7)))), _MOST_PAIRS)
+    differences = [several.time(runs) - once.time(runs) for _ in range(rounds)]
+    return max(0.0, float(statistics.median(differences)) / (int(job["copies"]) - 1))
+
+
+JOBS: dict[str, Callable[[Job, Emit], Any]] = {
+    "latency": latency,
+    "memory": memory,
+    "energy": energy,
+    "operators": operators,
+}
 
 
 def main() -> int:

@@ -34,6 +34,10 @@ from mil_cli.training.optimizers import build_optimizer, build_scheduler
 Objective: TypeAlias = Callable[[Any, Batch], torch.Tensor]
 """(outputs, batch) -> the scalar to minimise."""
 
+Binding: TypeAlias = Callable[[Model, Callable[[], int]], Objective]
+"""(the model in training, what tells the number of its steps so far) -> an objective that runs other graphs over the
+model's weights."""
+
 _STATE_VERSION = 1
 _GUARD_STEPS = 100
 _SHOW_SECONDS = 0.5
@@ -65,6 +69,7 @@ def fit(
     settings: TrainerConfig,
     seed: int,
     objective: Objective | None = None,
+    bind: Binding | None = None,
     before_step: Callable[[Model], None] | None = None,
     checkpoint: CheckpointSlot | None = None,
     progress: Progress | None = None,
@@ -84,6 +89,8 @@ def fit(
         settings: How to train.
         seed: Of order, augmentation and dropout.
         objective: What to minimise; None: the task's loss.
+        bind: Makes the objective from the model in training, in place of `objective`; what the objective draws must
+            follow from the number of steps, so that a resumed training draws the same.
         before_step: Called with the model in training after each backward pass, before clipping and the optimizer's
             step: may change gradients.
         checkpoint: Where to keep checkpoints; the last one stays there, so that a finished training is not repeated.
@@ -108,7 +115,7 @@ def fit(
             data=data,
             settings=settings,
             seed=seed,
-            objective=objective if objective is not None else task.loss,
+            bind=bind if bind is not None else lambda model, steps: objective if objective is not None else task.loss,
             before_step=before_step,
             slot=checkpoint if checkpoint is not None else NullSlot(),
             progress=progress if progress is not None else SilentProgress(),
@@ -143,7 +150,7 @@ class _Loop:
         data: Data,
         settings: TrainerConfig,
         seed: int,
-        objective: Objective,
+        bind: Binding,
         before_step: Callable[[Model], None] | None,
         slot: CheckpointSlot,
         progress: Progress,
@@ -152,7 +159,7 @@ class _Loop:
         fabric: Fabric,
     ) -> None:
         self._task, self._data, self._settings, self._seed = task, data, settings, seed
-        self._objective, self._before_step = objective, before_step
+        self._before_step = before_step
         self._slot, self._progress, self._description, self._clock = slot, progress, description, clock
         self._fabric = fabric
         self._model = model.clone().train()
@@ -180,18 +187,21 @@ class _Loop:
         self._save_seconds = 0.0
         self._unsaved = True
         self._signature = self._sign()
+        self._objective = bind(self._model, self._steps_so_far)
 
     def run(self) -> FitResult:
         self._resume()
         total = self._settings.epochs * self._steps
         position = self._position
-        done = position.epoch * self._steps + position.step
-        with self._progress.work(self._description, total, done=done) as bar:
+        with self._progress.work(self._description, total, done=self._steps_so_far()) as bar:
             while position.epoch < self._settings.epochs and position.stopped is None:
                 self._run_epoch(bar)
         if self._unsaved:
             self._save()
         return self._finish()
+
+    def _steps_so_far(self) -> int:
+        return self._position.epoch * self._steps + self._position.step
 
     def _run_epoch(self, bar: Bar) -> None:
         position, settings = self._position, self._settings

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import calls, op_name
+from mil_cli.graph.nodes import calls, get_attribute, op_name
+from mil_cli.ops.quantize import quantize_affine, quantize_codes
 
 CASES = {
     "conv1d": (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (4, 9)),
@@ -112,3 +113,65 @@ def test_a_shared_norm_is_folded_into_each_layer() -> None:
     assert not any(name.startswith("norm") for name in folded.state_dict())
     x = torch.randn(5, 4, 8, 8)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class QuantizedWeights(nn.Module):
+    """Layers that read their weights through quantizers, each with a batch norm after it."""
+
+    def __init__(self, axis: int | None, quant_min: int = -7) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.linear, self.norm2 = nn.Linear(6, 5), nn.BatchNorm1d(5)
+        self.axis, self.quant_min = axis, quant_min
+        for name, count in (("conv", 6), ("linear", 5)):
+            shape = () if axis is None else (count,)
+            self.register_buffer(f"{name}_scale", torch.full(shape, 0.5))
+            self.register_buffer(f"{name}_zero", torch.zeros(shape, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = quantize_affine(self.conv.weight, self.conv_scale, self.conv_zero, self.axis, self.quant_min, 7)
+        x = torch.relu(self.norm(nn.functional.conv2d(x, weight))).mean((2, 3))
+        weight = quantize_affine(self.linear.weight, self.linear_scale, self.linear_zero, self.axis, self.quant_min, 7)
+        return self.norm2(nn.functional.linear(x, weight, self.linear.bias))
+
+
+def codes_of(model: Model) -> dict[str, Tensor]:
+    found = {}
+    for node in calls(model.graph):
+        if op_name(node) == "quantize_affine":
+            x, scale, zero_point = (get_attribute(model.graph, str(source.target)) for source in node.args[:3])
+            found[str(node.args[0].target)] = quantize_codes(x.detach(), scale, zero_point, *node.args[3:])
+    return found
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_codes_of_quantized_weights_stay_up_to_their_sign(axis: int | None) -> None:
+    model = Model.capture(QuantizedWeights(axis), (torch.randn(4, 3, 8, 8),))
+    randomise(model)
+    with torch.no_grad():
+        state = model.state_dict()
+        for name in ("conv_scale", "linear_scale"):
+            state[name].abs_().add_(0.1)
+        # midway between two codes for every channel, where rounding decides
+        state["conv.weight"][:, 0, 0, 0] = state["conv_scale"] * 2.5
+        state["norm.weight"][0] = 0.0
+        state["norm.weight"][1] = -1.5
+    before, gamma = codes_of(model), {"conv.weight": state["norm.weight"], "linear.weight": state["norm2.weight"]}
+    folded = fold_batch_norm(model)
+    assert norms(folded) == 0
+    x = torch.randn(16, 3, 8, 8)
+    expected, actual = model(x), folded(x)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for name, codes in codes_of(folded).items():
+        signs = gamma[name].sign().int().reshape(-1, *[1] * (codes.ndim - 1))
+        assert torch.equal(codes, before[name] * signs), name
+        assert (gamma[name] < 0).any()
+    for name in ("conv_scale", "linear_scale"):
+        scale = folded.state_dict()[name]
+        assert scale.shape == (6 if name == "conv_scale" else 5,)
+        assert bool((scale > 0).all())
+
+
+def test_codes_without_a_mirror_image_are_left_alone() -> None:
+    model = Model.capture(QuantizedWeights(0, quant_min=-8), (torch.randn(4, 3, 8, 8),))
+    assert norms(fold_batch_norm(model)) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from mil_cli.graph.model import Model
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import evaluate
-from mil_cli.training.loop import fit
+from mil_cli.training.loop import FitResult, Objective, fit
 
 
 class Killed(Exception):
@@ -378,3 +378,35 @@ def test_settings_that_make_nothing_are_told(
 def test_a_task_that_does_not_fit_is_told(tiny: Model, patterns: Data) -> None:
     with pytest.raises(MilError, match="none at that position"):
         fit(tiny, task=Classification(target_key=5), data=patterns, settings=_settings(), seed=0)
+
+
+def test_a_bound_objective_sees_the_live_weights_and_each_step_once(
+    tiny: Model, patterns: Data, task: Classification
+) -> None:
+    def run(slot: Slot) -> tuple[FitResult, list[int]]:
+        seen: list[int] = []
+
+        def bind(model: Model, steps: Callable[[], int]) -> Objective:
+            weights = [parameter for _, parameter in model.named_parameters()]
+            assert all(parameter is not other for parameter, other in zip(weights, tiny.parameters(), strict=True))
+
+            def objective(outputs: Any, batch: Any) -> torch.Tensor:
+                seen.append(steps())
+                # The steps' numbers enter the loss, so that a resumed training that counted anew would differ.
+                return task.loss(outputs, batch) + 0.01 * steps() * weights[0].square().sum()
+
+            return objective
+
+        settings = TrainerConfig(epochs=3, batch_size=16, checkpoint_every_seconds=0)
+        return fit(tiny, task=task, data=patterns, settings=settings, seed=3, bind=bind, checkpoint=slot), seen
+
+    whole, numbers = run(Slot())
+    assert numbers == list(range(12))
+    killed = Slot(6)
+    with pytest.raises(Killed):
+        run(killed)
+    killed.kill_at = None
+    resumed, numbers = run(killed)
+    assert numbers == list(range(12 - len(numbers), 12))
+    assert 0 < len(numbers) < 12
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))

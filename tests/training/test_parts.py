@@ -32,7 +32,10 @@ class TestConfig:
     def test_the_shipped_file_is_the_default(self) -> None:
         text = DEFAULT.read_text()
         assert text.startswith("# ")
-        assert TrainerConfig.model_validate(yaml.safe_load(text)) == TrainerConfig()
+        settings = yaml.safe_load(text)
+        assert settings.pop("defaults") == [{"/optimizer@optimizer": "sgd"}, "_self_"]
+        optimizer = yaml.safe_load((DEFAULT.parents[1] / "optimizer" / "sgd.yaml").read_text())
+        assert TrainerConfig.model_validate({**settings, "optimizer": optimizer}) == TrainerConfig()
 
     def test_overrides_are_merged_key_by_key(self) -> None:
         base = TrainerConfig()

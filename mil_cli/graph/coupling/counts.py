@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,23 +21,44 @@ from mil_cli.graph.nodes import calls
 Kept = Mapping[Key, Mapping[int, int]]
 """By key and axis: how many entries are kept, where some are not."""
 
+Shape = tuple[int, ...]
 
-@dataclass(frozen=True, eq=False)
-class _Axis:
-    """One axis of a tensor and what removes entries of it.
+Dropped = Collection[str]
+"""Names of nodes of the analysed graph that no longer run, such as those of a residual block that is left out."""
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+class RunningCall(NamedTuple):
+    """One call that runs for every sample, and its sizes for one sample.
 
     Attributes:
-        key: The tensor.
-        axis: The axis.
-        size: Its size in the run of the analysis.
-        spaces: The spaces that label it.
-        entries: Where one space alone labels it: number of its entries by class.
+        node: The call, a node of the analysed graph.
+        inputs: The shape of each of `node.all_input_nodes`; None where that is no tensor.
+        outputs: The shape of what it gives, or of each tensor that it gives.
     """
 
-    key: Key
-    axis: int
+    node: Node
+    inputs: tuple[Shape | None, ...]
+    outputs: tuple[Shape, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Axes:
+    """Axes of tensors that lose the same number of entries in every cut.
+
+    Attributes:
+        places: The tensors, each with its axis.
+        size: Their size in the run of the analysis.
+        spaces: The spaces that label them.
+        labels: The labels by each of these spaces.
+        entries: Where one space alone labels them: number of entries by class.
+    """
+
+    places: list[tuple[Key, int]]
     size: int
     spaces: tuple[int, ...]
+    labels: tuple[NDArray[np.int64], ...]
     entries: NDArray[np.int64] | None
 
 
@@ -45,7 +66,9 @@ class _Axis:
 class Counter:
     """Counts a cut of one analysed graph without making it, in about a millisecond for a small network.
 
-    The counts equal `Model.macs` and `Model.num_params` of the model that the cut makes.
+    The counts equal `Model.macs` and `Model.num_params` of the model that the cut makes. Where nodes are dropped as
+    well, they equal those of the model without these nodes: a residual block is left out by dropping everything in it
+    up to the addition that joins it to its shortcut.
     """
 
     coupling: Coupling
@@ -58,13 +81,52 @@ class Counter:
         return {node: macs for node, macs in nodes.items() if macs}
 
     @cached_property
-    def _parameters(self) -> dict[Key, tuple[int, ...]]:
+    def _running(self) -> list[tuple[Node, tuple[Key, ...], tuple[Key, ...]]]:
+        """Calls that give tensors which depend on the model's inputs, with the keys of what they read and give.
+
+        What depends on weights alone is computed once, when a runtime loads the model.
+        """
+        recording = self.coupling.recording
+        changing: set[Node] = set()
+        running = []
+        for node in recording.graph.graph.nodes:
+            if node.op == "placeholder":
+                changing.add(node)
+            if node.op != "call_function" or changing.isdisjoint(node.all_input_nodes):
+                continue
+            keys = tuple(recording.outputs.get(node.name, ())) or (recording.key(node),)
+            if all(key in recording.shapes for key in keys):
+                changing.add(node)
+                running.append((node, tuple(map(recording.key, node.all_input_nodes)), keys))
+        return running
+
+    @cached_property
+    def _parameters(self) -> dict[Key, Shape]:
         recording = self.coupling.recording
         read = {recording.key(node) for node in recording.graph.graph.nodes if node.op == "get_attr" and node.users}
         return {key: recording.shapes[key] for key in recording.leaves if recording.is_parameter(key) and key in read}
 
     @cached_property
-    def _node_axes(self) -> list[_Axis]:
+    def _readers(self) -> dict[Key, frozenset[str]]:
+        """By parameter: the calls that read it, be it through others that depend on weights alone."""
+        recording = self.coupling.recording
+        running = {node for node, _, _ in self._running}
+        read: dict[Node, frozenset[Key]] = {}
+        readers: dict[Key, set[str]] = {}
+        for node in recording.graph.graph.nodes:
+            if node.op == "get_attr":
+                read[node] = frozenset({recording.key(node)})
+                continue
+            keys = _union(read.get(used, _NOTHING) for used in node.all_input_nodes)
+            if node.op == "call_function" and node not in running and node.users:
+                read[node] = keys
+            else:
+                for key in keys:
+                    readers.setdefault(key, set()).add(node.name)
+        return {key: frozenset(names) for key, names in readers.items()}
+
+    @cached_property
+    def _node_axes(self) -> list[_Axes]:
         recording = self.coupling.recording
         keys: dict[Key, None] = {}
         for node in self._nodes:
@@ -74,45 +136,53 @@ class Counter:
         return self._axes(keys)
 
     @cached_property
-    def _parameter_axes(self) -> list[_Axis]:
+    def _running_axes(self) -> list[_Axes]:
+        return self._axes(dict.fromkeys(key for _, inputs, outputs in self._running for key in (*inputs, *outputs)))
+
+    @cached_property
+    def _parameter_axes(self) -> list[_Axes]:
         return self._axes(self._parameters)
 
-    def _axes(self, keys: Iterable[Key]) -> list[_Axis]:
-        axes = []
+    def _axes(self, keys: Iterable[Key]) -> list[_Axes]:
+        found: dict[tuple[Any, ...], _Axes] = {}
         for key in keys:
             covering: dict[int, list[int]] = {}
             for number, space in enumerate(self.coupling.spaces):
                 for axis in space.labels.get(key, ()):
                     covering.setdefault(axis, []).append(number)
             for axis, spaces in covering.items():
-                labels = self.coupling.spaces[spaces[0]].labels[key][axis]
-                entries = None
-                if len(spaces) == 1:
-                    entries = np.bincount(labels[labels >= 0], minlength=self.coupling.spaces[spaces[0]].size)
-                axes.append(_Axis(key, axis, len(labels), tuple(spaces), entries))
-        return axes
+                labels = tuple(self.coupling.spaces[number].labels[key][axis] for number in spaces)
+                identity = (*spaces, *(part.tobytes() for part in labels))
+                if identity not in found:
+                    entries = None
+                    if len(spaces) == 1:
+                        entries = np.bincount(labels[0][labels[0] >= 0], minlength=self.coupling.spaces[spaces[0]].size)
+                    found[identity] = _Axes([], len(labels[0]), tuple(spaces), labels, entries)
+                found[identity].places.append((key, axis))
+        return list(found.values())
 
-    def _kept(self, axes: Iterable[_Axis], removed: Removed) -> dict[Key, dict[int, int]]:
+    def _kept(self, axes: Iterable[_Axes], removed: Removed) -> dict[Key, dict[int, int]]:
         gone = {}
         for number, classes in removed.items():
             gone[number] = np.zeros(self.coupling.spaces[number].size + 1, dtype=bool)  # the last: no class
             gone[number][list(classes)] = True
         kept: dict[Key, dict[int, int]] = {}
-        for axis in axes:
-            if axis.entries is not None:
-                lost = int(axis.entries[gone[axis.spaces[0]][:-1]].sum()) if axis.spaces[0] in gone else 0
+        for alike in axes:
+            if alike.entries is not None:
+                lost = int(alike.entries[gone[alike.spaces[0]][:-1]].sum()) if alike.spaces[0] in gone else 0
             else:
                 marks = [
-                    gone[number][self.coupling.spaces[number].labels[axis.key][axis.axis]]
-                    for number in axis.spaces
+                    gone[number][labels]
+                    for number, labels in zip(alike.spaces, alike.labels, strict=True)
                     if number in gone
                 ]
                 lost = int(np.logical_or.reduce(marks).sum()) if marks else 0
             if lost:
-                kept.setdefault(axis.key, {})[axis.axis] = axis.size - lost
+                for key, axis in alike.places:
+                    kept.setdefault(key, {})[axis] = alike.size - lost
         return kept
 
-    def _shape(self, key: Key, kept: Kept) -> tuple[int, ...] | None:
+    def _shape(self, key: Key, kept: Kept) -> Shape | None:
         """Return the shape, for one sample, that a tensor has after the cut."""
         shape = self.coupling.single.get(key, self.coupling.recording.shapes.get(key))
         if shape is None or key not in kept:
@@ -136,27 +206,68 @@ class Counter:
             self._known[identity] = node_macs(node, values, result)
         return self._known[identity]
 
-    def macs_by_node(self, removed: Removed) -> dict[str, int]:
-        """Return the multiply-accumulates of one sample by node name, after a cut."""
+    def macs_by_node(self, removed: Removed, dropped: Dropped = _NOTHING) -> dict[str, int]:
+        """Return the multiply-accumulates of one sample by node name, after a cut.
+
+        Args:
+            removed: By space, the classes that the cut removes.
+            dropped: Nodes that no longer run.
+        """
         kept = self._kept(self._node_axes, removed)
-        return {node.name: self._node_macs(node, kept) for node in self._nodes}
+        return {node.name: self._node_macs(node, kept) for node in self._nodes if node.name not in dropped}
 
-    def macs(self, removed: Removed) -> int:
-        """Return the multiply-accumulates of one sample after a cut."""
-        return sum(self.macs_by_node(removed).values())
+    def macs(self, removed: Removed, dropped: Dropped = _NOTHING) -> int:
+        """Return the multiply-accumulates of one sample after a cut.
 
-    def params(self, removed: Removed) -> int:
-        """Return the number of parameters after a cut."""
+        Args:
+            removed: By space, the classes that the cut removes.
+            dropped: Nodes that no longer run.
+        """
+        return sum(self.macs_by_node(removed, dropped).values())
+
+    def params(self, removed: Removed, dropped: Dropped = _NOTHING) -> int:
+        """Return the number of parameters after a cut.
+
+        Args:
+            removed: By space, the classes that the cut removes.
+            dropped: Nodes that no longer run; parameters that only they read are gone.
+        """
         kept = self._kept(self._parameter_axes, removed)
+        gone = frozenset(dropped)
         return sum(
             math.prod(kept.get(key, {}).get(axis, size) for axis, size in enumerate(shape))
             for key, shape in self._parameters.items()
+            if not gone or not self._readers[key] <= gone
         )
+
+    def running(self, removed: Removed, dropped: Dropped = _NOTHING) -> Iterator[RunningCall]:
+        """Yield every call that runs for each sample after a cut, with its sizes for one sample, in order.
+
+        Args:
+            removed: By space, the classes that the cut removes.
+            dropped: Nodes that no longer run.
+        """
+        kept = self._kept(self._running_axes, removed)
+        shapes: dict[Key, Shape | None] = {}
+
+        def shape(key: Key) -> Shape | None:
+            if key not in shapes:
+                shapes[key] = self._shape(key, kept)
+            return shapes[key]
+
+        for node, inputs, outputs in self._running:
+            if node.name not in dropped:
+                given = tuple(size for size in map(shape, outputs) if size is not None)
+                yield RunningCall(node, tuple(map(shape, inputs)), given)
 
     def channels(self, removed: Removed) -> int:
         """Return the number of classes that are left after a cut, over all spaces of which anything can be cut."""
         total = sum(space.size for space in self.coupling.spaces if space.free)
         return total - sum(len(set(classes)) for classes in removed.values())
+
+
+def _union(sets: Iterable[frozenset[Key]]) -> frozenset[Key]:
+    return frozenset().union(*sets)
 
 
 def macs_of(coupling: Coupling, removed: Removed) -> int:

@@ -1,21 +1,27 @@
-"""Cutting classes out of a graph: smaller weights, buffers and constants, and every size and position rewritten."""
+"""Cutting classes out of a graph: smaller weights, buffers and constants, and every size and position rewritten.
+
+The smaller weights are either copies (`cut_graph`: a model of its own) or views of the weights of another graph
+(`shared_cut`: a candidate of a supernet, which trains the weights that it shares).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from mil_cli.errors import ModelError
 from mil_cli.graph.coupling.coupling import Coupling, Removed
 from mil_cli.graph.coupling.normalise import copy_sharing_weights
-from mil_cli.graph.coupling.operators import argument, operator_name
+from mil_cli.graph.coupling.operators import Graphed, add_buffer, argument, operator_name
 from mil_cli.graph.coupling.record import Key
 from mil_cli.graph.coupling.rewrites import REWRITES, Edit
-from mil_cli.graph.coupling.selection import Masks, empty_axes, keep_masks, kept_count
+from mil_cli.graph.coupling.selection import Mask, Masks, empty_axes, keep_masks, kept_count
+from mil_cli.graph.nodes import get_attribute
 
 
 def cut_graph(
@@ -32,12 +38,7 @@ def cut_graph(
     Raises:
         ModelError: A class cannot be removed, or an axis would become empty.
     """
-    _check(coupling, removed)
-    masks = keep_masks(coupling, removed)
-    for key, axis in empty_axes(masks):
-        raise ModelError(
-            f"the cut would leave nothing of axis {axis} of {key}", hint="keep at least one class, or call `repair`"
-        )
+    masks = _checked_masks(coupling, removed)
     recording = coupling.recording
     replaced = {
         id(leaf): _cut_tensor(_present(coupling, key, leaf, weights), leaf, masks.get(key, {}))
@@ -53,6 +54,114 @@ def cut_graph(
     module.graph.lint()
     module.recompile()
     return module
+
+
+def shared_cut(
+    coupling: Coupling,
+    removed: Removed,
+    weights: GraphModule,
+    *,
+    edit: Callable[[Graph, Mapping[str, Node]], None] = lambda graph, copies: None,
+) -> GraphModule:
+    """Return the cut graph over views of the weights of another graph module: its gradients reach those weights.
+
+    Where an axis keeps one run of entries its view is a slice; where it keeps several (the parts of a fused query, key
+    and value weight) they are gathered. It holds no weights of its own, computes to the bit what the cut graph does
+    (with gradients on: torch chooses some kernels by whether a weight needs one), and is made in milliseconds: shapes
+    noted beside nodes (``meta["val"]``) stay those of the whole graph.
+
+    Args:
+        coupling: The analysis.
+        removed: By space, the classes to remove; `repair` gives a selection that can be cut.
+        weights: Has the weights by name: a graph module with the analysed one's names and shapes.
+        edit: Changes the new graph before its code is made; it is given the new nodes by the analysed ones' names.
+
+    Raises:
+        ModelError: A class cannot be removed, or an axis would become empty.
+    """
+    masks = _checked_masks(coupling, removed)
+    source = coupling.graph.graph
+    copies: dict[Node, Node] = {}
+    scratch = _Scratch(Graph())
+    graph = scratch.graph
+    graph.output(graph.graph_copy(source, copies))
+    graph.set_codegen(copy.copy(source._codegen))
+    attributes: dict[str, Any] = {}
+    for old, new in copies.items():
+        if old.op == "get_attr":
+            attributes[str(old.target)] = _shared_leaf(coupling, old, weights)
+            _insert_views(scratch, new, masks.get(coupling.recording.key(old), {}))
+    values: dict[str, Any] = {}
+    for old, new in copies.items():
+        _rewrite(old, new, scratch, coupling, masks, values)
+    edit(graph, {old.name: new for old, new in copies.items()})
+    graph.eliminate_dead_code()
+    device = next((value.device for value in weights.parameters()), torch.device("cpu"))
+    attributes.update({name: buffer.to(device) for name, buffer in scratch.named_buffers()})
+    used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    return GraphModule({name: attributes[name] for name in used}, graph)
+
+
+class _Scratch(torch.nn.Module):
+    """Holds a graph without code while it is edited, and the constants that the edits add."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+
+
+def _shared_leaf(coupling: Coupling, node: Node, weights: GraphModule) -> Any:
+    leaf = coupling.recording.leaves.get(coupling.recording.key(node))
+    if leaf is None:
+        return get_attribute(coupling.graph, str(node.target))
+    shared = named_tensor(weights, coupling.recording.leaf_names[coupling.recording.key(node)][0])
+    return leaf if shared is None or shared.shape != leaf.shape else shared
+
+
+def _insert_views(scratch: _Scratch, leaf: Node, masks: Mapping[int, Mask]) -> None:
+    """Let all that read a leaf read what its masks keep of it."""
+    users = list(leaf.users)
+    view = leaf
+    for axis, mask in masks.items():
+        kept = np.flatnonzero(mask)
+        first, end = int(kept[0]), int(kept[-1]) + 1
+        with scratch.graph.inserting_after(view):
+            if end - first == len(kept):
+                view = scratch.graph.call_function(torch.ops.aten.slice.Tensor, (view, axis, first, end))
+                continue
+            index = add_buffer(scratch, scratch.graph, "_kept", torch.from_numpy(kept))
+        with scratch.graph.inserting_after(index):
+            view = scratch.graph.call_function(torch.ops.aten.index_select.default, (view, axis, index))
+    if any(axis > 0 for axis in masks):
+        # On strided weights a kernel may add in another order than on the cut ones; most would copy them anyway.
+        with scratch.graph.inserting_after(view):
+            view = scratch.graph.call_function(torch.ops.aten.contiguous.default, (view,))
+    if view is not leaf:
+        for user in users:
+            user.replace_input_with(leaf, view)
+
+
+def named_tensor(module: torch.nn.Module, path: str) -> torch.Tensor | None:
+    """Return the tensor at a dotted path; None if there is none."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _checked_masks(coupling: Coupling, removed: Removed) -> Masks:
+    """Return what each axis keeps.
+
+    Raises:
+        ModelError: A class cannot be removed, or an axis would become empty.
+    """
+    _check(coupling, removed)
+    masks = keep_masks(coupling, removed)
+    for key, axis in empty_axes(masks):
+        raise ModelError(
+            f"the cut would leave nothing of axis {axis} of {key}", hint="keep at least one class, or call `repair`"
+        )
+    return masks
 
 
 def _check(coupling: Coupling, removed: Removed) -> None:
@@ -88,9 +197,7 @@ def _cut_tensor(present: torch.Tensor, leaf: torch.Tensor, masks: dict[int, Any]
     return result
 
 
-def _rewrite(
-    old: Node, new: Node, module: GraphModule, coupling: Coupling, masks: Masks, values: dict[str, Any]
-) -> None:
+def _rewrite(old: Node, new: Node, module: Graphed, coupling: Coupling, masks: Masks, values: dict[str, Any]) -> None:
     recording = coupling.recording
     name = operator_name(old)
     if name == "sym_size":

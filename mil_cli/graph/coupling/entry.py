@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mil_cli.graph.coupling.analysis import analyse_graph
 from mil_cli.graph.coupling.coupling import Coupling, Removed
-from mil_cli.graph.coupling.cut import cut_graph
-from mil_cli.graph.coupling.equivalence import TOLERANCE, Call, EquivalenceReport, check_graphs, named_tensor
+from mil_cli.graph.coupling.cut import cut_graph, named_tensor
+from mil_cli.graph.coupling.equivalence import TOLERANCE, Call, EquivalenceReport, check_graphs
 from mil_cli.graph.model import Model
 
 _BATCHES = (5, 7, 11, 13, 17, 19, 23)

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node, map_arg
 from torch.utils import _pytree as pytree
 
 from mil_cli.graph.coupling.coupling import Coupling, Removed
+from mil_cli.graph.coupling.cut import named_tensor
 from mil_cli.graph.coupling.record import Key, flat_inputs
 from mil_cli.graph.coupling.selection import Mask, Masks, keep_masks, repair
 
@@ -239,14 +240,6 @@ class _Masked(Interpreter):
             shape[axis] = size
             value = value.new_zeros(shape).index_copy(axis, _indices(_fitted(mask, size)), value)
         return value
-
-
-def named_tensor(module: torch.nn.Module, path: str) -> Tensor | None:
-    """Return the tensor at a dotted path; None if there is none."""
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part, None)
-    return value if isinstance(value, Tensor) else None
 
 
 def _fitted(mask: Mask, size: int) -> Mask:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from mil_cli.graph.nodes import get_argument, namespace, op_name, schema_index
 
@@ -29,7 +29,16 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
-def add_buffer(module: GraphModule, graph: Graph, prefix: str, value: torch.Tensor) -> Node:
+class Graphed(Protocol):
+    """A module with a graph, whether or not the graph's code was generated."""
+
+    graph: Graph
+
+    def register_buffer(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a tensor under a name."""
+
+
+def add_buffer(module: Graphed, graph: Graph, prefix: str, value: torch.Tensor) -> Node:
     """Register a constant under a new name that begins with `prefix`, and return a node that reads it."""
     number = 0
     while hasattr(module, f"{prefix}_{number}"):

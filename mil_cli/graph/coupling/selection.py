@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mil_cli.graph.coupling.coupling import Coupling, Removed
+from mil_cli.graph.coupling.coupling import Coupling, Removed, Space
 from mil_cli.graph.coupling.record import Key
 
 Mask = NDArray[np.bool_]
 Masks = dict[Key, dict[int, Mask]]
+
+
+def step_of(space: Space, multiple: int) -> int:
+    """Return how many classes of a space go at a time, so that the narrowest of its axes loses whole multiples."""
+    return multiple // math.gcd(multiple, space.entries_per_class)
 
 
 def keep_masks(coupling: Coupling, removed: Removed) -> Masks:

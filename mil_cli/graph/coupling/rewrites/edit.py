@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from mil_cli.graph.coupling.operators import add_buffer, argument, has_argument, operator_name
+from mil_cli.graph.coupling.operators import Graphed, add_buffer, argument, has_argument, operator_name
 from mil_cli.graph.coupling.record import Key, Recording
 from mil_cli.graph.coupling.selection import Mask, Masks
 from mil_cli.graph.nodes import set_argument
@@ -34,7 +34,7 @@ class Edit:
 
     old: Node
     new: Node
-    module: GraphModule
+    module: Graphed
     recording: Recording
     masks: Masks
     values: Mapping[str, Any]

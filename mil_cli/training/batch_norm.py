@@ -1,0 +1,58 @@
+"""Taking the running statistics of batch norms anew from data, where the channels before them changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import get_argument, get_attribute, op_name, set_argument
+
+_NAMES = ("running_mean", "running_var")
+
+
+def recalibrate(model: Model, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]) -> Model:
+    """Return a copy whose batch norms hold the statistics of some data, averaged over batches of equal weight.
+
+    Args:
+        model: A model in evaluation mode; not changed.
+        calls: Inputs as (args, kwargs), without augmentation.
+    """
+    result = model.clone().eval()
+    nodes = [node for node in result.graph.graph.nodes if op_name(node) == "batch_norm" and _keeps_statistics(node)]
+    if not nodes:
+        return result
+    before = [(bool(get_argument(node, "training")), float(get_argument(node, "momentum"))) for node in nodes]
+    buffers = {
+        str(source.target): get_attribute(result.graph, str(source.target))
+        for node in nodes
+        for source in (get_argument(node, name) for name in _NAMES)
+    }
+    for node in nodes:
+        set_argument(node, "training", True)
+        set_argument(node, "momentum", 1.0)  # the buffers then hold the statistics of the last batch
+    result.graph.recompile()
+    sums: dict[str, Tensor] = {name: torch.zeros_like(buffer, dtype=torch.float64) for name, buffer in buffers.items()}
+    batches = 0
+    with torch.no_grad():
+        for args, kwargs in calls:
+            result.graph(*args, **kwargs)
+            batches += 1
+            for name, buffer in buffers.items():
+                sums[name] += buffer.double()
+        for name, buffer in buffers.items():
+            if batches:
+                buffer.copy_(sums[name] / batches)
+    for node, (training, momentum) in zip(nodes, before, strict=True):
+        set_argument(node, "training", training)
+        set_argument(node, "momentum", momentum)
+    result.graph.recompile()
+    return result
+
+
+def _keeps_statistics(node: Node) -> bool:
+    return all(isinstance(source := get_argument(node, name), Node) and source.op == "get_attr" for name in _NAMES)

@@ -320,14 +320,13 @@ def sweep_points(path: Path, overrides: Sequence[str]) -> list[SweepPoint] | Non
         content = plain(config, path=path)
         found.append(SweepPoint(int(job.job.num), tuple(map(shown, job.overrides.task)), content))
 
-    with tempfile.TemporaryDirectory(prefix="mil-sweep-") as folder:
-        settings = _sweep_settings(overrides, Path(folder), launcher="basic")
-        with _explained(path, overrides), _hydra_for(path):
-            application = _application()
-            config = application.compose_config(path.stem, settings, run_mode=RunMode.MULTIRUN)
-            if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
-                return None
-            application.multirun(path.stem, collect, settings)
+    with tempfile.TemporaryDirectory(prefix="mil-sweep-") as folder, _explained(path, overrides), _hydra_for(path):
+        application = _application()
+        settings = _sweep_settings(path, overrides, Path(folder), launcher="basic")
+        config = application.compose_config(path.stem, settings, run_mode=RunMode.MULTIRUN)
+        if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
+            return None
+        application.multirun(path.stem, collect, settings)
     return found
 
 
@@ -345,7 +344,8 @@ def sweep(path: Path, overrides: Sequence[str], task_function: Callable[[DictCon
     """
     path = check_path(path)
     with _explained(path, overrides), _hydra_for(path):
-        _application().multirun(path.stem, task_function, _sweep_settings(overrides, directory, launcher=None))
+        settings = _sweep_settings(path, overrides, directory, launcher=None)
+        _application().multirun(path.stem, task_function, settings)
 
 
 def _adding(override: str) -> str:
@@ -370,12 +370,14 @@ def _application() -> Hydra:
     return application
 
 
-def _sweep_settings(overrides: Sequence[str], directory: Path, *, launcher: str | None) -> list[str]:
+def _sweep_settings(path: Path, overrides: Sequence[str], directory: Path, *, launcher: str | None) -> list[str]:
     text = str(directory.absolute())
     if "${" in text:
         raise RecipeError("the output path holds '${', which reads as an interpolation", where=text, hint="rename it")
     quoted = text.replace("\\", "\\\\").replace("'", "\\'")
-    chosen = [_adding(override) for override in overrides]
+    # Hydra takes `key` and `++key` for two axes: a key that the recipe sweeps over must be written as the recipe does.
+    swept = _application().compose_config(path.stem, [], run_mode=RunMode.MULTIRUN).hydra.sweeper.get("params") or {}
+    chosen = [override if override.partition("=")[0] in swept else _adding(override) for override in overrides]
     chosen = [override for override in chosen if launcher is None or not override.startswith("hydra/launcher=")]
     if launcher is not None:
         chosen = [override for override in chosen if not override.lstrip("+").startswith("hydra.launcher.")]

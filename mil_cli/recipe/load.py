@@ -215,20 +215,21 @@ def _check_trainer_overrides(
 
 
 def _check_recovery(stages: Mapping[str, StageConfig], keys: Iterable[str], problems: list[MilError]) -> None:
-    """Check that the stage by which another one recovers exists and trains."""
+    """Check that the stage by which another one recovers, or whose loss it trains on, exists and trains."""
     known = set(keys)
     for key, stage in stages.items():
-        name = getattr(stage, "recover", None)
-        if not isinstance(name, str):
-            continue
-        where = f"stages.{key}.recover"
-        if name not in known:
-            problems.append(
-                RecipeError("there is no such stage", where=where, value=name, hint=did_you_mean(name, known))
-            )
-        elif name in stages and stages[name].family not in ("train", "distill"):
-            hint = "name a stage of the family train or distill"
-            problems.append(RecipeError("that stage does not train", where=where, value=name, hint=hint))
+        for field in ("recover", "distill"):
+            name = getattr(stage, field, None)
+            if not isinstance(name, str):
+                continue
+            where = f"stages.{key}.{field}"
+            if name not in known:
+                problems.append(
+                    RecipeError("there is no such stage", where=where, value=name, hint=did_you_mean(name, known))
+                )
+            elif name in stages and stages[name].family not in ("train", "distill"):
+                hint = "name a stage of the family train or distill"
+                problems.append(RecipeError("that stage does not train", where=where, value=name, hint=hint))
 
 
 def _check_chain(

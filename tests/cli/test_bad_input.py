@@ -84,6 +84,14 @@ OVERRIDES = {
     "stage not there": (["chain=[quantise]"], ["chain[0]", "did you mean 'quantize'?"]),
     "recovery not there": (["stages.prune.recover=recovr"], ["stages.prune.recover", "did you mean 'recover'?"]),
     "recovery that does not train": (["stages.prune.recover=quantize"], ["stages.prune.recover", "train or distill"]),
+    "loss of no stage": (
+        ["stage/quantize@stages.quantize=lsq", "stages.quantize.distill=recovr"],
+        ["stages.quantize.distill", "did you mean 'recover'?"],
+    ),
+    "loss of a pruning": (
+        ["stage/quantize@stages.quantize=lsq", "stages.quantize.distill=prune"],
+        ["stages.quantize.distill", "train or distill"],
+    ),
     "two targets": (["stages.prune.params=0.5"], ["stages.prune", "exactly one"]),
     "empty chain": (["chain=[]"], ["chain", "empty"]),
     "wrong order": (["chain=[quantize,prune]"], ["chain", "'prune'", "before"]),
@@ -350,7 +358,7 @@ def test_interrupted(project: Project, capsys: pytest.CaptureFixture[str], monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mil_cli.stages.quantize.static.calibrate", interrupt)
+        patched.setattr("mil_cli.stages.quantize.static.observe", interrupt)
         assert main(["compress", "recipe.yaml"]) == 130
     captured = capsys.readouterr()
     assert "the same command goes on" in captured.err

@@ -199,3 +199,12 @@ def test_sweep_keeps_the_callers_log_handlers(write: Write, tmp_path: Path, capl
 
 def test_dotted_keys_lists_parents_before_children() -> None:
     assert dotted_keys({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == ["a", "a.b", "a.c", "a.c.d", "e"]
+
+
+def test_a_value_on_the_command_line_replaces_the_axis_of_the_recipe(write: Write) -> None:
+    axes = "\nhydra: {sweeper: {params: {b.c: '1,2,3', a: '1,2'}}}\n"
+    path = write(text=PLAIN + axes)
+    points = sweep_points(path, ["b.c=7,8", "a=5"])
+    assert points is not None
+    assert [(point.content["b"]["c"], point.content["a"]) for point in points] == [(7, 5), (8, 5)]
+    assert len(sweep_points(path, []) or []) == 6

@@ -13,6 +13,7 @@ from mil_cli.errors import RecipeErrors
 from mil_cli.recipe.load import build_recipe, load_recipe
 from mil_cli.recipe.locations import configs_folder, recipes_folder
 from mil_cli.stages.registry import METHODS, config_type
+from mil_cli.training.config import TrainerConfig
 
 Write = Callable[..., Path]
 
@@ -42,6 +43,15 @@ def test_overrides_reach_the_typed_parts(write: Write) -> None:
     assert recipe.stages["prune"].model_dump()["macs"] == "6M"
     assert recipe.stages["recover"].model_dump()["trainer"] == {"epochs": 2}
     assert recipe.goals.params is not None
+
+
+def test_another_optimizer_takes_nothing_of_the_first(write: Write) -> None:
+    recipe = load_recipe(
+        write(("  - _self_\n", "  - override /optimizer@trainer.optimizer: adamw\n  - _self_\n")),
+        ["trainer.optimizer.lr=0.002"],
+    )
+    assert recipe.trainer.optimizer == {"_target_": "torch.optim.AdamW", "lr": 0.002, "weight_decay": 0.05}
+    assert load_recipe(write()).trainer == TrainerConfig()
 
 
 def test_a_recipe_cannot_be_changed(write: Write) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,12 @@ from mil_cli.errors import StageError
 from mil_cli.events import Bar
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.stages.quantize.observers import Observer
+from mil_cli.training.evaluate import fixed_batch
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+    from mil_cli.stages.quantize.settings import QuantizationConfig
 
 _OWNER = "calibration_observer"
 
@@ -34,6 +40,20 @@ class _Look(nn.Module):
                 f"calibration met a bad value at '{self.name}': {error}",
                 hint="the model or its inputs hold NaN or infinity: check the data and the training before this stage",
             ) from error
+
+
+def observe(model: Model, observers: Mapping[Node, Observer], config: QuantizationConfig, context: Context) -> None:
+    """Show values of a model to their observers in one pass over the stage's calibration samples.
+
+    Raises:
+        StageError: There are no samples, or a value is NaN or infinite.
+    """
+    if not observers:
+        return
+    size = fixed_batch(model) or config.calibration_batch_size
+    batches = context.calibration(samples=config.calibration_samples, batch_size=size)
+    with context.progress.work("calibrating", -(-config.calibration_samples // size)) as bar:
+        calibrate(model.graph, observers, batches, bar=bar)
 
 
 def calibrate(

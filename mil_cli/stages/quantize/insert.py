@@ -2,17 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import mil_cli.ops  # noqa: F401  registers the operator
-from mil_cli.graph.nodes import set_attribute
+from mil_cli.errors import StageError
+from mil_cli.graph.nodes import calls, op_name, set_attribute
+from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.ranges import CodeRange
 
 _OWNER = "quantizers"
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How one value or weight is quantized.
+
+    Attributes:
+        scale: float32 ``[]``, or ``[channels]`` along `axis`.
+        zero_point: int32, shaped like `scale`.
+        codes: The integer codes.
+        axis: The axis of per-channel scales, or None.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    codes: CodeRange
+    axis: int | None = None
+
+
+def refuse_quantized(graph: GraphModule) -> None:
+    """Refuse a graph that has quantizers.
+
+    Raises:
+        StageError: It has.
+    """
+    if any(op_name(node) == "quantize_affine" for node in calls(graph)):
+        raise StageError("the model is quantized already", hint="start from the float model")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The paths below which the scales and zero points of a graph's quantizers are kept.
+
+    Attributes:
+        values: Of each owned value.
+        narrow: Of each value that layers read in fewer bits.
+        weights: Of each layer's weight, in the placement's order.
+    """
+
+    values: dict[Node, str]
+    narrow: dict[Node, str]
+    weights: list[str]
+
+
+def insert_quantizers(
+    graph: GraphModule,
+    placement: Placement,
+    values: Mapping[Node, Quantizer],
+    narrow: Mapping[Node, Quantizer],
+    weights: Sequence[Quantizer],
+) -> Paths:
+    """Quantize all values and weights of a placement, in place.
+
+    Args:
+        graph: The graph that was placed on.
+        placement: What is quantized.
+        values: For each owned value how it, and what shares its codes, is quantized.
+        narrow: For each value that layers read in fewer bits how they read it.
+        weights: For each layer of the placement, in its order.
+    """
+    writer = QuantizerWriter(graph)
+    paths = Paths({node: writer.store(node.name, form.scale, form.zero_point) for node, form in values.items()}, {}, [])
+    for layer, form in zip(placement.layers, weights, strict=True):
+        path = writer.store(f"{layer.name}_weight", form.scale, form.zero_point)
+        writer.insert(layer.weight, path, axis=form.axis, codes=form.codes, readers=[layer.node])
+        paths.weights.append(path)
+    quantized: dict[Node, Node] = {}
+    for node in [*placement.owned, *placement.shared]:
+        owner = placement.owner(node)
+        readers = None if node in placement.exclusive else placement.readers[node]
+        added = writer.insert(node, paths.values[owner], axis=None, codes=values[owner].codes, readers=readers)
+        if readers is None:
+            quantized[node] = added
+    for node, form in narrow.items():
+        paths.narrow[node] = writer.store(f"{node.name}_narrow", form.scale, form.zero_point)
+        source = quantized.get(node, node)
+        writer.insert(source, paths.narrow[node], axis=None, codes=form.codes, readers=placement.narrow[node])
+    writer.finish()
+    return paths
 
 
 class QuantizerWriter:

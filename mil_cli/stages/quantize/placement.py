@@ -91,6 +91,8 @@ class Placement:
         shared: Value -> the owned value whose scale and zero point serve it too.
         exclusive: The values that everyone reads quantized, because integer kernels make them.
         readers: For every other quantized value, who reads it quantized.
+        edges: The owned values that a first or last layer reads, or that are outputs of the model themselves.
+        narrow: Value -> the layers that read it in fewer bits than the rest of the graph has.
         kept_float: Layer name -> why it stays float.
     """
 
@@ -100,7 +102,22 @@ class Placement:
     shared: dict[Node, Node] = field(default_factory=dict)
     exclusive: set[Node] = field(default_factory=set)
     readers: dict[Node, set[Node]] = field(default_factory=dict)
+    edges: set[Node] = field(default_factory=set)
+    narrow: dict[Node, set[Node]] = field(default_factory=dict)
     kept_float: dict[str, str] = field(default_factory=dict)
+
+    def owner(self, value: Node) -> Node:
+        """Return the owned value whose scale and zero point serve a quantized value."""
+        return self.shared.get(value, value)
+
+    def facts(self) -> dict[str, object]:
+        """Return what the report shows."""
+        return {
+            "policy": self.policy,
+            "quantized_layers": len(self.layers),
+            "quantized_values": len({*self.owned, *self.narrow}),
+            "kept_float": self.kept_float,
+        }
 
 
 def choose_policy(graph: GraphModule) -> Policy:
@@ -111,14 +128,18 @@ def choose_policy(graph: GraphModule) -> Policy:
     return "transformer"
 
 
-def place(graph: GraphModule, *, policy: Policy, skip: Sequence[str] = ()) -> Placement:
+def place(graph: GraphModule, *, policy: Policy, skip: Sequence[str] = (), narrow: bool = False) -> Placement:
     """Decide which values of a graph are quantized.
+
+    With `narrow`, layers but the first and last read their inputs through quantizers of their own, of few bits; what is
+    added, joined or pooled keeps more, for errors of residual sums would pile up.
 
     Args:
         graph: A graph in evaluation mode, batch norms folded, in-place operators replaced; it is not changed.
         policy: The policy.
         skip: Patterns of layers to leave float: a module's path (with all below it), a node's name, or either with
             ``*`` and ``?``.
+        narrow: Whether layers read fewer bits than the rest of the graph has.
 
     Raises:
         StageError: A pattern of `skip` fits no layer.
@@ -127,11 +148,13 @@ def place(graph: GraphModule, *, policy: Policy, skip: Sequence[str] = ()) -> Pl
     _find_layers(graph, placement, skip)
     wanted: dict[Node, set[Node]] = {}
     for layer in placement.layers:
-        wanted.setdefault(layer.source, set()).add(layer.node)
+        readers = placement.narrow if narrow and not layer.edge else wanted
+        readers.setdefault(layer.source, set()).add(layer.node)
         if op_name(layer.node) in _CONVOLUTIONS:
             placement.exclusive.add(_after_rectifier(layer.node))
     if policy == "cnn":
         _place_joins(graph, placement, wanted)
+    placement.exclusive -= {node for node, layers in placement.narrow.items() if set(node.users) <= layers}
     order = {node: index for index, node in enumerate(graph.graph.nodes)}
     for node in sorted({*wanted, *placement.exclusive}, key=order.__getitem__):
         root = _root(node, placement)
@@ -141,6 +164,25 @@ def place(graph: GraphModule, *, policy: Policy, skip: Sequence[str] = ()) -> Pl
             placement.shared[node] = root
         if node not in placement.exclusive:
             placement.readers[node] = wanted[node]
+    at_edges = [layer.source for layer in placement.layers if layer.edge]
+    at_outputs = [node for node in [*placement.owned, *placement.shared] if _goes_to_output(node)]
+    placement.edges = {placement.owner(node) for node in [*at_edges, *at_outputs]}
+    return placement
+
+
+def place_any(
+    graph: GraphModule, *, policy: Literal["auto"] | Policy, skip: Sequence[str] = (), narrow: bool = False
+) -> Placement:
+    """Decide as `place` does, by the policy that fits where it is ``auto``.
+
+    Raises:
+        StageError: No layer is left to quantize, or a pattern of `skip` fits none.
+    """
+    chosen = choose_policy(graph) if policy == "auto" else policy
+    placement = place(graph, policy=chosen, skip=skip, narrow=narrow)
+    if not placement.layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in placement.kept_float.items())
+        raise StageError("no layer of the model can be quantized", value=reasons or "it has no layer with weights")
     return placement
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SMALLEST_SCALE = 2.0**-64
-"""Below this a float32 quotient could overflow; only values that are all zero ever come here."""
+from mil_cli.ops.learned_scale import SMALLEST_SCALE
 
 
 @dataclass(frozen=True)

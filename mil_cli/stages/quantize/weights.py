@@ -6,8 +6,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
-from mil_cli.stages.quantize.ranges import SMALLEST_SCALE, CodeRange
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, schema_index, set_attribute
+from mil_cli.ops.learned_scale import SMALLEST_SCALE
+from mil_cli.stages.quantize.ranges import CodeRange
 
 WeightObserverName = Literal["min_max", "mse"]
 
@@ -65,3 +68,20 @@ def scale_for_bias(scale: Tensor, bias: Tensor | None, input_scale: float) -> Te
     if scale.dim() == 0:
         floor = floor.max()
     return torch.maximum(scale.double(), floor).float()
+
+
+def protect_biases(graph: GraphModule) -> None:
+    """Raise the scales of quantized weights, in place, where `scale_for_bias` asks for it."""
+    for quantizer in calls(graph):
+        weight = get_argument(quantizer, "x") if op_name(quantizer) == "quantize_affine" else None
+        if not isinstance(weight, Node) or weight.op != "get_attr":
+            continue
+        target = str(get_argument(quantizer, "scale").target)
+        for layer in quantizer.users:
+            bias = get_argument(layer, "bias") if schema_index(layer, "bias") is not None else None
+            inputs = [node for node in layer.all_input_nodes if op_name(node) == "quantize_affine"]
+            sources = [node for node in inputs if node is not quantizer]
+            if isinstance(bias, Node) and bias.op == "get_attr" and sources:
+                input_scale = float(get_attribute(graph, str(get_argument(sources[0], "scale").target)))
+                values = get_attribute(graph, str(bias.target))
+                set_attribute(graph, target, scale_for_bias(get_attribute(graph, target), values, input_scale))

@@ -41,10 +41,12 @@ class Attention(nn.Module):
         return x + self.layers[3](mixed)
 
 
-def placed(module: nn.Module, shape: tuple[int, ...], policy: Policy, *, skip: tuple[str, ...] = ()) -> Placement:
+def placed(
+    module: nn.Module, shape: tuple[int, ...], policy: Policy, *, skip: tuple[str, ...] = (), narrow: bool = False
+) -> Placement:
     model = Model.capture(module.eval(), (torch.randn(shape),))
     make_functional(model.graph)
-    return place(model.graph, policy=policy, skip=skip)
+    return place(model.graph, policy=policy, skip=skip, narrow=narrow)
 
 
 def ops(nodes: object) -> list[str]:
@@ -55,6 +57,21 @@ def test_policy_follows_the_content() -> None:
     assert choose_policy(Model.capture(Block().eval(), (torch.randn(2, 1, 8, 8),)).graph) == "cnn"
     assert choose_policy(Model.capture(Attention().eval(), (torch.randn(2, 2, 8),)).graph) == "transformer"
     assert choose_policy(Model.capture(nn.Linear(3, 3).eval(), (torch.randn(2, 3),)).graph) == "transformer"
+
+
+def test_layers_read_few_bits_while_sums_keep_more() -> None:
+    placement = placed(Block(), (2, 1, 8, 8), "cnn", narrow=True)
+    # What a and b read; the first layer and the head keep theirs.
+    assert {op_name(node): ops(layers) for node, layers in placement.narrow.items()} == {
+        "max_pool2d": ["conv2d"],
+        "relu": ["conv2d"],
+    }
+    # The value between a and b is read by b alone: it has no second quantizer.
+    (between,) = (node for node in placement.narrow if op_name(node) == "relu")
+    assert between not in {*placement.owned, *placement.shared, *placement.exclusive}
+    # The pooled value is read by the sum as well, which wants it whole.
+    assert ops(placement.owned) == ["conv2d", "mean", "placeholder", "relu", "relu"]
+    assert "max_pool2d" in ops(placement.shared)
 
 
 def test_cnn_policy_covers_both_sides_of_everything() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mil_cli.ops.learned_scale import SMALLEST_SCALE
 from mil_cli.stages.quantize.observers.histogram import Histogram
-from mil_cli.stages.quantize.ranges import SMALLEST_SCALE, CodeRange
+from mil_cli.stages.quantize.ranges import CodeRange
 
 _CANDIDATES = 100
 _ROUNDS = 2

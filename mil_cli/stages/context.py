@@ -329,7 +329,9 @@ class Context:
         self._record("seed")
         seed = derive_seed(self._surroundings.seed, "calibration")
         seen = 0
-        for batch in self.data.train.batches(batch_size, shuffle=True, seed=seed):
+        train = self.data.train
+        # A short last batch would weigh as much as a full one, and has no variance if it is of one sample.
+        for batch in train.batches(batch_size, shuffle=True, seed=seed, drop_last=len(train) >= batch_size):
             yield batch
             seen += batch_size
             if seen >= samples:

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 METHODS: dict[tuple[str, str], str] = {
     ("train", "supervised"): "mil_cli.stages.train.supervised",
+    ("nas", "elastic"): "mil_cli.stages.nas.elastic",
     ("prune", "magnitude"): "mil_cli.stages.prune.magnitude",
     ("distill", "soft_labels"): "mil_cli.stages.distill.soft_labels",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
+    ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }
 """(family, method) -> the module that holds it."""
 

@@ -21,15 +21,22 @@ from mil_cli.graph.model import Model
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 SHORT = (
-    "model.width=8",
-    "trainer.epochs=3",
-    "stages.recover.trainer.epochs=2",
+    "model.width=16",
+    "model.blocks=1",
+    "trainer.epochs=2",
+    "stages.nas.macs=0.6",
+    "stages.nas.trainer.epochs=1",
+    "stages.nas.evaluations=2",
+    "stages.nas.population=2",
+    "stages.nas.recalibrate_samples=128",
+    "stages.quantize.trainer.epochs=1",
+    "stages.recover.trainer.epochs=1",
     "trainer.checkpoint_every_seconds=0",
     "~goals.quality",
     "~goals.latency",
     "goals.macs.max_ratio=0.9",
     "goals.size.max_ratio=0.9",
-    "stages.prune.macs=0.5",
+    "stages.prune.macs=0.7",
 )
 """The whole chain on a net that trains in seconds."""
 
@@ -65,7 +72,7 @@ def test_the_chain_ends_in_a_file_that_replaces_the_baseline(tmp_path: Path) -> 
     report = run(tmp_path / "cache", out, *SHORT)
     assert report["version"] == 1
     assert report["goals_met"] is True
-    assert [stage["name"] for stage in report["stages"]] == ["prune", "recover", "quantize"]
+    assert [stage["name"] for stage in report["stages"]] == ["nas", "prune", "recover", "quantize"]
     assert report["final"]["quality"]["split"] == report["baseline"]["quality"]["split"] == "test"
     assert {stage["measurement"]["quality"]["split"] for stage in report["stages"]} == {"val"}
     for name, key in (("baseline.onnx", "baseline"), ("model.onnx", "final")):

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.fx import Node
-
-from mil_cli.graph.coupling import Coupling, Space
-from mil_cli.graph.nodes import get_argument, get_attribute, op_name
+from mil_cli.graph.coupling import group_norms
 from mil_cli.stages.prune.schedule import prune
-from mil_cli.stages.prune.selection import Scores
 from mil_cli.stages.prune.settings import StructuredPruningConfig
 from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-
-_NORMS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 
 
 class MagnitudeConfig(StructuredPruningConfig):
@@ -54,57 +44,6 @@ def magnitude(model: Model, config: MagnitudeConfig, context: Context) -> Model:
     Raises:
         StageError: The target cannot be met, or nothing can be cut.
     """
-    return prune(model, config, context, lambda current, coupling: group_norms(current, coupling, order=config.norm))
-
-
-def group_norms(model: Model, coupling: Coupling, *, order: int = 2) -> Scores:
-    """Return the importance of every class of every space.
-
-    In each member (a weight's axis, or the scale of a norm) the norm of all entries of a class is taken and divided by
-    the mean over the classes, so that neither the size of a layer nor the scale of its weights counts; a class's
-    score is the mean over its members.
-
-    Args:
-        model: Gives the present weights.
-        coupling: Its analysis.
-        order: 1 or 2.
-
-    Returns:
-        By space: an array with one score per class, shape (classes,).
-    """
-    scales = _norm_scales(model)
-    return [_space_norms(model, space, scales, order) for space in coupling.spaces]
-
-
-def _space_norms(model: Model, space: Space, scales: set[str], order: int) -> NDArray[np.float64]:
-    totals = np.zeros(space.size)
-    counts = np.zeros(space.size)
-    for member in space.members:
-        weight: Tensor = get_attribute(model.graph, member.parameter)
-        if not member.trainable or (weight.ndim < 2 and member.parameter not in scales):
-            continue
-        labelled = member.classes >= 0
-        others = [axis for axis in range(weight.ndim) if axis != member.axis]
-        lengths = torch.linalg.vector_norm(weight.detach(), ord=order, dim=others) if others else weight.detach().abs()
-        powers = lengths.double().pow(order).numpy()
-        sums = np.bincount(member.classes[labelled], weights=powers[labelled], minlength=space.size)
-        present = np.bincount(member.classes[labelled], minlength=space.size) > 0
-        norms = sums ** (1 / order)
-        mean = norms[present].mean()
-        if mean > 0:
-            totals[present] += norms[present] / mean
-        counts[present] += 1
-    return np.divide(totals, counts, out=np.ones(space.size), where=counts > 0)
-
-
-def _norm_scales(model: Model) -> set[str]:
-    """Return the names of the parameters that scale the channels of a normalisation."""
-    names: set[str] = set()
-    for node in model.graph.graph.nodes:
-        if op_name(node) in _NORMS:
-            scale = get_argument(node, "weight")
-            if isinstance(scale, Node) and scale.op == "get_attr":
-                value = get_attribute(model.graph, str(scale.target))
-                named = model.graph.named_parameters(remove_duplicate=False)
-                names.update(name for name, other in named if other is value)
-    return names
+    return prune(
+        model, config, context, lambda current, coupling: group_norms(current.graph, coupling, order=config.norm)
+    )

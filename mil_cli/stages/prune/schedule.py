@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Counter, Coupling, analyse, check_equivalence, cut
-from mil_cli.stages.prune.batch_norm import recalibrate
 from mil_cli.stages.prune.selection import Scores, Selection, describe_widths, least_classes, select
 from mil_cli.stages.prune.settings import Quantity, StructuredPruningConfig
+from mil_cli.stages.targets import width_multiple
+from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
     """
     current = model.clone().eval()
     shapes = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
-    multiple = _multiple(config, context)
+    multiple = width_multiple(config.round_to, config.multiple, context.device)
     slot = context.slot("steps")
     state = slot.load() or {"cuts": [], "facts": [], "weights": None}
     coupling = analyse(current)
@@ -147,13 +148,6 @@ def _round(
 def _amount(coupling: Coupling, quantity: Quantity) -> Callable[[Mapping[int, set[int]]], float]:
     counter = Counter(coupling)
     return {"macs": counter.macs, "params": counter.params, "channels": counter.channels}[quantity]
-
-
-def _multiple(config: StructuredPruningConfig, context: Context) -> int:
-    if config.round_to != "auto":
-        return config.round_to
-    preferred = context.device.preferred_multiple
-    return preferred.int8 if config.multiple == "int8" else preferred.float
 
 
 def _unreachable(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mil_cli.graph.coupling import Coupling, Space, repair
+from mil_cli.graph.coupling import Coupling, Space, repair, step_of
 
 Scores = Sequence[NDArray[np.float64]]
 """By space: the importance of each class. Comparable between spaces: a space's mean is about 1."""
@@ -33,11 +33,6 @@ class Chunk:
     space: int
     position: int
     classes: tuple[int, ...]
-
-
-def step_of(space: Space, multiple: int) -> int:
-    """Return how many classes of a space go at a time, so that the narrowest of its axes loses whole multiples."""
-    return multiple // math.gcd(multiple, space.entries_per_class)
 
 
 def chunks_of(number: int, space: Space, scores: NDArray[np.float64], *, step: int, least: int) -> list[Chunk]:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from mil_cli.stages.registry import StageConfig
+from mil_cli.stages.targets import Kernels, RoundTo, Target
 from mil_cli.units import Kept, parse_kept
 
 Quantity = Literal["macs", "params", "channels"]
 QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "channels")
-
-
-def _checked(value: str | float) -> str | float:
-    parse_kept(value)
-    return value
-
-
-Target = Annotated[str | float, AfterValidator(_checked)]
 
 
 class StructuredPruningConfig(StageConfig):
@@ -51,8 +44,8 @@ class StructuredPruningConfig(StageConfig):
     channels: Target | None = None
     steps: int = Field(1, ge=1, le=1000)
     max_per_layer: float = Field(0.8, gt=0, lt=1)
-    round_to: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    multiple: Literal["float", "int8"] = "float"
+    round_to: RoundTo = "auto"
+    multiple: Kernels = "float"
     recover: str | None = None
     recover_trainer: dict[str, Any] = Field(default_factory=dict)
     recover_last: bool = False

@@ -15,11 +15,11 @@ from mil_cli.data.digits import digits
 from mil_cli.device.host import resolve
 from mil_cli.errors import StageError
 from mil_cli.events import SilentProgress
-from mil_cli.graph.coupling import Coupling, EquivalenceReport, analyse
+from mil_cli.graph.coupling import Coupling, EquivalenceReport, analyse, group_norms
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context, Surroundings
 from mil_cli.stages.prune import schedule
-from mil_cli.stages.prune.magnitude import MagnitudeConfig, group_norms, magnitude
+from mil_cli.stages.prune.magnitude import MagnitudeConfig, magnitude
 from mil_cli.stages.registry import config_type
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
@@ -76,7 +76,7 @@ def config(**settings: Any) -> MagnitudeConfig:
 def test_group_norms_equal_those_worked_out_by_hand(model: Model, order: int) -> None:
     coupling = analyse(model)
     scores = dict(
-        zip((space.origin for space in coupling.spaces), group_norms(model, coupling, order=order), strict=True)
+        zip((space.origin for space in coupling.spaces), group_norms(model.graph, coupling, order=order), strict=True)
     )
     weights = {name: value.detach().double() for name, value in model.named_parameters()}
 
@@ -106,7 +106,7 @@ def test_scores_do_not_depend_on_the_scale_of_a_layer(model: Model) -> None:
     for _, parameter in scaled.named_parameters():
         parameter.data.mul_(7.5)
     coupling = analyse(model)
-    for before, after in zip(group_norms(model, coupling), group_norms(scaled, coupling), strict=True):
+    for before, after in zip(group_norms(model.graph, coupling), group_norms(scaled.graph, coupling), strict=True):
         np.testing.assert_allclose(before, after, rtol=1e-6)
 
 

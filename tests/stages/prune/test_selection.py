@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from mil_cli.graph.coupling import Counter, Coupling, Space, analyse
+from mil_cli.graph.coupling import Counter, Coupling, Space, analyse, step_of
 from mil_cli.graph.coupling.coupling import Member
 from mil_cli.graph.model import Model
-from mil_cli.stages.prune.selection import chunks_of, describe_widths, least_classes, select, step_of
+from mil_cli.stages.prune.selection import chunks_of, describe_widths, least_classes, select
 
 
 def space(size: int, *, width: int | None = None, frozen: tuple[int, ...] = ()) -> Space:

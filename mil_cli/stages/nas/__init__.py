@@ -1,0 +1,1 @@
+"""Neural architecture search: choosing a smaller architecture, one method a file."""

@@ -1,0 +1,341 @@
+"""Architecture search inside a trained model: it becomes a weight-sharing supernet, and its best small net is kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+
+from mil_cli.errors import StageError
+from mil_cli.graph.coupling import Coupling, analyse, group_norms, reorder, shared_cut
+from mil_cli.graph.model import Model
+from mil_cli.graph.residual import ResidualBranch, leave_out, residual_chains
+from mil_cli.stages.nas.cost import CandidateCost, Quantity, parse_latency
+from mil_cli.stages.nas.search import Scored, evolve, from_state, ranked, to_state
+from mil_cli.stages.nas.space import Candidate, ElasticSpace, depths_of, widths_of
+from mil_cli.stages.nas.supernet import cut_candidate, sandwich
+from mil_cli.stages.registry import StageConfig, stage
+from mil_cli.stages.targets import Kernels, RoundTo, Target, width_multiple
+from mil_cli.training.batch_norm import recalibrate
+from mil_cli.training.evaluate import NotFiniteError, fixed_batch
+from mil_cli.training.loop import fit
+from mil_cli.units import Kept, parse_kept
+
+if TYPE_CHECKING:
+    from mil_cli.stages.context import Context
+
+QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "latency")
+
+_BATCH = 64
+_PROVEN = 16
+"""Samples on which a model with its channels in another order must give what it gave."""
+
+_GENERATIONS = 5
+_LEAST_EVALUATIONS = 8
+_SHOWN = 20
+
+
+class ElasticConfig(StageConfig):
+    """Settings of ``nas/elastic``.
+
+    Attributes:
+        macs: Multiply-accumulates to keep, as a ratio of what comes in (``0.3``, ``30%``) or a count (``6M``).
+        params: Parameters to keep, likewise.
+        latency: Predicted latency to keep, as a ratio or a duration (``2 ms``). Exactly one of `macs`, `params` and
+            `latency` is given.
+        min_width: Smallest share of any width (channels, heads, hidden units) that a candidate may have.
+        min_depth: Smallest share of a chain of residual branches; one branch of each is always kept.
+        choices: Most widths to choose from on one axis.
+        round_to: Multiple that widths end on; ``auto`` takes the device's.
+        multiple: The kernels that the net will run on in the end: int8 for a model that is quantized later. They decide
+            which of the device's multiples ``auto`` takes, and what a latency is predicted for.
+        trainer: Overrides of the recipe's trainer settings, for the supernet.
+        random: Random candidates that each step trains, beside the whole net and the smallest one.
+        temperature: By which class scores are divided where candidates learn from the whole net.
+        importance_samples: Training samples on which each residual branch is left out, to put them in order.
+        evaluations: Candidates that are scored on val.
+        population: How many of them each generation has.
+        minutes: Time for scoring; sets `evaluations` and `population` by what one score takes here. The result then
+            depends on the machine's speed. None: as many as `evaluations` says.
+        search_samples: Samples of val that a score is taken on.
+        recalibrate_samples: Training samples from which the batch norms of a candidate take their statistics.
+        recover: Key of a train or distill stage of the recipe that fine-tunes the candidate chosen; None does not.
+        recover_trainer: Trainer settings for that, over that stage's own.
+    """
+
+    family: ClassVar[str] = "nas"
+    method: ClassVar[str] = "elastic"
+    never_after: ClassVar[dict[str, str]] = {
+        "quantize": "quantizers are placed and scaled for the widths that they find"
+    }
+
+    macs: Target | None = None
+    params: Target | None = None
+    latency: str | float | None = None
+    min_width: float = Field(0.25, gt=0, le=1)
+    min_depth: float = Field(0.3, gt=0, le=1)
+    choices: int = Field(6, ge=2, le=1000)
+    round_to: RoundTo = "auto"
+    multiple: Kernels = "float"
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    random: int = Field(2, ge=0, le=16)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    importance_samples: int = Field(512, ge=1)
+    evaluations: int = Field(96, ge=1)
+    population: int = Field(24, ge=2)
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
+    search_samples: int = Field(5000, ge=1)
+    recalibrate_samples: int = Field(1024, ge=0)
+    recover: str | None = None
+    recover_trainer: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> ElasticConfig:
+        given = [name for name in QUANTITIES if getattr(self, name) is not None]
+        if len(given) != 1:
+            shown = " and ".join(given) if given else "none"
+            raise ValueError(f"give exactly one of macs, params and latency, what is kept of it; {shown} is given")
+        self._kept()
+        return self
+
+    @property
+    def quantity(self) -> Quantity:
+        """What the target bounds."""
+        return next(name for name in QUANTITIES if getattr(self, name) is not None)
+
+    def _kept(self) -> Kept:
+        asked = getattr(self, self.quantity)
+        return parse_latency(asked) if self.quantity == "latency" else parse_kept(asked)
+
+    def bound(self, whole: float) -> float:
+        """Return the largest cost of a candidate, given that of the whole model."""
+        return self._kept().resolve(whole)
+
+
+@stage(ElasticConfig)
+def elastic(model: Model, config: ElasticConfig, context: Context) -> Model:
+    """Return the best smaller net that a model holds under a bound.
+
+    The channels and residual branches of the model are put in the order of their importance; a candidate keeps the
+    first ones of each. All candidates share the model's weights while they are trained together (Yu et al. 2020,
+    "BigNAS"; Cai et al. 2020, "Once-for-All"), then an evolutionary search scores candidates within the bound on val,
+    each with the statistics of its batch norms taken anew. The best is cut out, and fine-tuned if `recover` says so.
+
+    Args:
+        model: The trained model; not changed.
+        config: The settings.
+        context: Gives data, device, trainer, fine-tuning and checkpoints.
+
+    Returns:
+        The smaller model, in evaluation mode.
+
+    Raises:
+        StageError: Nothing of the model can shrink, or no candidate is within the bound.
+    """
+    ordered, space = prepare(model, config, context)
+    search = _Search(space, config, context)
+    found = search.run(lambda: train_supernet(ordered, space, config, context))
+    best = found[0]
+    context.note(
+        quantity=config.quantity,
+        before=search.whole,
+        target=search.bound,
+        left=best.cost,
+        candidates=space.size,
+        scored=len(found),
+        search_quality=best.quality,
+        architecture=space.describe(best.candidate),
+        best=[{"quality": entry.quality, config.quantity: entry.cost} for entry in found[:_SHOWN]],
+        latency_table=search.cost.table(),
+    )
+    chosen = candidate_model(search.supernet, space, best.candidate, config, context)
+    if config.recover is None:
+        return chosen
+    return context.finetune(chosen, stage=config.recover, name="winner", trainer=config.recover_trainer)
+
+
+class _Search:
+    """The search of one stage, with what it had reached when it was interrupted.
+
+    Args:
+        space: The space.
+        config: The settings.
+        context: Gives data, device and checkpoints.
+
+    Raises:
+        StageError: No candidate is within the bound.
+    """
+
+    supernet: Model
+
+    def __init__(self, space: ElasticSpace, config: ElasticConfig, context: Context) -> None:
+        self._space, self._config, self._context = space, config, context
+        self._slot = context.slot("search")
+        self._state = self._slot.load() or {"plan": None, "scored": [], "table": {}}
+        self.cost = CandidateCost(
+            space,
+            config.quantity,
+            kernels=config.multiple,
+            device=context.device,
+            known=self._state["table"],
+            progress=context.progress,
+        )
+        self.whole = self.cost(space.largest)
+        self.bound = config.bound(self.whole)
+        self._samples = min(config.search_samples, len(context.data.val))
+        least = self.cost(space.smallest)
+        if least > self.bound:
+            raise self._too_small(f"the smallest candidate has {least:,.6g} of {self.whole:,.6g} {config.quantity}")
+
+    def run(self, train: Callable[[], Model]) -> list[Scored]:
+        """Train the supernet, score candidates, and return them, the best first.
+
+        Args:
+            train: Gives the trained supernet.
+
+        Raises:
+            StageError: No candidate within the bound was found, or none gives finite outputs.
+        """
+        self.supernet = train()
+        context, state = self._context, self._state
+        higher = context.task.higher_is_better
+        if state["plan"] is None:
+            state["plan"] = _plan(self._config, lambda: self._score(self._space.largest))
+
+        def keep(scored: list[Scored]) -> None:
+            state["scored"], state["table"] = to_state(scored), self.cost.table()
+            self._slot.save(state)
+            bar.advance(note=f"best {context.task.metric_name} {ranked(scored, higher)[0].quality:.4g}")
+
+        known = from_state(state["scored"])
+        with context.progress.work(f"{context.name}: searching", state["plan"]["evaluations"], done=len(known)) as bar:
+            found = evolve(
+                self._space,
+                cost=self.cost,
+                bound=self.bound,
+                score=self._score,
+                higher_is_better=higher,
+                generator=context.generator,
+                known=known,
+                on_scored=keep,
+                **state["plan"],
+            )
+        if not found:
+            raise self._too_small("no candidate within the bound was found")
+        if not math.isfinite(found[0].quality):
+            hint = f"lower stages.{context.name}.trainer.learning_rate, or keep more"
+            raise StageError("no candidate gives finite outputs", where=f"stages.{context.name}", hint=hint)
+        return found
+
+    def _score(self, candidate: Candidate) -> float:
+        model = candidate_model(self.supernet, self._space, candidate, self._config, self._context)
+        try:
+            return self._context.evaluate(model, limit=self._samples).value
+        except NotFiniteError:  # one bad net is no reason to stop the search
+            return -math.inf if self._context.task.higher_is_better else math.inf
+
+    def _too_small(self, problem: str) -> StageError:
+        quantity = self._config.quantity
+        return StageError(
+            problem,
+            where=f"stages.{self._context.name}.{quantity}",
+            value=getattr(self._config, quantity),
+            hint="keep more, or lower min_width and min_depth",
+        )
+
+
+def prepare(model: Model, config: ElasticConfig, context: Context) -> tuple[Model, ElasticSpace]:
+    """Return the model with its channels in the order of importance, and the space of its candidates.
+
+    Raises:
+        StageError: Nothing of the model can shrink.
+    """
+    ordered = model.clone().eval()
+    coupling = analyse(ordered)
+    multiple = width_multiple(config.round_to, config.multiple, context.device)
+    widths = widths_of(coupling, smallest=config.min_width, multiple=multiple, most=config.choices)
+    chains = residual_chains(coupling.graph)
+    costs = _branch_costs(ordered, coupling, chains, config, context)
+    depths = depths_of(chains, costs, smallest=config.min_depth)
+    if not widths and not depths:
+        raise StageError(
+            "nothing of this model can shrink",
+            where=f"stages.{context.name}",
+            hint="lower min_width, min_depth or round_to; `mil inspect` says what cannot be cut and why",
+        )
+    calls = list(context.calibration(samples=_PROVEN, batch_size=fixed_batch(model) or _PROVEN))
+    reorder(ordered.graph, coupling, group_norms(ordered.graph, coupling), calls)
+    return ordered, ElasticSpace(coupling, widths, depths)
+
+
+def _branch_costs(
+    model: Model,
+    coupling: Coupling,
+    chains: list[list[ResidualBranch]],
+    config: ElasticConfig,
+    context: Context,
+) -> dict[str, float]:
+    """Return by the name of its addition what leaving each residual branch out adds to the task's loss."""
+    size = fixed_batch(model) or _BATCH
+    batches = list(context.calibration_batches(samples=config.importance_samples, batch_size=size)) if chains else []
+    task = context.task
+    costs = {}
+    for branch in (branch for chain in chains for branch in chain):
+
+        def edit(graph: torch.fx.Graph, copies: Any, branch: ResidualBranch = branch) -> None:
+            leave_out(graph, copies, [branch])
+
+        graph = shared_cut(coupling, {}, model.graph, edit=edit)
+        with torch.no_grad():
+            losses = []
+            for batch in batches:
+                args, kwargs = task.inputs(batch)
+                losses.append(float(task.loss(graph(*args, **kwargs), batch)))
+        costs[branch.addition] = sum(losses) / len(losses)
+    return costs
+
+
+def train_supernet(model: Model, space: ElasticSpace, config: ElasticConfig, context: Context) -> Model:
+    """Train all candidates of a space together and return the whole net."""
+    settings = context.trainer(config.trainer)
+    if settings.early_stopping is None:  # the whole net's quality decides nothing
+        settings = settings.model_copy(update={"evaluate_every": settings.epochs})
+    result = fit(
+        model,
+        task=context.task,
+        data=context.data,
+        settings=settings,
+        seed=context.seed,
+        bind=sandwich(space, context.task, random=config.random, temperature=config.temperature, seed=context.seed),
+        checkpoint=context.slot("supernet"),
+        progress=context.progress,
+        description=f"{context.name}: training the supernet",
+    )
+    context.note(history=result.history, stopped=result.stopped)
+    return result.model
+
+
+def candidate_model(
+    supernet: Model, space: ElasticSpace, candidate: Candidate, config: ElasticConfig, context: Context
+) -> Model:
+    """Return a candidate as a model of its own, with its own statistics of batch norms."""
+    model = cut_candidate(space, candidate, supernet)
+    if not config.recalibrate_samples:
+        return model
+    size = fixed_batch(model) or _BATCH
+    return recalibrate(model, context.calibration(samples=config.recalibrate_samples, batch_size=size))
+
+
+def _plan(config: ElasticConfig, score: Callable[[], float]) -> dict[str, int]:
+    """Return how many candidates are scored and bred: as the settings say, or as the time for it allows."""
+    if config.minutes is None:
+        return {"evaluations": config.evaluations, "population": config.population}
+    started = time.monotonic()
+    score()
+    seconds = time.monotonic() - started
+    evaluations = max(_LEAST_EVALUATIONS, int(config.minutes * 60 / seconds))
+    return {"evaluations": evaluations, "population": max(2, evaluations // _GENERATIONS)}

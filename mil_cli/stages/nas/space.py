@@ -1,0 +1,224 @@
+"""The elastic space of a captured model: how far each width and each chain of residual branches can shrink.
+
+A candidate says for every width how many of its coupled classes it keeps, and for every chain how many branches. In
+each the most important come first, so that a candidate is a prefix of the whole model everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mil_cli.graph.coupling import Coupling, repair, step_of
+from mil_cli.graph.residual import ResidualBranch
+
+Candidate = tuple[int, ...]
+"""By axis of the space: the index into its choices; 0 keeps everything."""
+
+_SPREAD = 0.35
+"""How far, as a share of an axis's choices, a random candidate strays from its common level."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """One set of coupled classes: channels, heads, a head's size, hidden units.
+
+    Attributes:
+        name: The weight from which the set was found.
+        space: Its number in the analysis.
+        choices: How many classes may be kept, all of them first.
+    """
+
+    name: str
+    space: int
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """One chain of residual branches.
+
+    Attributes:
+        name: The node at which the chain begins.
+        branches: The branches, the most important first.
+        choices: How many may be kept, all of them first.
+    """
+
+    name: str
+    branches: tuple[ResidualBranch, ...]
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ElasticSpace:
+    """All smaller nets that a model holds.
+
+    Attributes:
+        coupling: The analysis of the model.
+        widths: Its widths.
+        depths: Its chains of residual branches.
+    """
+
+    coupling: Coupling
+    widths: tuple[Width, ...]
+    depths: tuple[Depth, ...]
+
+    @cached_property
+    def axes(self) -> tuple[Width | Depth, ...]:
+        """The widths, then the depths: what the places of a candidate stand for."""
+        return (*self.widths, *self.depths)
+
+    @property
+    def largest(self) -> Candidate:
+        """The whole model."""
+        return (0,) * len(self.axes)
+
+    @property
+    def smallest(self) -> Candidate:
+        """The candidate that keeps least everywhere."""
+        return self.canonical(tuple(len(axis.choices) - 1 for axis in self.axes))
+
+    @cached_property
+    def size(self) -> int:
+        """How many candidates there are, counting those that differ only in what they leave out."""
+        return math.prod(len(axis.choices) for axis in self.axes)
+
+    @cached_property
+    def _readers(self) -> list[frozenset[str]]:
+        """By width: the calls that read a weight of it."""
+        recording = self.coupling.recording
+        found = []
+        for width in self.widths:
+            keys = self.coupling.spaces[width.space].labels
+            readers = {
+                user.name
+                for node in recording.graph.graph.find_nodes(op="get_attr")
+                if recording.key(node) in keys and recording.is_parameter(recording.key(node))
+                for user in node.users
+            }
+            found.append(frozenset(readers))
+        return found
+
+    def branches(self, candidate: Candidate) -> list[ResidualBranch]:
+        """Return the branches that a candidate leaves out."""
+        return [
+            branch
+            for depth, choice in zip(self.depths, candidate[len(self.widths) :], strict=True)
+            for branch in depth.branches[depth.choices[choice] :]
+        ]
+
+    def dropped(self, candidate: Candidate) -> frozenset[str]:
+        """Return the names of the calls that do not run in a candidate, because their branch is left out."""
+        return frozenset[str]().union(*(branch.nodes for branch in self.branches(candidate)))
+
+    def removed(self, candidate: Candidate) -> dict[int, set[int]]:
+        """Return the classes that a candidate cuts, by space."""
+        wanted = {
+            width.space: set(self.coupling.spaces[width.space].free[-lost:])
+            for width, choice in zip(self.widths, candidate, strict=False)
+            if (lost := width.choices[0] - width.choices[choice])
+        }
+        return repair(self.coupling, wanted)
+
+    def canonical(self, candidate: Candidate) -> Candidate:
+        """Return the one form of all candidates that are the same net: widths of what is left out are whole."""
+        dropped = self.dropped(candidate)
+        if not dropped:
+            return candidate
+        widths = (
+            0 if readers <= dropped else choice for readers, choice in zip(self._readers, candidate, strict=False)
+        )
+        return (*widths, *candidate[len(self.widths) :])
+
+    def sample(self, generator: torch.Generator) -> Candidate:
+        """Draw a candidate around a level that is drawn first, so that small and large nets are as likely as middling.
+
+        Drawing every axis by itself would give candidates of nearly the same size.
+        """
+        level = float(torch.rand((), generator=generator))
+        stray = torch.rand(len(self.axes), generator=generator).tolist()
+        candidate = []
+        for axis, draw in zip(self.axes, stray, strict=True):
+            place = min(max(level + _SPREAD * (2 * draw - 1), 0.0), 1.0)
+            candidate.append(round(place * (len(axis.choices) - 1)))
+        return self.canonical(tuple(candidate))
+
+    def mutate(self, candidate: Candidate, generator: torch.Generator, *, probability: float) -> Candidate:
+        """Return a candidate some of whose axes are drawn anew, each with the probability given, at least one."""
+        draws = torch.rand(len(self.axes), generator=generator)
+        chosen = set((draws < probability).nonzero().flatten().tolist()) or {int(draws.argmin())}
+        changed = [
+            int(torch.randint(len(axis.choices), (), generator=generator)) if place in chosen else candidate[place]
+            for place, axis in enumerate(self.axes)
+        ]
+        return self.canonical(tuple(changed))
+
+    def cross(self, first: Candidate, second: Candidate, generator: torch.Generator) -> Candidate:
+        """Return a candidate that has each axis from one of two."""
+        coins = torch.rand(len(self.axes), generator=generator).tolist()
+        return self.canonical(tuple(a if coin < 0.5 else b for a, b, coin in zip(first, second, coins, strict=True)))
+
+    def describe(self, candidate: Candidate) -> dict[str, list[dict[str, object]]]:
+        """Return what a candidate keeps of each width and depth; JSON-able."""
+        removed = self.removed(candidate)  # not the choices: what shares an axis may have to be given back
+        widths: list[dict[str, object]] = [
+            {"name": width.name, "kept": width.choices[0] - len(removed.get(width.space, ())), "of": width.choices[0]}
+            for width in self.widths
+        ]
+        depths: list[dict[str, object]] = [
+            {"name": depth.name, "kept": depth.choices[choice], "of": depth.choices[0]}
+            for depth, choice in zip(self.depths, candidate[len(self.widths) :], strict=True)
+        ]
+        return {"widths": widths, "depths": depths}
+
+
+def widths_of(coupling: Coupling, *, smallest: float, multiple: int, most: int) -> tuple[Width, ...]:
+    """Return the widths of a model that can shrink.
+
+    Args:
+        coupling: Its analysis.
+        smallest: Smallest share of a width that may be kept.
+        multiple: What the axes of a smaller width end on.
+        most: Most choices of a width; they are spread evenly.
+    """
+    found = []
+    for number, space in enumerate(coupling.spaces):
+        step = step_of(space, multiple)
+        least = max(math.ceil(space.size * smallest - 1e-9), len(space.frozen), 1)
+        smaller = [width for width in range(space.size - 1, least - 1, -1) if width % step == 0]
+        if smaller:
+            choices = (space.size, *_spread(smaller, most - 1))
+            found.append(Width(space.origin, number, choices))
+    return tuple(found)
+
+
+def depths_of(
+    chains: Sequence[Sequence[ResidualBranch]], importance: Mapping[str, float], *, smallest: float
+) -> tuple[Depth, ...]:
+    """Return the chains of residual branches that can shrink.
+
+    Args:
+        chains: The chains.
+        importance: By the name of a branch's addition: what leaving it out costs.
+        smallest: Smallest share of a chain that may be kept; one branch always is.
+    """
+    found = []
+    for chain in chains:
+        least = max(math.ceil(len(chain) * smallest - 1e-9), 1)
+        if least < len(chain):
+            ordered = tuple(sorted(chain, key=lambda branch: -importance[branch.addition]))
+            found.append(Depth(chain[0].addition, ordered, tuple(range(len(chain), least - 1, -1))))
+    return tuple(found)
+
+
+def _spread(choices: Sequence[int], most: int) -> list[int]:
+    """Return at most `most` of some choices, evenly spread, the first and the last among them."""
+    if len(choices) <= most:
+        return list(choices)
+    if most == 1:
+        return [choices[-1]]
+    return [choices[round(place * (len(choices) - 1) / (most - 1))] for place in range(most)]

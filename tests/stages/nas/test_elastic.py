@@ -1,0 +1,201 @@
+"""The whole stage on digits: it meets its bound, works, goes on after a kill, and says what it lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from mil_cli.data.base import Data
+from mil_cli.data.digits import digits
+from mil_cli.data.tensors import TensorSplit
+from mil_cli.device.host import resolve
+from mil_cli.errors import StageError
+from mil_cli.events import SilentProgress
+from mil_cli.graph.model import Model
+from mil_cli.models.resnet import resnet20
+from mil_cli.models.vit import vit
+from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.nas.elastic import ElasticConfig, elastic, prepare
+from mil_cli.stages.nas.supernet import SharedCandidates, random_pool
+from mil_cli.stages.registry import config_type
+from mil_cli.task.classification import Classification
+from mil_cli.training.checkpoint import FileSlot
+from mil_cli.training.config import TrainerConfig
+
+QUICK: dict[str, Any] = {
+    "macs": 0.3,
+    "trainer": {"epochs": 1, "learning_rate": 0.03},
+    "evaluations": 8,
+    "population": 4,
+    "search_samples": 256,
+    "recalibrate_samples": 128,
+    "importance_samples": 64,
+}
+
+
+def context(workspace: Path | None = None, data: Data | None = None, **stages: Any) -> Context:
+    around = Surroundings(
+        seed=0,
+        task=Classification(),
+        data=digits() if data is None else data,
+        device=resolve({"name": "host_cpu"}),
+        trainer=TrainerConfig(epochs=1, checkpoint_every_seconds=0),
+        goals={},
+        stages=stages,
+        load_source=lambda source: pytest.fail("no source is needed"),
+        source_fingerprint=str,
+    )
+    return Context(name="nas", surroundings=around, progress=SilentProgress(), workspace=workspace)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Model:
+    torch.manual_seed(0)
+    net = Model.capture(resnet20(width=16, blocks=2).eval(), (torch.randn(2, 1, 8, 8),))
+    return context().finetune(net, stage=None, name="base", trainer={"epochs": 6})
+
+
+def test_the_winner_meets_the_bound_and_works(trained: Model) -> None:
+    before = trained.fingerprint()
+    used = context()
+    config = ElasticConfig(**{**QUICK, "trainer": {"epochs": 5, "learning_rate": 0.03}})
+    small = elastic(trained, config, used)
+    assert trained.fingerprint() == before
+    assert small.macs() <= 0.3 * trained.macs()
+    assert used.notes["left"] == small.macs()
+    quality = used.evaluate(small).value
+    assert quality > 0.6
+    assert used.notes["search_quality"] == pytest.approx(quality, abs=0.03)
+    names = {width["name"] for width in used.notes["architecture"]["widths"]}  # type: ignore[index]
+    assert "stem.weight" in names
+
+
+def test_params_can_be_the_bound(trained: Model) -> None:
+    small = elastic(trained, ElasticConfig(**{**QUICK, "macs": None, "params": "30k"}), context())
+    assert small.num_params() <= 30_000
+
+
+@pytest.mark.parametrize("kernels", ["float", "int8"])
+def test_latency_can_be_the_bound_and_the_table_is_kept(trained: Model, kernels: str) -> None:
+    used = context()
+    settings = {**QUICK, "macs": None, "latency": 0.75, "multiple": kernels, "round_to": 8}
+    small = elastic(trained, ElasticConfig(**settings), used)
+    assert small.macs() < trained.macs()
+    assert used.notes["left"] <= used.notes["target"] < used.notes["before"]  # type: ignore[operator]
+    assert len(used.notes["latency_table"]) > 10  # type: ignore[arg-type]
+    assert any(read.startswith("device/") for read in used.trace.reads)
+
+
+def test_a_transformer_loses_heads_and_blocks() -> None:
+    torch.manual_seed(0)
+    net = Model.capture(vit(image_size=8, patch=2, dim=32, depth=3, heads=4).eval(), (torch.randn(2, 1, 8, 8),))
+    used = context()
+    small = elastic(net, ElasticConfig(**QUICK), used)
+    assert small.macs() <= 0.3 * net.macs()
+    assert small(torch.randn(5, 1, 8, 8)).shape == (5, 10)
+    described = used.notes["architecture"]
+    assert any(part["kept"] < part["of"] for part in described["depths"])  # type: ignore[index]
+    shapes = {name: parameter.shape for name, parameter in small.named_parameters()}
+    for part in described["widths"]:  # type: ignore[index]
+        if "mlp" in part["name"] and part["name"] in shapes:
+            assert shapes[part["name"]][0] == part["kept"]
+
+
+@pytest.fixture(scope="module")
+def plain(trained: Model) -> Model:
+    """The result of the quick settings."""
+    return elastic(trained, ElasticConfig(**QUICK), context())
+
+
+def test_the_winner_is_fine_tuned_by_the_stage_that_is_named(trained: Model, plain: Model) -> None:
+    tuner = config_type("train", "supervised")(trainer={"epochs": 1})
+    tuned = elastic(trained, ElasticConfig(**QUICK, recover="tune"), context(tune=tuner))
+    assert plain.fingerprint() != tuned.fingerprint()
+    assert {name: tensor.shape for name, tensor in plain.state_dict().items()} == {
+        name: tensor.shape for name, tensor in tuned.state_dict().items()
+    }
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("save", [3, 10, 13, 17])
+def test_killed_while_training_or_searching_it_ends_alike(
+    trained: Model, plain: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: int
+) -> None:
+    saves = 0
+    original = FileSlot.save
+
+    def killing(self: FileSlot, state: dict[str, Any]) -> None:
+        nonlocal saves
+        original(self, state)
+        saves += 1
+        if saves == save:
+            raise Killed
+
+    monkeypatch.setattr(FileSlot, "save", killing)
+    with pytest.raises(Killed):
+        elastic(trained, ElasticConfig(**QUICK), context(tmp_path))
+    monkeypatch.setattr(FileSlot, "save", original)
+    assert elastic(trained, ElasticConfig(**QUICK), context(tmp_path)).fingerprint() == plain.fingerprint()
+
+
+def test_a_time_budget_sets_how_many_are_scored(trained: Model) -> None:
+    used = context()
+    elastic(trained, ElasticConfig(**{**QUICK, "minutes": 0.001}), used)
+    assert used.notes["scored"] == 8  # the fewest
+
+
+def test_a_bound_below_the_smallest_candidate_is_refused(trained: Model) -> None:
+    with pytest.raises(StageError, match=r"(?s)smallest candidate has .* macs.*lower min_width") as caught:
+        elastic(trained, ElasticConfig(**{**QUICK, "macs": 0.001}), context())
+    assert "stages.nas.macs" in str(caught.value)
+
+
+def test_a_model_without_anything_to_shrink_is_refused() -> None:
+    net = Model.capture(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), (torch.randn(2, 1, 8, 8),))
+    with pytest.raises(StageError, match="nothing of this model can shrink"):
+        elastic(net, ElasticConfig(**QUICK), context())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "exactly one"),
+        ({"macs": 0.3, "params": 0.3}, "exactly one"),
+        ({"macs": 1.5}, "not what is kept"),
+        ({"latency": "3 bananas"}, "a duration such as 2 ms"),
+        ({"latency": "5M"}, "a duration such as 2 ms"),
+        ({"latency": "0 ms"}, "a duration such as 2 ms"),
+        ({"macs": 0.3, "min_width": 0}, "greater than 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ElasticConfig(**settings)
+
+
+def test_few_graphs_are_kept_and_the_last_used_stay(trained: Model) -> None:
+    ordered, space = prepare(trained, ElasticConfig(**QUICK), context())
+    kept = SharedCandidates(space, ordered, capacity=3)
+    first, *others = dict.fromkeys(random_pool(space, seed=0, size=12))
+    graph = kept.graph(first)
+    for other in others:
+        kept.graph(other)
+        assert kept.graph(first) is graph
+        assert len(kept) <= 3
+
+
+def test_a_short_last_batch_spoils_nothing(trained: Model) -> None:
+    full = digits()
+    images, labels = next(iter(full.train.batches(129)))
+    data = Data(name="few", train=TensorSplit((images, labels)), val=full.val, test=full.test)
+    settings = {**QUICK, "recalibrate_samples": 1024, "importance_samples": 512}
+    small = elastic(trained, ElasticConfig(**settings), context(data=data))
+    assert all(bool(torch.isfinite(value).all()) for value in small.state_dict().values() if value.is_floating_point())

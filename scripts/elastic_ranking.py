@@ -31,7 +31,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.nas.cost import CandidateCost
 from mil_cli.stages.nas.elastic import ElasticConfig, candidate_model, prepare, train_supernet
 from mil_cli.stages.nas.space import Candidate, ElasticSpace
-from mil_cli.stages.nas.supernet import shared_candidate
+from mil_cli.stages.nas.supernet import POOL_USES, shared_candidate
 
 POOL = 4000
 TIMED = 30
@@ -119,6 +119,7 @@ def speed(
     scoring = (time.perf_counter() - started) / TIMED
     return {
         "build_ms": 1e3 * sum(building) / TIMED,
+        "build_share_of_its_steps": sum(building) / POOL_USES / sum(stepping),
         "step_ms": 1e3 * sum(stepping) / TIMED,
         "score_macs_ms": 1e3 * scoring,
     }

@@ -19,11 +19,11 @@ from mil_cli.stages.nas.space import Candidate, ElasticSpace
 from mil_cli.task.base import Task
 from mil_cli.training.loop import Objective
 
-_POOL_STEPS = 32
+_POOL_STEPS = 64
 """For so many steps random candidates come from one pool; then a new one is drawn."""
 
-_POOL_USES = 4
-"""How often a candidate of the pool is trained: building one costs a tenth of a step on small nets."""
+POOL_USES = 8
+"""How often a candidate of the pool is trained: building one takes half as long as its step where nets are small."""
 
 
 class SharedCandidates:
@@ -103,7 +103,7 @@ def sandwich(
     """
 
     def bind(model: Model, steps: Callable[[], int]) -> Objective:
-        pool_size = max(1, _POOL_STEPS * random // _POOL_USES)
+        pool_size = max(1, _POOL_STEPS * random // POOL_USES)
         candidates = SharedCandidates(space, model, capacity=pool_size + 1)
         pools: dict[int, list[Candidate]] = {}
 

@@ -133,11 +133,12 @@ def _difference(
                 given = pytree.tree_leaves(Interpreter(cut).run(*flat, enable_io_processing=False))
             except RuntimeError:  # a shape that the rewriting got wrong
                 return float("inf"), tuple(sorted(reference.compacted))
-        largest = max([largest, *(_relative(a, b) for a, b in zip(expected, given, strict=True))])
+        largest = max([largest, *(relative_difference(a, b) for a, b in zip(expected, given, strict=True))])
     return largest, tuple(sorted(reference.compacted))
 
 
-def _relative(expected: Any, given: Any) -> float:
+def relative_difference(expected: Any, given: Any) -> float:
+    """Return the largest difference of two outputs relative to the largest expected value; infinite if unlike."""
     if not isinstance(expected, Tensor) or not isinstance(given, Tensor):
         return 0.0 if expected == given else float("inf")
     if expected.shape != given.shape or expected.dtype != given.dtype:

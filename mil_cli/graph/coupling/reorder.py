@@ -16,13 +16,10 @@ from torch.utils import _pytree as pytree
 
 from mil_cli.graph.coupling.coupling import Coupling, Space
 from mil_cli.graph.coupling.cut import named_tensor
-from mil_cli.graph.coupling.equivalence import Call
+from mil_cli.graph.coupling.equivalence import TOLERANCE, Call, relative_difference
 from mil_cli.graph.coupling.record import flat_inputs
 from mil_cli.graph.coupling.space import Labels
 from mil_cli.graph.nodes import get_attribute
-
-_TOLERANCE = 1e-4
-"""Largest difference of two orders of the same channels, relative to the largest value of an output (float32)."""
 
 
 def reorder(
@@ -69,11 +66,7 @@ def _outputs(graph: GraphModule, calls: Sequence[Sequence[Any]]) -> list[torch.T
 
 
 def _equal(expected: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> bool:
-    return all(
-        float((one.double() - other.double()).abs().max()) <= _TOLERANCE * max(float(one.abs().max()), 1e-12)
-        for one, other in zip(expected, given, strict=True)
-        if one.numel()
-    )
+    return all(relative_difference(one, other) <= TOLERANCE for one, other in zip(expected, given, strict=True))
 
 
 def _moves(space: Space, scores: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -77,7 +77,7 @@ class ElasticSpace:
         """The whole model."""
         return (0,) * len(self.axes)
 
-    @property
+    @cached_property
     def smallest(self) -> Candidate:
         """The candidate that keeps least everywhere."""
         return self.canonical(tuple(len(axis.choices) - 1 for axis in self.axes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,22 +25,31 @@ def fold_batch_norm(model: Model) -> Model:
     reads and whose weights nothing else uses. With scale ``s = gamma / sqrt(var + eps)`` per output channel, the weight
     becomes ``w * s`` and the bias ``(b - mean) * s + beta``; computed in double precision.
 
-    A layer may read its weight through a ``quantize_affine`` of symmetric codes with zero point 0, per output channel
-    or per tensor: its scale becomes ``scale * |s|`` for each channel, which leaves every code as it was, up to its
-    sign where s is negative.
+    A layer may read its weight through a ``quantize_affine`` with zero point 0, per output channel or per tensor: its
+    scale becomes ``scale * |s|`` for each channel, which leaves every code as it was, up to its sign where s is
+    negative. Codes that are not symmetric have no such sign: there no s may be negative.
 
     Args:
         model: The model; it is not changed.
     """
     folded = model.clone().eval()
     graph = folded.graph
-    for node in list(calls(graph)):
-        layer = node.args[0] if op_name(node) == "batch_norm" else None
-        if isinstance(layer, Node) and _can_fold(graph, layer, node):
-            _fold(graph, layer, node)
+    for layer, norm in foldable_norms(graph):
+        _fold(graph, layer, norm)
     graph.graph.lint()
     graph.recompile()
     return folded
+
+
+def foldable_norms(graph: GraphModule) -> Iterator[tuple[Node, Node]]:
+    """Find the batch norms of a graph in evaluation mode that can be folded; yields the layer before each, and it.
+
+    Where one is folded before the next is asked for, a second batch norm after the same layer is found too.
+    """
+    for norm in list(calls(graph)):
+        layer = norm.args[0] if op_name(norm) == "batch_norm" else None
+        if isinstance(layer, Node) and _can_fold(graph, layer, norm):
+            yield layer, norm
 
 
 def _can_fold(graph: GraphModule, layer: Node, norm: Node) -> bool:
@@ -51,27 +61,31 @@ def _can_fold(graph: GraphModule, layer: Node, norm: Node) -> bool:
     if op_name(layer) == "linear" and (not isinstance(value, Tensor) or value.ndim != 2):
         return False
     weight, bias = get_argument(layer, "weight"), get_argument(layer, "bias")
-    if not isinstance(weight, Node) or not (bias is None or (isinstance(bias, Node) and _is_own(graph, bias, layer))):
+    if not isinstance(weight, Node) or not (bias is None or reads_alone(graph, bias, layer)):
         return False
-    return _can_scale(graph, weight, layer) if op_name(weight) == "quantize_affine" else _is_own(graph, weight, layer)
+    if op_name(weight) == "quantize_affine":
+        return _can_scale(graph, weight, layer, norm)
+    return reads_alone(graph, weight, layer)
 
 
-def _can_scale(graph: GraphModule, quantizer: Node, layer: Node) -> bool:
+def _can_scale(graph: GraphModule, quantizer: Node, layer: Node, norm: Node) -> bool:
     """Whether a weight's quantizer can take a factor for each output channel without a change of its codes."""
     if op_name(layer) in _TRANSPOSED or set(quantizer.users) != {layer}:
         return False
     sources = [get_argument(quantizer, name) for name in ("x", "scale", "zero_point")]
-    if not all(isinstance(source, Node) and _is_own(graph, source, quantizer) for source in sources):
+    if not all(reads_alone(graph, source, quantizer) for source in sources):
         return False
     weight, _, zero_point = (get_attribute(graph, str(source.target)) for source in sources)
     axis = get_argument(quantizer, "axis")
     symmetric = get_argument(quantizer, "quant_min") == -get_argument(quantizer, "quant_max")
-    return symmetric and not bool(zero_point.any()) and (axis is None or axis % weight.ndim == 0)
+    gamma = _value(graph, norm, "weight")
+    signed = gamma is not None and bool((gamma < 0).any())
+    return (symmetric or not signed) and not bool(zero_point.any()) and (axis is None or axis % weight.ndim == 0)
 
 
-def _is_own(graph: GraphModule, source: Node, reader: Node) -> bool:
-    """Whether a node reads an attribute of the graph that only this node reads, once."""
-    if source.op != "get_attr":
+def reads_alone(graph: GraphModule, source: Any, reader: Node) -> bool:
+    """Whether `source` is an attribute of the graph that only `reader` reads, once."""
+    if not isinstance(source, Node) or source.op != "get_attr":
         return False
     value = get_attribute(graph, str(source.target))
     readers = [
@@ -98,7 +112,7 @@ def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
     scale = scale if gamma is None else scale * gamma
     shift = (0.0 if bias is None else bias.detach().double()) - mean
     new_bias = shift * scale + (0.0 if beta is None else beta)
-    new_weight = weight.detach().double() * _per_output(layer, weight, scale)
+    new_weight = weight.detach().double() * per_output(layer, weight, scale)
     if quantizer is not None:
         new_weight = _scale_codes(graph, quantizer, weight.detach(), new_weight, scale)
     _assign(graph, str(weight_node.target), new_weight, weight)
@@ -149,7 +163,7 @@ def _value(graph: GraphModule, norm: Node, name: str) -> Any:
     return get_attribute(graph, str(source.target)).detach().double() if isinstance(source, Node) else None
 
 
-def _per_output(layer: Node, weight: Tensor, scale: Tensor) -> Tensor:
+def per_output(layer: Node, weight: Tensor, scale: Tensor) -> Tensor:
     """Shape a per-channel scale ``[C]`` so that it multiplies a weight along its output channels."""
     if op_name(layer) not in _TRANSPOSED:
         return scale.reshape(-1, *[1] * (weight.ndim - 1))

@@ -172,6 +172,18 @@ def test_codes_of_quantized_weights_stay_up_to_their_sign(axis: int | None) -> N
         assert bool((scale > 0).all())
 
 
-def test_codes_without_a_mirror_image_are_left_alone() -> None:
+def test_codes_without_a_mirror_image_are_folded_where_no_gamma_is_negative() -> None:
     model = Model.capture(QuantizedWeights(0, quant_min=-8), (torch.randn(4, 3, 8, 8),))
-    assert norms(fold_batch_norm(model)) == 2
+    randomise(model)
+    state = model.state_dict()
+    with torch.no_grad():
+        for name in ("conv_scale", "linear_scale", "norm.weight"):
+            state[name].abs_().add_(0.1)
+        state["conv.weight"][:, 0, 0, 0] = -9 * state["conv_scale"]
+        state["norm2.weight"][1] = -1.5
+    before, x = codes_of(model), torch.randn(16, 3, 8, 8)
+    folded = fold_batch_norm(model)
+    assert norms(folded) == 1
+    assert bool((before["conv.weight"][:, 0, 0, 0] == -8).all())
+    assert torch.equal(codes_of(folded)["conv.weight"], before["conv.weight"])
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)

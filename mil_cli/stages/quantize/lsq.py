@@ -8,14 +8,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mil_cli.events import SilentProgress
 from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_attribute
-from mil_cli.ops.learned_scale import SMALLEST_SCALE, learned_scale
+from mil_cli.graph.nodes import get_attribute
+from mil_cli.ops.learned_scale import SMALLEST_SCALE
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import freeze_norms, place_unfolded, release_norms
 from mil_cli.stages.quantize.calibrate import calibrate, observe
@@ -23,6 +23,7 @@ from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_
 from mil_cli.stages.quantize.observers.magnitude import MeanMagnitude
 from mil_cli.stages.quantize.observers.mse import MeanSquaredError
 from mil_cli.stages.quantize.placement import Layer, Placement
+from mil_cli.stages.quantize.positive import keep_positive, mirror_channels, settle
 from mil_cli.stages.quantize.ranges import CodeRange, affine_parameters
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.weights import protect_biases, weight_scale
@@ -48,6 +49,7 @@ class LsqConfig(QuantizationConfig):
     """
 
     method: ClassVar[str] = "lsq"
+    version: ClassVar[int] = 2
 
     initialization: Initialization = "mse"
     distill: str | None = None
@@ -62,9 +64,10 @@ def quantize(model: Model, config: LsqConfig, context: Context) -> Model:
 
     Esser et al., Learned Step Size Quantization (2020). Scales start from calibration samples and get the gradient of
     `mil_cli.ops.quantize_affine` times ``1 / sqrt(N * Qp)``, N being the weights that share the scale, or the features
-    of one sample, and Qp the largest code. Weights have symmetric codes, so that folding keeps them whatever the sign
-    of a batch norm's gamma. Where the device wants one scale for a whole weight, batch norms are folded before the
-    training, since folding gives each channel a scale of its own.
+    of one sample, and Qp the largest code. Gammas of batch norms are made and kept positive, so that folding keeps the
+    codes of weights, which below 8 bits reach one further below 0 than above, as in the paper. Where the device wants
+    one scale for a whole weight, batch norms are folded before the training, since folding gives each channel a scale
+    of its own.
 
     Args:
         model: A float model; not changed.
@@ -86,7 +89,7 @@ def quantize(model: Model, config: LsqConfig, context: Context) -> Model:
     _insert(start, placement, rules, config, context)
     frozen = freeze_norms(start.graph) if config.batch_norm == "freeze" else {}
     trained = context.finetune(start, stage=config.distill, name="lsq", trainer=config.trainer)
-    settle_scales(trained.graph)
+    settle(trained.graph)
     if config.batch_norm == "freeze":
         release_norms(trained.graph, frozen)
     else:
@@ -104,8 +107,9 @@ def start_scale(mean: Tensor | float, largest_code: int) -> Tensor:
 
 
 def _insert(model: Model, placement: Placement, rules: Rules, config: LsqConfig, context: Context) -> None:
-    """Put quantizers with trainable scales into the graph, in place."""
+    """Put quantizers with trainable scales into the graph, in place; from here on gammas stay positive."""
     graph = model.graph
+    gammas = mirror_channels(model)
     values, narrow = (
         _activations(model, nodes, rules.values(narrow=few), config, context)
         for nodes, few in ((placement.owned, False), (placement.narrow, True))
@@ -113,16 +117,16 @@ def _insert(model: Model, placement: Placement, rules: Rules, config: LsqConfig,
     weights = [_weight(graph, layer, rules, config.initialization) for layer in placement.layers]
     features = _features(model, [*placement.owned, *placement.narrow])
     paths = insert_quantizers(graph, placement, values, narrow, weights)
-    factors = {}
+    factors = dict.fromkeys(gammas, 1.0)
     for forms, places in ((values, paths.values), (narrow, paths.narrow)):
         for node, form in forms.items():
             zero_point = int(form.zero_point)
             largest = max(form.codes.quant_max - zero_point, zero_point - form.codes.quant_min)
-            factors[places[node]] = 1 / math.sqrt(max(features[node], 1) * largest)
+            factors[f"{places[node]}.scale"] = 1 / math.sqrt(max(features[node], 1) * largest)
     for layer, form, path in zip(placement.layers, weights, paths.weights, strict=True):
         shared_by = get_attribute(graph, str(layer.weight.target)).numel() / form.scale.numel()
-        factors[path] = 1 / math.sqrt(shared_by * form.codes.quant_max)
-    learn_scales(graph, factors)
+        factors[f"{path}.scale"] = 1 / math.sqrt(shared_by * form.codes.quant_max)
+    keep_positive(graph, factors)
 
 
 def _activations(
@@ -187,37 +191,3 @@ def _features(model: Model, nodes: Iterable[Node]) -> dict[Node, float]:
     found = [leaf.shape[axis] for leaf, spec in leaves if (axis := spec.batch_axis()) is not None]
     samples = found[0] if found else fixed_batch(model) or 1
     return {node: size.numbers / samples for node, size in sizes.items()}
-
-
-def learn_scales(graph: GraphModule, factors: dict[str, float]) -> None:
-    """Make the scales of quantizers trainable, in place.
-
-    Args:
-        graph: The graph.
-        factors: Path of a scale and its zero point -> the factor on the scale's gradient.
-    """
-    for path, factor in factors.items():
-        name = f"{path}.scale"
-        set_attribute(graph, name, nn.Parameter(get_attribute(graph, name)))
-        for node in graph.graph.find_nodes(op="get_attr"):
-            if node.target == name:
-                with graph.graph.inserting_after(node):
-                    learned = graph.graph.call_function(torch.ops.mil.learned_scale.default, (node, factor))
-                learned.meta = {key: node.meta[key] for key in ("val",) if key in node.meta}
-                node.replace_all_uses_with(learned, delete_user_cb=lambda user, own=learned: user is not own)
-    graph.graph.lint()
-    graph.recompile()
-
-
-def settle_scales(graph: GraphModule) -> None:
-    """Make learned scales constants again, in place: positive buffers, as all quantizers have."""
-    for node in list(calls(graph)):
-        if op_name(node) == "learned_scale":
-            source = get_argument(node, "scale")
-            node.replace_all_uses_with(source)
-            graph.graph.erase_node(node)
-            value: Tensor = get_attribute(graph, str(source.target))
-            if isinstance(value, nn.Parameter):
-                set_attribute(graph, str(source.target), learned_scale(value.detach(), 1.0))
-    graph.graph.lint()
-    graph.recompile()

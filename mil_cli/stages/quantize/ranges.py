@@ -33,14 +33,16 @@ def activation_codes(bits: int, *, signed: bool) -> CodeRange:
 
 
 def weight_codes(bits: int, *, reduce_range: bool) -> CodeRange:
-    """Return the symmetric codes of weights: ``[-(2^(bits-1) - 1), 2^(bits-1) - 1]``.
+    """Return the codes of weights, whose zero point is 0.
 
-    With a reduced range 8-bit weights keep to [-64, 64]: pairs of products of unsigned activations and signed weights
-    then fit into 16 bits, where instruction sets without VNNI would saturate.
+    Below 8 bits these are all that the bits hold, ``[-2^(bits-1), 2^(bits-1) - 1]``: at 2 bits three codes would be too
+    few. With 8 bits they are symmetric, [-127, 127], as integer kernels expect; with a reduced range [-64, 64]: pairs
+    of products of unsigned activations and signed weights then fit into 16 bits, where instruction sets without VNNI
+    would saturate.
     """
-    if reduce_range and bits == 8:
-        return CodeRange(-64, 64)
-    return CodeRange(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
+    if bits == 8:
+        return CodeRange(-64, 64) if reduce_range else CodeRange(-127, 127)
+    return CodeRange(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def affine_parameters(low: float, high: float, codes: CodeRange) -> tuple[float, int]:

@@ -35,7 +35,7 @@ class StaticConfig(QuantizationConfig):
     """
 
     method: ClassVar[str] = "static"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     observer: ObserverName = "mse"
     percentile: float = Field(99.99, gt=50, le=100)

@@ -1,4 +1,4 @@
-"""Scales of weights: symmetric, one per output channel or one for the whole tensor."""
+"""Scales of weights, whose zero point is 0: one per output channel or one for the whole tensor."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _CANDIDATES = 71
 
 
 def weight_scale(weight: Tensor, *, axis: int | None, codes: CodeRange, observer: WeightObserverName) -> Tensor:
-    """Return the scale of a weight's symmetric codes (zero point 0).
+    """Return the scale of a weight's codes (zero point 0).
 
     Args:
         weight: The weight, any shape.
         axis: The axis of its output channels, each of which gets a scale; None gives one for all.
-        codes: The codes; their largest absolute value spans the range.
+        codes: The codes; the smaller of their two sides spans the largest absolute weight.
         observer: ``min_max`` spans the largest absolute weight; ``mse`` tries 71 shares of it from 0.3 to 1 and takes
             that of the smallest squared error.
 

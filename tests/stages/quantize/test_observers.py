@@ -123,5 +123,5 @@ def test_zero_has_a_code_and_the_range_is_covered(signed: bool, bits: int, span:
 def test_weight_codes() -> None:
     assert weight_codes(8, reduce_range=False) == CodeRange(-127, 127)
     assert weight_codes(8, reduce_range=True) == CodeRange(-64, 64)
-    assert weight_codes(4, reduce_range=True) == CodeRange(-7, 7)
-    assert weight_codes(2, reduce_range=False) == CodeRange(-1, 1)
+    assert weight_codes(4, reduce_range=True) == CodeRange(-8, 7)
+    assert weight_codes(2, reduce_range=False) == CodeRange(-2, 1)

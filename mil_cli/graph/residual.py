@@ -30,13 +30,18 @@ class ResidualBranch:
     entry: str
     nodes: frozenset[str]
 
+    def holds(self, other: ResidualBranch) -> bool:
+        """Whether another branch lies inside this one, and goes with it."""
+        return other.addition != self.addition and other.addition in self.nodes
+
 
 def residual_chains(graph: GraphModule) -> list[list[ResidualBranch]]:
     """Find the residual branches of a graph, in chains: each branch of a chain reads what the one before it gave.
 
     A branch begins at one value, ends in one addition, holds a weight, and nothing outside reads anything inside. The
     shortcut may hold layers of its own (a projection); of two such sides the one with fewer weights is the shortcut.
-    Between the branches of a chain there may be operators that keep the shape, such as a rectifier or a norm.
+    Between the branches of a chain there may be operators that keep the shape, such as a rectifier or a norm. The
+    branches inside a larger one make chains of their own.
 
     Args:
         graph: A graph in evaluation mode whose nodes know their shapes (``meta["val"]``).
@@ -50,19 +55,20 @@ def residual_chains(graph: GraphModule) -> list[list[ResidualBranch]]:
         ancestors[node] = {node}
         for used in node.all_input_nodes:
             ancestors[node] |= ancestors.get(used, set())
+    branches = [branch for node in calls(graph) if (branch := _branch_of(graph, node, ancestors)) is not None]
+    around = {branch.addition: {other.addition for other in branches if other.holds(branch)} for branch in branches}
     chains: list[list[ResidualBranch]] = []
     ends: dict[Node, list[ResidualBranch]] = {}
-    for node in calls(graph):
-        branch = _branch_of(graph, node, ancestors)
-        if branch is None:
-            continue
-        previous = _previous_end(names[branch.entry], ends, node)
+    for branch in branches:
+        end = names[branch.addition]
+        beside = {node: chain for node, chain in ends.items() if around[node.name] == around[end.name]}
+        previous = _previous_end(names[branch.entry], beside, end)
         if previous is None:
             chains.append(chain := [])
         else:
             chain = ends.pop(previous)
         chain.append(branch)
-        ends[node] = chain
+        ends[end] = chain
     return chains
 
 

@@ -34,9 +34,25 @@ from mil_cli.training.optimizers import build_optimizer, build_scheduler
 Objective: TypeAlias = Callable[[Any, Batch], torch.Tensor]
 """(outputs, batch) -> the scalar to minimise."""
 
-Binding: TypeAlias = Callable[[Model, Callable[[], int]], Objective]
-"""(the model in training, what tells the number of its steps so far) -> an objective that runs other graphs over the
-model's weights."""
+
+@dataclass(frozen=True)
+class Running:
+    """A training under way, as an objective sees it that is bound to it.
+
+    Attributes:
+        model: The model in training.
+        steps: Tells the number of steps taken.
+        forward: ``(graph, *args, **kwargs)`` runs another graph over the same weights as the model itself is run: in
+            the precision of the training.
+    """
+
+    model: Model
+    steps: Callable[[], int]
+    forward: Callable[..., Any]
+
+
+Binding: TypeAlias = Callable[[Running], Objective]
+"""Makes an objective that needs more than outputs and batch."""
 
 _STATE_VERSION = 1
 _GUARD_STEPS = 100
@@ -89,7 +105,7 @@ def fit(
         settings: How to train.
         seed: Of order, augmentation and dropout.
         objective: What to minimise; None: the task's loss.
-        bind: Makes the objective from the model in training, in place of `objective`; what the objective draws must
+        bind: Makes the objective from the training under way, in place of `objective`; what the objective draws must
             follow from the number of steps, so that a resumed training draws the same.
         before_step: Called with the model in training after each backward pass, before clipping and the optimizer's
             step: may change gradients.
@@ -115,7 +131,7 @@ def fit(
             data=data,
             settings=settings,
             seed=seed,
-            bind=bind if bind is not None else lambda model, steps: objective if objective is not None else task.loss,
+            bind=bind if bind is not None else lambda running: objective if objective is not None else task.loss,
             before_step=before_step,
             slot=checkpoint if checkpoint is not None else NullSlot(),
             progress=progress if progress is not None else SilentProgress(),
@@ -187,7 +203,7 @@ class _Loop:
         self._save_seconds = 0.0
         self._unsaved = True
         self._signature = self._sign()
-        self._objective = bind(self._model, self._steps_so_far)
+        self._objective = bind(Running(self._model, self._steps_so_far, self._forward_beside))
 
     def run(self) -> FitResult:
         self._resume()
@@ -202,6 +218,13 @@ class _Loop:
 
     def _steps_so_far(self) -> int:
         return self._position.epoch * self._steps + self._position.step
+
+    def _forward_beside(self, graph: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        precision = self._fabric.strategy.precision
+        args, kwargs = precision.convert_input((args, kwargs))
+        with precision.forward_context():
+            outputs = graph(*args, **kwargs)
+        return precision.convert_output(outputs)
 
     def _run_epoch(self, bar: Bar) -> None:
         position, settings = self._position, self._settings

@@ -13,6 +13,7 @@ from mil_cli.graph.residual import remove_branches, residual_chains
 from mil_cli.models.mobilenet import mobilenet
 from mil_cli.models.resnet import ResNet, resnet20
 from mil_cli.models.vit import VisionTransformer, vit
+from tests.graph.coupling.networks import NETWORKS
 
 
 def captured(module: nn.Module, *shape: int) -> Model:
@@ -84,6 +85,20 @@ def test_a_transformer_without_blocks_equals_the_module_without_them() -> None:
     small.blocks = nn.Sequential(small.blocks[0], small.blocks[3])
     x = torch.randn(4, 1, 16, 16)
     assert torch.equal(model(x), small(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "outer"),
+    [("nested_residuals", [2, 2, 2], 1), ("a_branch_that_begins_with_a_branch", [1, 2, 1], 1)],
+)
+def test_branches_inside_a_branch_make_chains_of_their_own(name: str, lengths: list[int], outer: int) -> None:
+    module, shape = NETWORKS[name]()
+    model = Model.capture(module.eval(), (torch.randn(2, *shape),))
+    chains = residual_chains(model.graph)
+    assert [len(chain) for chain in chains] == lengths
+    for number, chain in enumerate(chains):
+        held = [any(big.holds(branch) for big in chains[outer]) for branch in chain]
+        assert held == [number != outer] * len(chain)
 
 
 class Odd(nn.Module):

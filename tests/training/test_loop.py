@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from mil_cli.data.base import Data
 from mil_cli.errors import MilError
@@ -16,7 +17,7 @@ from mil_cli.graph.model import Model
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import evaluate
-from mil_cli.training.loop import FitResult, Objective, fit
+from mil_cli.training.loop import FitResult, Objective, Running, fit
 
 
 class Killed(Exception):
@@ -386,14 +387,14 @@ def test_a_bound_objective_sees_the_live_weights_and_each_step_once(
     def run(slot: Slot) -> tuple[FitResult, list[int]]:
         seen: list[int] = []
 
-        def bind(model: Model, steps: Callable[[], int]) -> Objective:
-            weights = [parameter for _, parameter in model.named_parameters()]
+        def bind(running: Running) -> Objective:
+            weights = [parameter for _, parameter in running.model.named_parameters()]
             assert all(parameter is not other for parameter, other in zip(weights, tiny.parameters(), strict=True))
 
             def objective(outputs: Any, batch: Any) -> torch.Tensor:
-                seen.append(steps())
+                seen.append(running.steps())
                 # The steps' numbers enter the loss, so that a resumed training that counted anew would differ.
-                return task.loss(outputs, batch) + 0.01 * steps() * weights[0].square().sum()
+                return task.loss(outputs, batch) + 0.01 * running.steps() * weights[0].square().sum()
 
             return objective
 
@@ -410,3 +411,27 @@ def test_a_bound_objective_sees_the_live_weights_and_each_step_once(
     assert numbers == list(range(12 - len(numbers), 12))
     assert 0 < len(numbers) < 12
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_bound_objective_runs_graphs_in_the_precision_of_the_training(
+    precision: Any, patterns: Data, task: Classification
+) -> None:
+    net = Model.capture(nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Linear(8, 3)), (torch.zeros(4, 1, 6, 6),))
+    differences = []
+
+    def bind(running: Running) -> Objective:
+        def objective(outputs: Any, batch: Any) -> torch.Tensor:
+            args, kwargs = task.inputs(batch)
+            again = running.forward(running.model.graph, *args, **kwargs)
+            full = running.model.graph(*args, **kwargs)
+            assert again.dtype == outputs.dtype == torch.float32
+            differences.append((bool(torch.equal(again, outputs)), bool(torch.equal(again, full))))
+            return task.loss(outputs, batch)
+
+        return objective
+
+    settings = TrainerConfig(epochs=1, batch_size=16, precision=precision)
+    fit(net, task=task, data=patterns, settings=settings, seed=3, bind=bind)
+    assert {same for same, _ in differences} == {True}
+    assert {full for _, full in differences} == ({False} if precision == "bf16-mixed" else {True})

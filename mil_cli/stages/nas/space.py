@@ -125,14 +125,19 @@ class ElasticSpace:
         return repair(self.coupling, wanted)
 
     def canonical(self, candidate: Candidate) -> Candidate:
-        """Return the one form of all candidates that are the same net: widths of what is left out are whole."""
+        """Return the one form of all candidates that are the same net: what is left out is whole."""
         dropped = self.dropped(candidate)
         if not dropped:
             return candidate
         widths = (
             0 if readers <= dropped else choice for readers, choice in zip(self._readers, candidate, strict=False)
         )
-        return (*widths, *candidate[len(self.widths) :])
+        left_out = self.branches(candidate)
+        depths = (
+            0 if any(outer.holds(branch) for outer in left_out for branch in depth.branches) else choice
+            for depth, choice in zip(self.depths, candidate[len(self.widths) :], strict=True)
+        )
+        return (*widths, *depths)
 
     def sample(self, generator: torch.Generator) -> Candidate:
         """Draw a candidate around a level that is drawn first, so that small and large nets are as likely as middling.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from mil_cli.graph.nodes import schema_index, set_argument
 from mil_cli.graph.residual import leave_out, remove_branches
 from mil_cli.stages.nas.space import Candidate, ElasticSpace
 from mil_cli.task.base import Task
-from mil_cli.training.loop import Objective
+from mil_cli.training.loop import Binding, Objective, Running
 
 _POOL_STEPS = 64
 """For so many steps random candidates come from one pool; then a new one is drawn."""
@@ -84,9 +84,7 @@ def cut_candidate(space: ElasticSpace, candidate: Candidate, model: Model) -> Mo
     return result
 
 
-def sandwich(
-    space: ElasticSpace, task: Task, *, random: int, temperature: float, seed: int
-) -> Callable[[Model, Callable[[], int]], Objective]:
+def sandwich(space: ElasticSpace, task: Task, *, random: int, temperature: float, seed: int) -> Binding:
     """Return the objective of the sandwich rule with in-place distillation, to be bound to a model in training.
 
     Yu and Huang 2019, "Universally Slimmable Networks" (arXiv:1903.05134); Yu et al. 2020, "BigNAS"
@@ -102,9 +100,9 @@ def sandwich(
         seed: Of the candidates: which ones a step trains follows from it and the number of the step alone.
     """
 
-    def bind(model: Model, steps: Callable[[], int]) -> Objective:
+    def bind(running: Running) -> Objective:
         pool_size = max(1, _POOL_STEPS * random // POOL_USES)
-        candidates = SharedCandidates(space, model, capacity=pool_size + 1)
+        candidates = SharedCandidates(space, running.model, capacity=pool_size + 1)
         pools: dict[int, list[Candidate]] = {}
 
         def chosen(step: int) -> list[Candidate]:
@@ -119,10 +117,10 @@ def sandwich(
         def objective(outputs: Any, batch: Batch) -> torch.Tensor:
             total = task.loss(outputs, batch)
             targets = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
-            trained = chosen(steps())
+            trained = chosen(running.steps())
             for candidate in trained:
                 args, kwargs = task.inputs(batch)
-                given = candidates.graph(candidate)(*args, **kwargs)
+                given = running.forward(candidates.graph(candidate), *args, **kwargs)
                 total = total + task.distance(given, targets, batch, temperature=temperature)
             return total / (1 + len(trained))
 

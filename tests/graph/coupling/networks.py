@@ -720,3 +720,33 @@ def viewed_as_another() -> nn.Module:
     return Net(
         {"a": conv(3, 8), "b": conv(3, 8), "gate": nn.Parameter(torch.randn(8)), "fc": nn.Linear(8, 10)}, forward
     )
+
+
+@network()
+def nested_residuals() -> nn.Module:
+    """Two outer branches, each around two inner ones."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        for block in ("a", "b"):
+            y = getattr(net, f"{block}in")(x)
+            y = y + F.relu(getattr(net, f"{block}1")(y))
+            y = y + F.relu(getattr(net, f"{block}2")(y))
+            x = x + getattr(net, f"{block}out")(y)
+        return net.fc(pooled(x))
+
+    convs = {f"{block}{name}": conv(8, 8) for block in "ab" for name in ("in", "1", "2", "out")}
+    return Net({"stem": conv(3, 8), **convs, "fc": nn.Linear(8, 10)}, forward)
+
+
+@network()
+def a_branch_that_begins_with_a_branch() -> nn.Module:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        for block in ("a", "b"):
+            y = x + F.relu(getattr(net, f"{block}1")(x))
+            x = x + getattr(net, f"{block}out")(F.relu(y))
+        return net.fc(pooled(x))
+
+    convs = {f"{block}{name}": conv(8, 8) for block in "ab" for name in ("1", "out")}
+    return Net({"stem": conv(3, 8), **convs, "fc": nn.Linear(8, 10)}, forward)

@@ -11,6 +11,7 @@ from torch import nn
 
 from mil_cli.graph.coupling import Counter, analyse
 from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import calls
 from mil_cli.graph.residual import residual_chains
 from mil_cli.models.mobilenet import mobilenet
 from mil_cli.models.resnet import resnet20
@@ -80,13 +81,19 @@ def test_training_a_shared_candidate_reaches_its_prefix_alone(case: tuple[Model,
     graph = shared_candidate(space, space.smallest, model)
     before = {name: buffer.clone() for name, buffer in model.graph.named_buffers()}
     graph(torch.randn(8, 1, 28, 28)).square().sum().backward()
-    own = dict(cut_candidate(space, space.smallest, model).named_parameters())
+    numbered = model.clone()
+    with torch.no_grad():
+        for parameter in numbered.parameters():
+            parameter.copy_(torch.arange(parameter.numel(), dtype=torch.float32).reshape(parameter.shape))
+    own = dict(cut_candidate(space, space.smallest, numbered).named_parameters())
     for name, parameter in model.named_parameters():
         if name not in own:
             assert parameter.grad is None
         else:
             assert parameter.grad is not None
-            assert int((parameter.grad != 0).sum()) <= own[name].numel()
+            gradient = parameter.grad.flatten().clone()
+            gradient[own[name].detach().flatten().long()] = 0.0
+            assert not bool(gradient.any()), f"{name} got a gradient outside of what the candidate keeps"
     for name, buffer in model.graph.named_buffers():
         if "running" in name:
             assert torch.equal(buffer, before[name]), f"{name} is the whole model's"
@@ -127,6 +134,23 @@ def test_candidates_that_differ_in_what_they_leave_out_are_one() -> None:
     other = (*(1 if place == inner else 0 for place in range(len(space.widths))), *depths)
     assert space.canonical(one) == space.canonical(other)
     assert space.canonical(other) != other
+
+
+def test_a_block_that_is_left_out_takes_the_choices_inside_it_along() -> None:
+    module, shape = NETWORKS["nested_residuals"]()
+    model = Model.capture(module.eval(), (torch.randn(2, *shape),))
+    chains = residual_chains(model.graph)
+    outer = next(chain for chain in chains if any(branch.holds(chains[0][0]) for branch in chain))
+    costs = {branch.addition: float(place) for chain in chains for place, branch in enumerate(chain)}
+    space = ElasticSpace(analyse(model), (), depths_of(chains, costs, smallest=0.3))
+    place = [depth.branches[0] in outer for depth in space.depths].index(True)
+    kept = len(space.depths[place].choices) - 1
+    candidates = {
+        space.canonical(tuple(kept if axis == place else choice for axis, choice in enumerate(inner)))
+        for inner in itertools.product(*(range(len(depth.choices)) for depth in space.depths))
+    }
+    nets = {tuple(node.name for node in calls(cut_candidate(space, entry, model).graph)) for entry in candidates}
+    assert 1 < len(candidates) == len(nets)
 
 
 def space_parameters(space: ElasticSpace, depths: tuple[int, ...], model: Model) -> dict[str, torch.Tensor]:

@@ -269,3 +269,10 @@ def test_statistics_of_batch_norm_are_taken_anew(model: Model) -> None:
     torch.testing.assert_close(fresh.state_dict()["norm.running_mean"], means, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fresh.state_dict()["norm.running_var"], variances, rtol=1e-4, atol=1e-5)
     assert not fresh.training
+
+
+def test_a_target_that_the_model_does_not_reach_cuts_nothing(model: Model) -> None:
+    used = context()
+    same = magnitude(model, config(macs="1G", recalibrate_samples=0), used)
+    assert used.notes["before"] == same.macs() == model.macs()
+    assert same.fingerprint() == model.fingerprint()

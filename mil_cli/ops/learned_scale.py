@@ -1,4 +1,4 @@
-"""The operator ``mil::learned_scale``: a quantizer's step size while it is a parameter in training."""
+"""The operator ``mil::learned_scale``: what must stay positive while it trains, above all a quantizer's step size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ SMALLEST_SCALE = 2.0**-64
     "mil::learned_scale", mutates_args=(), schema="(Tensor scale, float gradient_factor) -> Tensor"
 )
 def learned_scale(scale: Tensor, gradient_factor: float) -> Tensor:
-    """Return a step size that is positive whatever an optimizer made of it: ``max(|scale|, 2^-64)``.
+    """Return a step size, or a batch norm's gamma, that is positive whatever training made of it.
+
+    It is ``max(|scale|, 2^-64)``.
 
     The gradient is that of ``|scale|`` times `gradient_factor`, with which Esser et al., Learned Step Size Quantization
     (2020), bring the updates of step sizes into proportion with those of weights: ``1 / sqrt(N * Qp)`` for N values

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from mil_cli.device.profile import DeviceProfile
-from mil_cli.events import Progress
-from mil_cli.units import Kept, parse_kept
+from mil_cli.units import parse_kept
 
 
 def _checked(value: str | float) -> str | float:
@@ -32,20 +31,3 @@ def width_multiple(round_to: RoundTo, kernels: Kernels, device: DeviceProfile) -
         return round_to
     preferred = device.preferred_multiple
     return preferred.int8 if kernels == "int8" else preferred.float
-
-
-def resolve_target(kept: Kept, whole: float, *, stage: str, quantity: str, progress: Progress) -> float:
-    """Return what may be left of a model that has `whole`; a count that it does not reach anyway is told.
-
-    Args:
-        kept: The target.
-        whole: What the stage's input has.
-        stage: Key of the stage.
-        quantity: What is counted.
-        progress: Where to tell.
-    """
-    target = kept.resolve(whole)
-    if kept.absolute and target >= whole:
-        has, allowed = f"{whole:,.10g}", f"{target:,.10g}"
-        progress.notice(f"{stage}: its input has {has} {quantity}, which the target {allowed} allows: nothing is cut")
-    return target

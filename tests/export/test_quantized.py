@@ -86,8 +86,9 @@ def test_packed_codes_are_those_of_the_graph(case: Build, tmp_path: Path) -> Non
     scale = constants["blocks.0.up.transposed.scale"]
     quantizers = model.graph.get_submodule("quantizers.blocks_0_up_weight")
     weight = dict(model.named_parameters())["blocks.0.up.weight"]
-    expected = (weight / quantizers.scale[:, None]).round().clamp(-7, 7)
+    expected = (weight / quantizers.scale[:, None]).round().clamp(-8, 7)
     assert np.array_equal(codes.T, expected.detach().numpy())
+    assert (codes.min(), codes.max()) == (-8, 7)
     assert np.array_equal(scale, quantizers.scale.numpy())
 
 

@@ -19,7 +19,7 @@ from mil_cli.stages.nas.search import Scored, evolve, from_state, ranked, to_sta
 from mil_cli.stages.nas.space import Candidate, ElasticSpace, depths_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, sandwich
 from mil_cli.stages.registry import StageConfig, stage
-from mil_cli.stages.targets import Kernels, RoundTo, Target, resolve_target, width_multiple
+from mil_cli.stages.targets import Kernels, RoundTo, Target, width_multiple
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import NotFiniteError, fixed_batch
 from mil_cli.training.loop import fit
@@ -99,7 +99,7 @@ class ElasticConfig(StageConfig):
         if len(given) != 1:
             shown = " and ".join(given) if given else "none"
             raise ValueError(f"give exactly one of macs, params and latency, what is kept of it; {shown} is given")
-        _ = self.kept  # raises if it cannot be read
+        self._kept()
         return self
 
     @property
@@ -107,11 +107,13 @@ class ElasticConfig(StageConfig):
         """What the target bounds."""
         return next(name for name in QUANTITIES if getattr(self, name) is not None)
 
-    @property
-    def kept(self) -> Kept:
-        """The target."""
+    def _kept(self) -> Kept:
         asked = getattr(self, self.quantity)
         return parse_latency(asked) if self.quantity == "latency" else parse_kept(asked)
+
+    def bound(self, whole: float) -> float:
+        """Return the largest cost of a candidate, given that of the whole model."""
+        return self._kept().resolve(whole)
 
 
 @stage(ElasticConfig)
@@ -183,9 +185,7 @@ class _Search:
             progress=context.progress,
         )
         self.whole = self.cost(space.largest)
-        self.bound = resolve_target(
-            config.kept, self.whole, stage=context.name, quantity=config.quantity, progress=context.progress
-        )
+        self.bound = config.bound(self.whole)
         self._samples = min(config.search_samples, len(context.data.val))
         least = self.cost(space.smallest)
         if least > self.bound:

@@ -9,7 +9,7 @@ from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Counter, Coupling, analyse, check_equivalence, cut
 from mil_cli.stages.prune.selection import Scores, Selection, describe_widths, least_classes, select
 from mil_cli.stages.prune.settings import Quantity, StructuredPruningConfig
-from mil_cli.stages.targets import resolve_target, width_multiple
+from mil_cli.stages.targets import width_multiple
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import fixed_batch
 
@@ -50,7 +50,12 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
     coupling = analyse(current)
     frozen = _frozen_facts(coupling)
     start = _amount(coupling, config.quantity)({})
-    goal = resolve_target(config.kept, start, stage=context.name, quantity=config.quantity, progress=context.progress)
+    goal = config.kept.resolve(start)
+    if config.kept.absolute and goal >= start:
+        context.progress.notice(
+            f"{context.name}: the model has {start:,.10g} {config.quantity}, the target allows {goal:,.10g}:"
+            " nothing is cut"
+        )
     for removed in state["cuts"]:  # done before an interruption: the same cuts, then the weights as they were
         current = cut(current, analyse(current), {int(number): set(classes) for number, classes in removed.items()})
     if state["weights"] is not None:

@@ -64,8 +64,9 @@ def quantize(model: Model, config: LsqConfig, context: Context) -> Model:
 
     Esser et al., Learned Step Size Quantization (2020). Scales start from calibration samples and get the gradient of
     `mil_cli.ops.quantize_affine` times ``1 / sqrt(N * Qp)``, N being the weights that share the scale, or the features
-    of one sample, and Qp the largest code. Gammas of batch norms are made and kept positive, so that folding keeps the
-    codes of weights, which below 8 bits reach one further below 0 than above, as in the paper. Where the device wants
+    of one sample, and Qp the largest code. Below 8 bits weights have one more code below 0 than above, as in the
+    paper; so that folding keeps them, gammas of batch norms are made and kept positive, and where that cannot be done,
+    because norms share one, codes are symmetric. Where the device wants
     one scale for a whole weight, batch norms are folded before the training, since folding gives each channel a scale
     of its own.
 
@@ -107,14 +108,16 @@ def start_scale(mean: Tensor | float, largest_code: int) -> Tensor:
 
 
 def _insert(model: Model, placement: Placement, rules: Rules, config: LsqConfig, context: Context) -> None:
-    """Put quantizers with trainable scales into the graph, in place; from here on gammas stay positive."""
+    """Put quantizers with trainable scales into the graph, in place, and keep the gammas positive that they need so."""
     graph = model.graph
-    gammas = mirror_channels(model)
+    codes = {layer.node: rules.weights(edge=layer.edge) for layer in placement.layers}
+    gammas, turned = mirror_channels(model, [node for node, wanted in codes.items() if wanted != wanted.symmetric()])
+    codes.update({node: codes[node].symmetric() for node in turned})
     values, narrow = (
         _activations(model, nodes, rules.values(narrow=few), config, context)
         for nodes, few in ((placement.owned, False), (placement.narrow, True))
     )
-    weights = [_weight(graph, layer, rules, config.initialization) for layer in placement.layers]
+    weights = [_weight(graph, layer, codes[layer.node], rules, config.initialization) for layer in placement.layers]
     features = _features(model, [*placement.owned, *placement.narrow])
     paths = insert_quantizers(graph, placement, values, narrow, weights)
     factors = dict.fromkeys(gammas, 1.0)
@@ -160,8 +163,10 @@ class _ActivationStart:
         return Quantizer(start, torch.tensor(zero_point), self._codes)
 
 
-def _weight(graph: GraphModule, layer: Layer, rules: Rules, initialization: Initialization) -> Quantizer:
-    axis, codes = layer.axis if rules.per_channel else None, rules.weights(edge=layer.edge)
+def _weight(
+    graph: GraphModule, layer: Layer, codes: CodeRange, rules: Rules, initialization: Initialization
+) -> Quantizer:
+    axis = layer.axis if rules.per_channel else None
     weight: Tensor = get_attribute(graph, str(layer.weight.target)).detach()
     if initialization == "mse":
         scale = weight_scale(weight, axis=axis, codes=codes, observer="mse")

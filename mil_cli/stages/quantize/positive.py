@@ -6,11 +6,11 @@ cannot be turned: 2 bits hold -2, -1, 0 and 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from mil_cli.graph.fold import foldable_norms, per_output, reads_alone
 from mil_cli.graph.model import Model
@@ -18,28 +18,45 @@ from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set
 from mil_cli.ops.learned_scale import learned_scale
 
 
-def mirror_channels(model: Model) -> list[str]:
-    """Turn channels with a gamma below 0 around, in place: the outputs stay the same, and no gamma is below 0.
+def mirror_channels(model: Model, layers: Iterable[Node]) -> tuple[list[str], set[Node]]:
+    """Turn the channels of layers around that a gamma below 0 follows, in place; the outputs stay the same.
 
     Args:
-        model: The model; its layers and the batch norms that can be folded into them are changed.
+        model: The model.
+        layers: Its layers whose codes must not be turned around by folding.
 
     Returns:
-        The names of the gammas that can be kept positive from here on: those of one batch norm each.
+        The names of the gammas that are trained, none of which is below 0 now and which must stay so; and the layers
+        that folding could turn around nevertheless: several layers or norms share a gamma, or norms follow each other.
     """
-    graph, gammas = model.graph, []
-    for layer, norm in foldable_norms(graph):
-        gamma, mean = get_argument(norm, "weight"), get_argument(norm, "running_mean")
-        if not (reads_alone(graph, gamma, norm) and reads_alone(graph, mean, norm)):
+    graph, gammas, left = model.graph, [], set()
+    norms = dict(foldable_norms(graph))
+    for layer in layers:
+        if layer not in norms:
             continue
-        gammas.append(str(gamma.target))
-        sign = torch.where(get_attribute(graph, str(gamma.target)).detach() < 0, -1.0, 1.0)
-        weight, bias = get_argument(layer, "weight"), get_argument(layer, "bias")
-        for source in (gamma, mean, *([] if bias is None else [bias])):
-            _multiply(get_attribute(graph, str(source.target)), sign)
-        values = get_attribute(graph, str(weight.target))
-        _multiply(values, per_output(layer, values, sign))
-    return gammas
+        norm = norms[layer]
+        gamma, mean = get_argument(norm, "weight"), get_argument(norm, "running_mean")
+        if any(op_name(user) == "batch_norm" for user in norm.users):
+            left.add(layer)
+        elif gamma is None:
+            continue
+        elif reads_alone(graph, gamma, norm) and reads_alone(graph, mean, norm):
+            _mirror(graph, layer, gamma, mean)
+            value = get_attribute(graph, str(gamma.target))
+            if isinstance(value, nn.Parameter) and value.requires_grad:
+                gammas.append(str(gamma.target))
+        else:
+            left.add(layer)
+    return gammas, left
+
+
+def _mirror(graph: GraphModule, layer: Node, gamma: Node, mean: Node) -> None:
+    sign = torch.where(get_attribute(graph, str(gamma.target)).detach() < 0, -1.0, 1.0)
+    weight, bias = get_argument(layer, "weight"), get_argument(layer, "bias")
+    for source in (gamma, mean, *([] if bias is None else [bias])):
+        _multiply(get_attribute(graph, str(source.target)), sign)
+    values = get_attribute(graph, str(weight.target))
+    _multiply(values, per_output(layer, values, sign))
 
 
 def _multiply(value: Tensor, sign: Tensor) -> None:

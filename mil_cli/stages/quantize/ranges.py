@@ -24,6 +24,11 @@ class CodeRange:
         """How many steps lie between the smallest and the largest code."""
         return self.quant_max - self.quant_min
 
+    def symmetric(self) -> CodeRange:
+        """Return the codes that have a mirror image."""
+        largest = min(self.quant_max, -self.quant_min)
+        return CodeRange(-largest, largest)
+
 
 def activation_codes(bits: int, *, signed: bool) -> CodeRange:
     """Return the codes of activations: ``[0, 2^bits - 1]``, or ``[-2^(bits-1), 2^(bits-1) - 1]`` if signed."""

@@ -14,8 +14,12 @@ from mil_cli.stages.quantize.ranges import CodeRange
 
 WeightObserverName = Literal["min_max", "mse"]
 
-_SMALLEST_SHARE = 0.3
 _CANDIDATES = 71
+
+
+def _smallest_share(codes: CodeRange) -> float:
+    """Return the share of the whole range below which no best scale lies: with few codes, clipping many pays."""
+    return min(0.3, 0.1 * codes.quant_max)
 
 
 def weight_scale(weight: Tensor, *, axis: int | None, codes: CodeRange, observer: WeightObserverName) -> Tensor:
@@ -24,9 +28,9 @@ def weight_scale(weight: Tensor, *, axis: int | None, codes: CodeRange, observer
     Args:
         weight: The weight, any shape.
         axis: The axis of its output channels, each of which gets a scale; None gives one for all.
-        codes: The codes; the smaller of their two sides spans the largest absolute weight.
-        observer: ``min_max`` spans the largest absolute weight; ``mse`` tries 71 shares of it from 0.3 to 1 and takes
-            that of the smallest squared error.
+        codes: The codes.
+        observer: ``min_max`` reaches the smallest and the largest weight; ``mse`` tries 71 shares of that scale, from
+            0.3 (with 2 bits 0.1) to 1, and takes that of the smallest squared error.
 
     Returns:
         float32, shape ``[weight.shape[axis]]``, or ``[]``. A channel of zeros gets the scale that the whole tensor
@@ -34,10 +38,10 @@ def weight_scale(weight: Tensor, *, axis: int | None, codes: CodeRange, observer
     """
     rows = weight.detach().double()
     rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).reshape(weight.shape[axis], -1)
-    bound = min(codes.quant_max, -codes.quant_min)
-    largest = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
-    largest = torch.where(largest > 0, largest, largest.max())
-    scale = largest / bound
+    scale = rows.new_zeros(len(rows))
+    if rows.shape[1]:
+        scale = torch.maximum(rows.amax(1) / codes.quant_max, rows.amin(1) / codes.quant_min)
+    scale = torch.where(scale > 0, scale, scale.max())
     if observer == "mse":
         scale = _least_squared_error(rows, scale, codes)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=SMALLEST_SCALE).float()
@@ -46,7 +50,7 @@ def weight_scale(weight: Tensor, *, axis: int | None, codes: CodeRange, observer
 
 def _least_squared_error(rows: Tensor, full: Tensor, codes: CodeRange) -> Tensor:
     best, best_error = full, torch.full_like(full, float("inf"))
-    for share in torch.linspace(1.0, _SMALLEST_SHARE, _CANDIDATES, dtype=torch.float64):
+    for share in torch.linspace(1.0, _smallest_share(codes), _CANDIDATES, dtype=torch.float64):
         scale = full * share
         step = scale.clamp(min=SMALLEST_SCALE)[:, None]
         error = ((rows / step).round_().clamp_(codes.quant_min, codes.quant_max).mul_(step) - rows).square().sum(1)

@@ -21,11 +21,12 @@ from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
 from mil_cli.stages.context import Context, Surroundings
 from mil_cli.stages.nas.elastic import ElasticConfig, elastic, prepare
-from mil_cli.stages.nas.supernet import SharedCandidates, random_pool
+from mil_cli.stages.nas.supernet import SharedCandidates, random_pool, sandwich
 from mil_cli.stages.registry import config_type
 from mil_cli.task.classification import Classification
 from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig
+from mil_cli.training.loop import Running
 
 QUICK: dict[str, Any] = {
     "macs": 0.3,
@@ -199,3 +200,19 @@ def test_a_short_last_batch_spoils_nothing(trained: Model) -> None:
     settings = {**QUICK, "recalibrate_samples": 1024, "importance_samples": 512}
     small = elastic(trained, ElasticConfig(**settings), context(data=data))
     assert all(bool(torch.isfinite(value).all()) for value in small.state_dict().values() if value.is_floating_point())
+
+
+def test_candidates_run_as_the_training_runs_the_whole_net(trained: Model) -> None:
+    ordered, space = prepare(trained, ElasticConfig(**QUICK), context())
+    batch = next(iter(digits().train.batches(32)))
+    run: list[torch.fx.GraphModule] = []
+
+    def forward(graph: torch.fx.GraphModule, *args: Any) -> Any:
+        run.append(graph)
+        return graph(*args)
+
+    bind = sandwich(space, Classification(), random=2, temperature=1.0, seed=0)
+    objective = bind(Running(ordered.train(), lambda: 0, forward))
+    objective(ordered(*Classification().inputs(batch)[0]), batch).backward()
+    assert len(run) == 3  # the smallest and two random ones
+    assert len({sum(node.op == "call_function" for node in graph.graph.nodes) for graph in run}) > 1

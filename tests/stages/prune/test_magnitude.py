@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mil_cli.data.digits import digits
 from mil_cli.device.host import resolve
 from mil_cli.errors import StageError
-from mil_cli.events import SilentProgress
+from mil_cli.events import Progress, SilentProgress
 from mil_cli.graph.coupling import Coupling, EquivalenceReport, analyse, group_norms
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context, Surroundings
@@ -52,7 +52,7 @@ def model() -> Model:
     return Model.capture(module.eval(), (torch.randn(2, 1, 8, 8),))
 
 
-def context(folder: Path | None = None, **changes: Any) -> Context:
+def context(folder: Path | None = None, progress: Progress | None = None, **changes: Any) -> Context:
     settings: dict[str, Any] = {
         "seed": 0,
         "task": Classification(),
@@ -65,7 +65,7 @@ def context(folder: Path | None = None, **changes: Any) -> Context:
         "source_fingerprint": str,
     }
     around = Surroundings(**{**settings, **changes})
-    return Context(name="prune", surroundings=around, progress=SilentProgress(), workspace=folder)
+    return Context(name="prune", surroundings=around, progress=progress or SilentProgress(), workspace=folder)
 
 
 def config(**settings: Any) -> MagnitudeConfig:
@@ -271,8 +271,22 @@ def test_statistics_of_batch_norm_are_taken_anew(model: Model) -> None:
     assert not fresh.training
 
 
-def test_a_target_that_the_model_does_not_reach_cuts_nothing(model: Model) -> None:
-    used = context()
+class Notices(SilentProgress):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.told.append(text)
+
+
+def test_a_target_that_the_model_does_not_reach_cuts_nothing_and_is_told(model: Model) -> None:
+    progress = Notices()
+    used = context(progress=progress)
     same = magnitude(model, config(macs="1G", recalibrate_samples=0), used)
-    assert used.notes["before"] == same.macs() == model.macs()
     assert same.fingerprint() == model.fingerprint()
+    (told,) = progress.told
+    assert f"{model.macs():,} macs" in told
+    assert "1,000,000,000: nothing is cut" in told
+    magnitude(model, config(macs=1.0, recalibrate_samples=0), used)
+    magnitude(model, config(macs=0.6, recalibrate_samples=0), used)
+    assert len(progress.told) == 1

@@ -247,10 +247,12 @@ def test_folding_after_training_changes_neither_outputs_nor_codes(
     # A sum on the border of two codes may fall to the other side by float rounding: rarely, and by one step.
     assert ((expected - found).abs() < 1e-4).float().mean() > 0.95
     assert (expected - found).abs().max() < 0.3
-    assert min(float(model.state_dict()[f"{norm}.weight"].min()) for norm in ("stem.1", "body.1")) < 0
-    assert min(float(trained.state_dict()[f"{norm}.weight"].min()) for norm in ("stem.1", "body.1")) > 0
+    stem, body = (trained.state_dict()[f"{norm}.weight"] for norm in ("stem.1", "body.1"))
+    assert float(model.state_dict()["body.1.weight"].min()) < 0 < float(body.min())
+    assert float(stem.min()) < 0  # the first layer has 8 bits: its codes are symmetric, and may turn around
     before, after = codes(trained), codes(result)
     assert before.keys() == after.keys()
+    before["stem.0.weight"] *= stem.sign().int().reshape(-1, 1, 1, 1)
     for name, values in before.items():
         assert torch.equal(after[name], values)
     assert int(after["body.0.weight"].min()) == -4

@@ -31,16 +31,24 @@ def test_min_max_is_the_largest_weight_of_each_channel(axis: int) -> None:
     torch.testing.assert_close(reduced, weight.abs().amax(others) / 64)
 
 
+def test_min_max_reaches_the_lowest_code_of_few_bits() -> None:
+    weight = torch.tensor([[-4.0, 1.0, 0.2], [-1.0, 4.0, 0.2], [-3.0, -1.0, -0.5]])
+    scale = weight_scale(weight, axis=0, codes=weight_codes(2, reduce_range=False), observer="min_max")
+    torch.testing.assert_close(scale, torch.tensor([2.0, 4.0, 1.5]))
+
+
+@pytest.mark.parametrize("tails", ["light", "heavy"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("axis", [0, None])
-def test_mse_is_never_worse_and_close_to_brute_force(bits: int, axis: int | None) -> None:
+def test_mse_is_never_worse_and_close_to_brute_force(bits: int, axis: int | None, tails: str) -> None:
     weight = torch.randn(6, 200, generator=torch.Generator().manual_seed(1))
+    weight = weight if tails == "light" else weight * weight.abs()
     codes = weight_codes(bits, reduce_range=False)
     scale = weight_scale(weight, axis=axis, codes=codes, observer="mse")
     full = weight_scale(weight, axis=axis, codes=codes, observer="min_max")
     found = error(weight, scale, axis, bits)
     assert found <= error(weight, full, axis, bits) * (1 + 1e-6)
-    shares = torch.linspace(0.2, 1.0, 400)
+    shares = torch.linspace(0.02, 1.0, 500)
     if axis is None:
         best = min(error(weight, full * share, None, bits) for share in shares)
     else:

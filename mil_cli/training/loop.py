@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -26,6 +24,7 @@ from mil_cli.graph.model import Model
 from mil_cli.task.base import Task
 from mil_cli.training.checkpoint import CheckpointSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
+from mil_cli.training.devices import Network, build_fabric, run_in_precision
 from mil_cli.training.ema import MovingAverage
 from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate, fixed_batch
 from mil_cli.training.layout import place, to_contiguous, use_channels_last
@@ -121,7 +120,7 @@ def fit(
     Raises:
         MilError: Settings that do not fit, or a task that does not fit the model.
     """
-    fabric = _fabric(settings)
+    fabric = build_fabric(settings)
     devices = [fabric.device.index] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(mix_seed(seed, fabric.global_rank))
@@ -189,7 +188,7 @@ class _Loop:
             settings, optimizer, total_steps=settings.epochs * self._steps
         )
         self._raw_optimizer: Optimizer = optimizer
-        self._network, self._optimizer = fabric.setup(_Network(self._model), optimizer)
+        self._network, self._optimizer = fabric.setup(Network(self._model), optimizer)
         # On one device in full precision Fabric's wrappers do nothing but cost time, which small models feel.
         self._plain = fabric.world_size == 1 and settings.precision == "32-true"
         self._forward: Callable[..., Any] = self._model.graph if self._plain else self._network
@@ -203,7 +202,7 @@ class _Loop:
         self._save_seconds = 0.0
         self._unsaved = True
         self._signature = self._sign()
-        self._objective = bind(Running(self._model, self._steps_so_far, self._forward_beside))
+        self._objective = bind(Running(self._model, self._steps_so_far, partial(run_in_precision, fabric)))
 
     def run(self) -> FitResult:
         self._resume()
@@ -218,13 +217,6 @@ class _Loop:
 
     def _steps_so_far(self) -> int:
         return self._position.epoch * self._steps + self._position.step
-
-    def _forward_beside(self, graph: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        precision = self._fabric.strategy.precision
-        args, kwargs = precision.convert_input((args, kwargs))
-        with precision.forward_context():
-            outputs = graph(*args, **kwargs)
-        return precision.convert_output(outputs)
 
     def _run_epoch(self, bar: Bar) -> None:
         position, settings = self._position, self._settings
@@ -480,48 +472,6 @@ class _Loop:
         if position.best is not None:
             parts.append(f"best {self._task.metric_name} {position.best:.4g}")
         return ", ".join(parts)
-
-
-class _Network(nn.Module):
-    """A model as the module that lightning-fabric and DDP want."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.graph = model.graph
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.graph(*args, **kwargs)
-
-
-def _fabric(settings: TrainerConfig) -> Fabric:
-    """Set the devices up: one, or those of the processes that torchrun started."""
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    world = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    if world == 1 and isinstance(settings.devices, int) and settings.devices > 1:
-        raise RecipeError(
-            "several devices need as many processes",
-            where="trainer.devices",
-            value=settings.devices,
-            hint=f"start it by: torchrun --nproc-per-node={settings.devices} -m mil_cli compress RECIPE",
-        )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world > 1 else 1
-    try:
-        fabric = Fabric(
-            accelerator=settings.accelerator,
-            devices=local,
-            num_nodes=world // local,
-            strategy="ddp" if world > 1 else "auto",
-            precision=settings.precision,
-        )
-        fabric.launch()
-    except (ValueError, RuntimeError, ImportError) as problem:
-        raise RecipeError(
-            f"the device cannot be used: {problem}",
-            where="trainer.accelerator",
-            value=settings.accelerator,
-            hint="set trainer.accelerator: cpu, or auto",
-        ) from problem
-    return fabric
 
 
 def _to_cpu(outputs: Any) -> Any:

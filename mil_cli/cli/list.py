@@ -43,9 +43,11 @@ def entries(kind: Kind) -> list[tuple[str, str]]:
 
     if kind is Kind.RECIPES:
         folder = recipes_folder()
-        return [(_from_here(file), describe(file)) for file in sorted(folder.rglob("*.yaml"))]
+        return [(_from_here(file), describe(file)) for file in sorted(folder.rglob("[!_]*.yaml"))]
     folder = configs_folder() / ("stage" if kind is Kind.STAGES else _GROUPS[kind])
-    return [(str(file.relative_to(folder).with_suffix("")), describe(file)) for file in sorted(folder.rglob("*.yaml"))]
+    return [
+        (str(file.relative_to(folder).with_suffix("")), describe(file)) for file in sorted(folder.rglob("[!_]*.yaml"))
+    ]
 
 
 def _from_here(file: Path) -> str:

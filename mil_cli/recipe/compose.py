@@ -156,7 +156,7 @@ def _missing_config(path: Path, error: MissingConfigException) -> RecipeError:
         )
     options: set[str] = set(error.options or ())
     for folder in _group_folders(path):
-        options.update(file.stem for file in (folder / group).glob("*.yaml"))
+        options.update(file.stem for file in (folder / group).glob("[!_]*.yaml"))
     if options:
         hint = did_you_mean(option, options)
         return RecipeError(f"no such option for /{group}", where=where, value=option, hint=hint)

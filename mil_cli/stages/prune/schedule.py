@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Counter, Coupling, analyse, check_equivalence, cut
 from mil_cli.stages.prune.selection import Scores, Selection, describe_widths, least_classes, select
@@ -119,13 +121,20 @@ def _round(
         raise StageError(
             "nothing of this model can be cut", where=f"stages.{context.name}", hint=_why_nothing(coupling)
         )
+    measure = _amount(coupling, config.quantity)
+    scores = importance(model, coupling)
+    unscored = [number for number, space in enumerate(coupling.spaces) if space.free and np.isnan(scores[number]).any()]
+    if not any(space.free for number, space in enumerate(coupling.spaces) if number not in unscored):
+        raise StageError(
+            f"prune/{config.method} has no score for any channel of this model that can be cut",
+            where=f"stages.{context.name}.method",
+            hint="take another method: prune/magnitude scores every channel",
+        )
+    coupling = coupling.freeze(unscored, f"prune/{config.method} has no score for it")
     failed: list[str] = []
     while True:
-        measure = _amount(coupling, config.quantity)
         least = least_classes(coupling, shapes, max_per_layer=config.max_per_layer)
-        chosen = select(
-            coupling, importance(model, coupling), target=target, measure=measure, multiple=multiple, least=least
-        )
+        chosen = select(coupling, scores, target=target, measure=measure, multiple=multiple, least=least)
         if must_reach and not chosen.reached:
             raise _unreachable(config, context, chosen, measure({}), multiple, failed)
         result = cut(model, coupling, chosen.removed)
@@ -146,6 +155,7 @@ def _round(
         "left": chosen.left,
         "check": {"difference": report.difference, "calls": report.samples, "compacted": list(report.compacted)},
         "failed": failed,
+        "unscored": [coupling.spaces[number].origin for number in unscored],
     }
     return result, chosen.removed, facts
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mil_cli.errors import StageError
 from mil_cli.events import Bar
-from mil_cli.graph.nodes import get_attribute
+from mil_cli.graph.watch import watched
 from mil_cli.stages.quantize.observers import Observer
 from mil_cli.training.evaluate import fixed_batch
 
@@ -20,26 +19,6 @@ if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
     from mil_cli.stages.quantize.settings import QuantizationConfig
-
-_OWNER = "calibration_observer"
-
-
-class _Look(nn.Module):
-    """Shows a value to an observer."""
-
-    def __init__(self, name: str, observer: Observer) -> None:
-        super().__init__()
-        self.name = name
-        self.observer = observer
-
-    def forward(self, value: Tensor) -> None:
-        try:
-            self.observer.update(value)
-        except ValueError as error:
-            raise StageError(
-                f"calibration met a bad value at '{self.name}': {error}",
-                hint="the model or its inputs hold NaN or infinity: check the data and the training before this stage",
-            ) from error
 
 
 def observe(model: Model, observers: Mapping[Node, Observer], config: QuantizationConfig, context: Context) -> None:
@@ -77,7 +56,7 @@ def calibrate(
     Raises:
         StageError: There are no batches, or a value is NaN or infinite.
     """
-    runner = _watch(graph, observers)
+    runner = watched(graph, {node: _look(node.name, observer) for node, observer in observers.items()})
     count = 0
     with torch.no_grad():
         for args, kwargs in batches:
@@ -89,19 +68,14 @@ def calibrate(
     return count
 
 
-def _watch(graph: GraphModule, observers: Mapping[Node, Observer]) -> GraphModule:
-    """Return a graph module that shares the weights of `graph` and shows values to observers."""
-    names: dict[Node, Node] = {}
-    copied = torch.fx.Graph()
-    copied.output(copied.graph_copy(graph.graph, names))
-    copied.set_codegen(copy.copy(graph.graph._codegen))
-    attributes: dict[str, Any] = {
-        str(node.target): get_attribute(graph, str(node.target)) for node in copied.find_nodes(op="get_attr")
-    }
-    for index, (node, observer) in enumerate(observers.items()):
-        target = f"{_OWNER}_{index}"
-        attributes[target] = _Look(node.name, observer)
-        before = copied.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else names[node]
-        with copied.inserting_after(before):
-            copied.call_module(target, (names[node],))
-    return GraphModule(attributes, copied)
+def _look(name: str, observer: Observer) -> Callable[[Tensor], None]:
+    def look(value: Tensor) -> None:
+        try:
+            observer.update(value)
+        except ValueError as error:
+            raise StageError(
+                f"calibration met a bad value at '{name}': {error}",
+                hint="the model or its inputs hold NaN or infinity: check the data and the training before this stage",
+            ) from error
+
+    return look

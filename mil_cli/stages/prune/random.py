@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from mil_cli.stages.prune.schedule import prune
+from mil_cli.stages.prune.schedule import prune, random_scores
 from mil_cli.stages.prune.settings import StructuredPruningConfig
 from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
-    from mil_cli.graph.coupling import Coupling
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-    from mil_cli.stages.prune.selection import Scores
 
 
 class RandomConfig(StructuredPruningConfig):
@@ -41,9 +37,4 @@ def random(model: Model, config: RandomConfig, context: Context) -> Model:
     Raises:
         StageError: The target cannot be met, or nothing can be cut.
     """
-    return prune(model, config, context, lambda _, coupling: draws(coupling, context.generator("random")))
-
-
-def draws(coupling: Coupling, generator: torch.Generator) -> Scores:
-    """Return by space a random number for each class."""
-    return [torch.rand(space.size, generator=generator, dtype=torch.float64).numpy() for space in coupling.spaces]
+    return prune(model, config, context, lambda _, coupling: random_scores(coupling, context.generator("random")))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Counter, Coupling, analyse, check_equivalence, cut
@@ -13,7 +14,7 @@ from mil_cli.stages.prune.selection import Scores, Selection, describe_widths, l
 from mil_cli.stages.prune.settings import Quantity, StructuredPruningConfig
 from mil_cli.stages.targets import width_multiple
 from mil_cli.training.batch_norm import recalibrate
-from mil_cli.training.evaluate import fixed_batch
+from mil_cli.training.evaluate import NotFiniteError, fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -48,7 +49,7 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
     shapes = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
     multiple = width_multiple(config.round_to, config.multiple, context.device)
     slot = context.slot("steps")
-    state = slot.load() or {"cuts": [], "facts": [], "weights": None}
+    state = slot.load() or {"cuts": [], "facts": [], "compared": {}, "weights": None}
     coupling = analyse(current)
     frozen = _frozen_facts(coupling)
     start = _amount(coupling, config.quantity)({})
@@ -67,8 +68,9 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
         for step in range(len(state["cuts"]), config.steps):
             last = step == config.steps - 1
             target = goal if last else start * (goal / start) ** ((step + 1) / config.steps)
+            before = current
             current, removed, facts = _round(
-                current,
+                before,
                 config,
                 context,
                 importance,
@@ -78,15 +80,27 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
                 must_reach=last,
             )
             state["facts"].append({"step": step + 1, **facts})
+            if step == 0 and config.compare_samples and config.method != "random":
+                drawn, _, _ = _round(
+                    before,
+                    config,
+                    context,
+                    lambda _, coupling: random_scores(coupling, context.generator("random")),
+                    target=target,
+                    multiple=multiple,
+                    shapes=shapes,
+                    must_reach=False,
+                )
+                state["compared"] = {
+                    "quality_after_the_first_cut": _quality(current, config, context),
+                    "quality_after_a_random_cut": _quality(drawn, config, context),
+                }
             if config.recover is not None and (not last or config.recover_last):
                 current = context.finetune(
                     current, stage=config.recover, name=f"step{step + 1}", trainer=config.recover_trainer
                 )
-            elif config.recalibrate_samples:
-                calls = context.calibration(
-                    samples=config.recalibrate_samples, batch_size=fixed_batch(current) or _CALIBRATION_BATCH
-                )
-                current = recalibrate(current, calls)
+            else:
+                current = _recalibrated(current, config, context)
             state["cuts"].append({number: sorted(classes) for number, classes in removed.items()})
             state["weights"] = {name: tensor.detach().clone() for name, tensor in current.state_dict().items()}
             slot.save(state)
@@ -98,10 +112,32 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
         target=goal,
         multiple=multiple,
         steps=state["facts"],
+        **state["compared"],
         widths=describe_widths(shapes, after),
         frozen=frozen,
     )
     return current.eval()
+
+
+def random_scores(coupling: Coupling, generator: torch.Generator) -> Scores:
+    """Return by space a random number for each class."""
+    return [torch.rand(space.size, generator=generator, dtype=torch.float64).numpy() for space in coupling.spaces]
+
+
+def _recalibrated(model: Model, config: StructuredPruningConfig, context: Context) -> Model:
+    if not config.recalibrate_samples:
+        return model
+    size = fixed_batch(model) or _CALIBRATION_BATCH
+    return recalibrate(model, context.calibration(samples=config.recalibrate_samples, batch_size=size))
+
+
+def _quality(model: Model, config: StructuredPruningConfig, context: Context) -> float | None:
+    """Return the quality of a cut model on some of val before anything trains it; None if outputs are not finite."""
+    try:
+        limit = min(config.compare_samples, len(context.data.val))
+        return context.evaluate(_recalibrated(model, config, context), limit=limit).value
+    except NotFiniteError:
+        return None
 
 
 def _round(

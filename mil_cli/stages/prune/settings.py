@@ -29,6 +29,8 @@ class StructuredPruningConfig(StageConfig):
         recover: Key of a train or distill stage of the recipe that fine-tunes between the steps; None does not.
         recover_trainer: Trainer settings for those fine-tunings, over that stage's own.
         recover_last: Fine-tune after the last step too, where no later stage of the chain does.
+        compare_samples: Samples of val on which the first cut is compared with a random one of the same size, before
+            anything trains it: what the method is worth shows there. 0 compares nothing.
         check_samples: Training samples on which every cut is compared with the uncut model.
         recalibrate_samples: Training samples from which the statistics of batch norms are taken anew after a cut that
             no fine-tuning follows here; 0 leaves them.
@@ -49,6 +51,7 @@ class StructuredPruningConfig(StageConfig):
     recover: str | None = None
     recover_trainer: dict[str, Any] = Field(default_factory=dict)
     recover_last: bool = False
+    compare_samples: int = Field(2000, ge=0)
     check_samples: int = Field(16, ge=1)
     recalibrate_samples: int = Field(512, ge=0)
 

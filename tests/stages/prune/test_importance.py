@@ -20,9 +20,11 @@ from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
 from mil_cli.stages.context import Context, Surroundings
 from mil_cli.stages.prune import bn_scale, fpgm, taylor
-from mil_cli.stages.prune import random as random_method
 from mil_cli.stages.prune.activation import mean_magnitude, share_of_nonzero
 from mil_cli.stages.prune.hrank import ranks
+from mil_cli.stages.prune.magnitude import MagnitudeConfig
+from mil_cli.stages.prune.random import RandomConfig
+from mil_cli.stages.prune.schedule import random_scores
 from mil_cli.stages.prune.values import score_values
 from mil_cli.stages.registry import config_type, function_of
 from mil_cli.task.classification import Classification
@@ -225,8 +227,8 @@ def test_hrank_of_tokens_is_the_rank_over_samples_and_positions() -> None:
 
 
 def test_random_is_the_seeds(coupling: Coupling) -> None:
-    one, same = (random_method.draws(coupling, context(seed=0).generator("random")) for _ in range(2))
-    other = random_method.draws(coupling, context(seed=1).generator("random"))
+    one, same = (random_scores(coupling, context(seed=0).generator("random")) for _ in range(2))
+    other = random_scores(coupling, context(seed=1).generator("random"))
     assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -248,3 +250,16 @@ def test_every_method_meets_its_target_on_real_architectures(build: Any, method:
     small = function_of(config)(net, config, used)
     assert 0.4 * net.macs() < small.macs() <= 0.6 * net.macs()
     assert torch.isfinite(small(torch.randn(3, 1, 16, 16))).all()
+
+
+def test_the_first_cut_is_compared_with_a_random_one(model: Model) -> None:
+    used = context()
+    settings = {"macs": 0.5, "round_to": 1, "check_samples": 4, "recalibrate_samples": 32}
+    small = function_of(magnitude := MagnitudeConfig(**settings))(model, magnitude, used)
+    drawn = function_of(random := RandomConfig(**settings))(model, random, context())
+    assert used.notes["quality_after_the_first_cut"] == used.evaluate(small).value
+    assert used.notes["quality_after_a_random_cut"] == used.evaluate(drawn).value
+    for config in (random, MagnitudeConfig(**settings, compare_samples=0)):
+        plain = context()
+        function_of(config)(model, config, plain)
+        assert "quality_after_a_random_cut" not in plain.notes

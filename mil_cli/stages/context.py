@@ -22,6 +22,7 @@ from mil_cli.stages.registry import StageConfig, config_type, function_of
 from mil_cli.training.checkpoint import CheckpointSlot, FileSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import Quality, evaluate
+from mil_cli.training.loop import Binding, Objective, fit
 
 if TYPE_CHECKING:
     from mil_cli.data.base import Batch, Data, Split
@@ -213,6 +214,7 @@ class Context:
         self._workspace = workspace
         self._on_checkpoint = on_checkpoint
         self._prefix = ""
+        self._before_step: Callable[[Model], None] | None = None
 
     def _record(self, read: str) -> None:
         if read not in self.trace.reads:
@@ -281,8 +283,53 @@ class Context:
         if self._on_checkpoint is not None:
             self._on_checkpoint(self.trace)
 
+    def fit(
+        self,
+        model: Model,
+        *,
+        settings: TrainerConfig,
+        doing: str,
+        slot: str = "fit",
+        objective: Objective | None = None,
+        bind: Binding | None = None,
+    ) -> Model:
+        """Train a copy of `model` by the one training loop, resumably; notes the history.
+
+        Args:
+            model: Where to start.
+            settings: The trainer's settings, from `trainer`.
+            doing: What progress calls it, such as ``training``.
+            slot: Where its checkpoint is kept.
+            objective: What to minimise; None: the task's loss.
+            bind: Makes the objective from the training under way, in place of `objective`.
+
+        Returns:
+            The trained model, in evaluation mode.
+        """
+        result = fit(
+            model,
+            task=self.task,
+            data=self.data,
+            settings=settings,
+            seed=self.seed,
+            objective=objective,
+            bind=bind,
+            before_step=self._before_step,
+            checkpoint=self.slot(slot),
+            progress=self.progress,
+            description=f"{self.name}: {doing}",
+        )
+        self.note(history=result.history, stopped=result.stopped)
+        return result.model
+
     def finetune(
-        self, model: Model, *, stage: str | None, name: str, trainer: Mapping[str, Any] | None = None
+        self,
+        model: Model,
+        *,
+        stage: str | None,
+        name: str,
+        trainer: Mapping[str, Any] | None = None,
+        before_step: Callable[[Model], None] | None = None,
     ) -> Model:
         """Train `model` by another stage of the recipe, or plainly on the task.
 
@@ -291,6 +338,7 @@ class Context:
             stage: Key of a train or distill stage of the recipe; None trains on the task's loss.
             name: Tells this call from others of the same stage, so that each has its own checkpoint.
             trainer: Overrides merged over that stage's own trainer settings.
+            before_step: Called with the model in training before each step of the optimizer: may change gradients.
 
         Raises:
             StageError: There is no such stage, or it does not train.
@@ -308,11 +356,12 @@ class Context:
             raise StageError(f"stage '{stage}' does not train", where=f"stages.{self.name}", hint=hint)
         merged = {**getattr(config, "trainer", {}), **(trainer or {})}
         config = config.model_copy(update={"trainer": merged})
-        prefix, self._prefix = self._prefix, f"{self._prefix}{name}-"
+        outer = self._prefix, self._before_step
+        self._prefix, self._before_step = f"{self._prefix}{name}-", before_step
         try:
             return function_of(config)(model, config, self)
         finally:
-            self._prefix = prefix
+            self._prefix, self._before_step = outer
 
     def evaluate(self, model: Model, *, limit: int | None = None) -> Quality:
         """Return the quality of `model` on the first `limit` samples (all by default) of `val`."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from mil_cli.errors import StageError
 from mil_cli.stages.registry import StageConfig, stage
 from mil_cli.training.layout import use_channels_last
-from mil_cli.training.loop import Objective, fit
+from mil_cli.training.loop import Objective
 
 if TYPE_CHECKING:
     from mil_cli.data.base import Batch
@@ -66,19 +66,8 @@ def soft_labels(model: Model, config: SoftLabelsConfig, context: Context) -> Mod
     if settings.accelerator != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         teacher.graph.to(device)
-    result = fit(
-        model,
-        task=context.task,
-        data=context.data,
-        settings=settings,
-        seed=context.seed,
-        objective=soft_label_objective(teacher, context.task, temperature=config.temperature, weight=config.weight),
-        checkpoint=context.slot("fit"),
-        progress=context.progress,
-        description=f"{context.name}: distilling",
-    )
-    context.note(history=result.history, stopped=result.stopped)
-    return result.model
+    objective = soft_label_objective(teacher, context.task, temperature=config.temperature, weight=config.weight)
+    return context.fit(model, settings=settings, doing="distilling", objective=objective)
 
 
 def soft_label_objective(teacher: Model, task: Task, *, temperature: float, weight: float) -> Objective:

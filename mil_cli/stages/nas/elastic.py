@@ -22,7 +22,6 @@ from mil_cli.stages.registry import StageConfig, stage
 from mil_cli.stages.targets import Kernels, RoundTo, Target, width_multiple
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import NotFiniteError, fixed_batch
-from mil_cli.training.loop import fit
 from mil_cli.units import Kept, parse_kept
 
 if TYPE_CHECKING:
@@ -304,19 +303,8 @@ def train_supernet(model: Model, space: ElasticSpace, config: ElasticConfig, con
     settings = context.trainer(config.trainer)
     if settings.early_stopping is None:  # the whole net's quality decides nothing
         settings = settings.model_copy(update={"evaluate_every": settings.epochs})
-    result = fit(
-        model,
-        task=context.task,
-        data=context.data,
-        settings=settings,
-        seed=context.seed,
-        bind=sandwich(space, context.task, random=config.random, temperature=config.temperature, seed=context.seed),
-        checkpoint=context.slot("supernet"),
-        progress=context.progress,
-        description=f"{context.name}: training the supernet",
-    )
-    context.note(history=result.history, stopped=result.stopped)
-    return result.model
+    bind = sandwich(space, context.task, random=config.random, temperature=config.temperature, seed=context.seed)
+    return context.fit(model, settings=settings, doing="training the supernet", slot="supernet", bind=bind)
 
 
 def candidate_model(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from mil_cli.stages.registry import StageConfig, stage
-from mil_cli.training.loop import fit
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -39,15 +38,4 @@ def supervised(model: Model, config: SupervisedConfig, context: Context) -> Mode
     Returns:
         The trained model, in evaluation mode.
     """
-    result = fit(
-        model,
-        task=context.task,
-        data=context.data,
-        settings=context.trainer(config.trainer),
-        seed=context.seed,
-        checkpoint=context.slot("fit"),
-        progress=context.progress,
-        description=f"{context.name}: training",
-    )
-    context.note(history=result.history, stopped=result.stopped)
-    return result.model
+    return context.fit(model, settings=context.trainer(config.trainer), doing="training")

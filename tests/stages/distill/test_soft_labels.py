@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import pytest
@@ -14,16 +13,15 @@ from torch.nn import functional
 from mil_cli.data.base import Data
 from mil_cli.data.tensors import TensorSplit
 from mil_cli.errors import MilError
-from mil_cli.events import SilentProgress
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
 from mil_cli.stages.distill.soft_labels import SoftLabelsConfig, soft_label_objective, soft_labels
 from mil_cli.stages.train.supervised import SupervisedConfig, supervised
 from mil_cli.task.classification import Classification
-from mil_cli.training.checkpoint import NullSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import evaluate
 from mil_cli.training.loop import fit
+from tests.stages.contexts import make_context
 
 
 class Net(nn.Module):
@@ -67,32 +65,9 @@ def teacher(data: Data) -> Model:
     return fit(_capture(24), task=Classification(), data=data, settings=settings, seed=0).model
 
 
-class _Context:
-    """As much of a context as training needs."""
-
-    def __init__(self, data: Data, teacher: Model) -> None:
-        self.name = "recover"
-        self.task, self.data, self.original = Classification(), data, teacher
-        self.seed, self.progress = 5, SilentProgress()
-        self.notes: dict[str, object] = {}
-        self.sources: dict[str, Model] = {}
-
-    def trainer(self, overrides: Mapping[str, Any]) -> TrainerConfig:
-        base = TrainerConfig(epochs=4, batch_size=20, learning_rate=0.05)
-        return TrainerConfig.model_validate(base.merged(overrides))
-
-    def slot(self, name: str = "main") -> NullSlot:
-        return NullSlot()
-
-    def source(self, source: object) -> Model:
-        return self.sources[str(source)]
-
-    def note(self, **facts: object) -> None:
-        self.notes.update(facts)
-
-
-def _context(data: Data, teacher: Model) -> Context:
-    return cast("Context", _Context(data, teacher))
+def _context(data: Data, teacher: Model, **changes: Any) -> Context:
+    settings = TrainerConfig(epochs=4, batch_size=20, learning_rate=0.05)
+    return make_context(data, original=teacher, trainer=settings, **changes)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
@@ -154,7 +129,7 @@ def test_the_student_comes_nearer_to_the_teacher(teacher: Model, student: Model,
     assert not trained.training
     again = soft_labels(student, config, context)
     assert trained.fingerprint() == again.fingerprint()
-    history = cast("_Context", context).notes["history"]
+    history = context.notes["history"]
     assert isinstance(history, list)
     assert len(history) == 4
 
@@ -169,9 +144,8 @@ def test_without_weight_it_is_supervised_training(teacher: Model, student: Model
 
 
 def test_any_source_can_teach(teacher: Model, student: Model, data: Data) -> None:
-    context = _context(data, teacher)
-    other = _capture(9)
-    cast("_Context", context).sources["teacher.pt2"] = other
+    sources = {"teacher.pt2": _capture(9)}
+    context = _context(data, teacher, load_source=sources.__getitem__)
     config = SoftLabelsConfig(teacher="teacher.pt2", trainer={"epochs": 1})
     by_other = soft_labels(student, config, context)
     by_original = soft_labels(student, SoftLabelsConfig(trainer={"epochs": 1}), context)

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from mil_cli.data.base import Data
 from mil_cli.data.tensors import TensorSplit
-from mil_cli.device.host import resolve
 from mil_cli.errors import StageError
-from mil_cli.events import SilentProgress
 from mil_cli.graph.coupling import Coupling, analyse
 from mil_cli.graph.model import Model
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
-from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.context import Context
 from mil_cli.stages.prune import bn_scale, fpgm, taylor
 from mil_cli.stages.prune.activation import mean_magnitude, share_of_nonzero
 from mil_cli.stages.prune.hrank import ranks
@@ -27,8 +25,7 @@ from mil_cli.stages.prune.random import RandomConfig
 from mil_cli.stages.prune.schedule import random_scores
 from mil_cli.stages.prune.values import score_values
 from mil_cli.stages.registry import config_type, function_of
-from mil_cli.task.classification import Classification
-from mil_cli.training.config import TrainerConfig
+from tests.stages.contexts import make_context
 
 METHODS = ("magnitude", "taylor", "fpgm", "hrank", "activation", "bn_scale", "random")
 
@@ -71,20 +68,8 @@ def data(shape: tuple[int, ...] = (2, 8, 8), classes: int = 3) -> Data:
     return Data(name="noise", train=split(64), val=split(32), test=split(8))
 
 
-def context(seed: int = 0, **changes: Any) -> Context:
-    around = {
-        "seed": seed,
-        "task": Classification(),
-        "data": data(),
-        "device": resolve({"name": "host_cpu"}),
-        "trainer": TrainerConfig(),
-        "goals": {},
-        "stages": {},
-        "load_source": lambda source: source,
-        "source_fingerprint": str,
-        **changes,
-    }
-    return Context(name="prune", surroundings=Surroundings(**around), progress=SilentProgress(), workspace=None)
+def context(**changes: Any) -> Context:
+    return make_context(**{"data": data(), "name": "prune", **changes})
 
 
 def by_origin(coupling: Coupling, scores: Any) -> dict[str, Any]:

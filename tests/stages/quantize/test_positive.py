@@ -10,15 +10,13 @@ from torch.fx import Node
 from mil_cli.data.base import Data
 from mil_cli.data.tensors import TensorSplit
 from mil_cli.device.profile import DeviceProfile, Int8Form
-from mil_cli.events import SilentProgress
 from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, op_name, schema_index
-from mil_cli.stages.context import Context, Surroundings
 from mil_cli.stages.quantize.lsq import LsqConfig, quantize
 from mil_cli.stages.quantize.positive import keep_positive, mirror_channels, settle
-from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
+from tests.stages.contexts import make_context
 
 
 class Layers(nn.Module):
@@ -140,18 +138,11 @@ def test_every_norm_folds_after_training_and_codes_are_symmetric_where_they_must
     model = Model.capture(Awkward().eval(), (torch.randn(2, 1, 8, 8),))
     images, labels = torch.randn(256, 1, 8, 8), torch.randint(0, 3, (256,))
     split = TensorSplit((images, labels))
-    surroundings = Surroundings(
-        seed=0,
-        task=Classification(),
-        data=Data(name="noise", train=split, val=split, test=split),
+    context = make_context(
+        Data(name="noise", train=split, val=split, test=split),
         device=DeviceProfile(name="test", int8=Int8Form(activations="uint8", reduce_range=False)),
         trainer=TrainerConfig(epochs=2, batch_size=64, learning_rate=0.05),
-        goals={},
-        stages={},
-        load_source=lambda source: pytest.fail("no source is needed"),
-        source_fingerprint=str,
     )
-    context = Context(name="quantize", surroundings=surroundings, progress=SilentProgress(), workspace=None)
     result = quantize(model, LsqConfig(weight_bits=4), context)
     assert not any(op_name(node) == "batch_norm" for node in calls(result.graph))
     limits = {

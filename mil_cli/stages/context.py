@@ -22,7 +22,7 @@ from mil_cli.stages.registry import StageConfig, config_type, function_of
 from mil_cli.training.checkpoint import CheckpointSlot, FileSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import Quality, evaluate
-from mil_cli.training.loop import Binding, Objective, fit
+from mil_cli.training.loop import Binding, Objective, StepHook, fit
 
 if TYPE_CHECKING:
     from mil_cli.data.base import Batch, Data, Split
@@ -214,7 +214,7 @@ class Context:
         self._workspace = workspace
         self._on_checkpoint = on_checkpoint
         self._prefix = ""
-        self._before_step: Callable[[Model], None] | None = None
+        self._before_step: StepHook | None = None
 
     def _record(self, read: str) -> None:
         if read not in self.trace.reads:
@@ -329,7 +329,7 @@ class Context:
         stage: str | None,
         name: str,
         trainer: Mapping[str, Any] | None = None,
-        before_step: Callable[[Model], None] | None = None,
+        before_step: StepHook | None = None,
     ) -> Model:
         """Train `model` by another stage of the recipe, or plainly on the task.
 
@@ -338,7 +338,7 @@ class Context:
             stage: Key of a train or distill stage of the recipe; None trains on the task's loss.
             name: Tells this call from others of the same stage, so that each has its own checkpoint.
             trainer: Overrides merged over that stage's own trainer settings.
-            before_step: Called with the model in training before each step of the optimizer: may change gradients.
+            before_step: Called before each step of the optimizer: may change gradients; see `fit`.
 
         Raises:
             StageError: There is no such stage, or it does not train.

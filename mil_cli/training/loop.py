@@ -50,6 +50,9 @@ class Running:
     forward: Callable[..., Any]
 
 
+StepHook: TypeAlias = Callable[[Model, int], None]
+"""Called with the model in training and the number of steps taken."""
+
 Binding: TypeAlias = Callable[[Running], Objective]
 """Makes an objective that needs more than outputs and batch."""
 
@@ -85,7 +88,7 @@ def fit(
     seed: int,
     objective: Objective | None = None,
     bind: Binding | None = None,
-    before_step: Callable[[Model], None] | None = None,
+    before_step: StepHook | None = None,
     checkpoint: CheckpointSlot | None = None,
     progress: Progress | None = None,
     description: str = "training",
@@ -106,8 +109,8 @@ def fit(
         objective: What to minimise; None: the task's loss.
         bind: Makes the objective from the training under way, in place of `objective`; what the objective draws must
             follow from the number of steps, so that a resumed training draws the same.
-        before_step: Called with the model in training after each backward pass, before clipping and the optimizer's
-            step: may change gradients.
+        before_step: Called after each backward pass, before clipping and the optimizer's step: may change gradients. It
+            must keep nothing from step to step, so that a resumed training goes on alike.
         checkpoint: Where to keep checkpoints; the last one stays there, so that a finished training is not repeated.
         progress: Where to report.
         description: What progress calls this training.
@@ -166,7 +169,7 @@ class _Loop:
         settings: TrainerConfig,
         seed: int,
         bind: Binding,
-        before_step: Callable[[Model], None] | None,
+        before_step: StepHook | None,
         slot: CheckpointSlot,
         progress: Progress,
         description: str,
@@ -262,7 +265,7 @@ class _Loop:
             self._fabric.backward(loss)
         if self._before_step is not None:
             self._fabric.strategy.precision.unscale_gradients(self._raw_optimizer)
-            self._before_step(self._model)
+            self._before_step(self._model, self._steps_so_far())
         if self._settings.gradient_clip is not None:
             self._fabric.clip_gradients(self._network, self._optimizer, max_norm=self._settings.gradient_clip)
         optimizer.step()

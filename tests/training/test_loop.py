@@ -175,7 +175,7 @@ def test_a_finished_training_is_not_repeated(tiny: Model, patterns: Data, task: 
     first = fit(tiny, task=task, data=patterns, settings=settings, seed=3, checkpoint=slot)
     saves = slot.saves
 
-    def never(model: Model) -> None:
+    def never(model: Model, steps: int) -> None:
         raise AssertionError("a step was made")
 
     again = fit(tiny, task=task, data=patterns, settings=settings, seed=3, checkpoint=slot, before_step=never)

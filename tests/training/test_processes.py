@@ -42,7 +42,7 @@ model = Model.capture(net, (torch.zeros(4, 1, 8, 8),))
 (folder / "started").touch()
 result = fit(model, task=Classification(), data=digits(crop_padding=0), settings=settings, seed=1,
              checkpoint=FileSlot(folder / "fit.ckpt"),
-             before_step=lambda _: time.sleep(float(sys.argv[4])))
+             before_step=lambda *_: time.sleep(float(sys.argv[4])))
 rank = os.environ.get("RANK", "0")
 torch.save({"weights": result.model.state_dict(), "history": result.history}, folder / f"result-{rank}.pt")
 """
@@ -110,7 +110,7 @@ def test_the_loop_costs_at_most_five_percent_over_a_bare_one() -> None:
 
     def ours() -> list[float]:
         times: list[float] = []
-        fit(model, task=task, data=data, settings=settings, seed=1, before_step=lambda _: times.append(_now()))
+        fit(model, task=task, data=data, settings=settings, seed=1, before_step=lambda *_: times.append(_now()))
         return np.diff(times).tolist()
 
     def bare() -> list[float]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mil_cli.stages.context import Context
     from mil_cli.stages.prune.selection import Scores
 
-_BY_CHANNEL = ("batch_norm", "instance_norm", "group_norm")
+BY_CHANNEL = ("batch_norm", "instance_norm", "group_norm")
 
 
 class BnScaleConfig(StructuredPruningConfig):
@@ -52,7 +52,7 @@ def bn_scale(model: Model, config: BnScaleConfig, context: Context) -> Model:
 
 def scales(graph: GraphModule, coupling: Coupling) -> Scores:
     """Return by space the mean absolute scale that norms give each class; NaN without a norm."""
-    norms = norm_parameters(graph, "weight", _BY_CHANNEL)
+    norms = norm_parameters(graph, "weight", BY_CHANNEL)
     found = []
     for space in coupling.spaces:
         rows = []

@@ -119,6 +119,37 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
     return current.eval()
 
 
+def choose(
+    model: Model, coupling: Coupling, scores: Scores, config: StructuredPruningConfig, context: Context
+) -> Selection:
+    """Return what one cut down to the whole target would remove.
+
+    Args:
+        model: The model.
+        coupling: Its analysis.
+        scores: Importance of its classes, by space.
+        config: The settings.
+        context: Gives the device.
+
+    Raises:
+        StageError: The target cannot be met.
+    """
+    measure = _amount(coupling, config.quantity)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    multiple = width_multiple(config.round_to, config.multiple, context.device)
+    chosen = select(
+        coupling,
+        scores,
+        target=config.kept.resolve(measure({})),
+        measure=measure,
+        multiple=multiple,
+        least=least_classes(coupling, shapes, max_per_layer=config.max_per_layer),
+    )
+    if not chosen.reached:
+        raise _unreachable(config, context, chosen, measure({}), multiple, [])
+    return chosen
+
+
 def random_scores(coupling: Coupling, generator: torch.Generator) -> Scores:
     """Return by space a random number for each class."""
     return [torch.rand(space.size, generator=generator, dtype=torch.float64).numpy() for space in coupling.spaces]

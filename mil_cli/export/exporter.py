@@ -1,4 +1,4 @@
-"""Runs torch's ONNX exporter quietly; every quantizer of the graph comes out as one marker node."""
+"""Runs torch's ONNX exporter quietly; every quantizer and codebook of the graph comes out as one marker node."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ import torch
 from torch.export import ExportedProgram
 
 MARKER_DOMAIN = "mil.marker"
-"""The domain of nodes that stand for quantizers between export and `mil_cli.export.qdq`; no file holds one."""
+"""The domain of nodes that stand for quantizers and codebooks until `mil_cli.export.qdq` and `mil_cli.export.codebook`
+replace them; no file holds one."""
 
 MARKER = "QuantizeAffine"
+LOOKUP = "Lookup"
 
 
 def convert(program: ExportedProgram, *, opset: int) -> ir.Model:
     """Convert an exported program to an ONNX model in memory.
 
     A ``mil::quantize_affine`` becomes a node ``mil.marker::QuantizeAffine(x, scale, zero_point)`` with the attributes
-    ``axis`` (absent: per tensor), ``quant_min`` and ``quant_max``. The exporter folds constants and fuses operators
-    but does not know markers, so it cannot fold what they mark.
+    ``axis`` (absent: per tensor), ``quant_min`` and ``quant_max``; a ``mil::lookup`` becomes
+    ``mil.marker::Lookup(codebook, indices)`` with the attribute ``groups``. The exporter folds constants and fuses
+    operators but does not know markers, so it cannot fold what they mark.
 
     Raises:
         torch.onnx.OnnxExporterError: An operator has no translation, say.
@@ -51,7 +54,24 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         attributes: Mapping[str, int] = {} if axis is None else {"axis": axis}
         return marker(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max, **attributes)
 
-    return {torch.ops.mil.quantize_affine.default: quantize_affine}
+    lookup_marker = onnxscript.values.Op(onnxscript.values.Opset(MARKER_DOMAIN, 1), LOOKUP, _lookup_schema())
+
+    def lookup(codebook: Any, indices: Any, groups: int) -> Any:
+        return lookup_marker(codebook, indices, groups=groups)
+
+    return {torch.ops.mil.quantize_affine.default: quantize_affine, torch.ops.mil.lookup.default: lookup}
+
+
+def _lookup_schema() -> onnx.defs.OpSchema:
+    parameter = onnx.defs.OpSchema.FormalParameter
+    return onnx.defs.OpSchema(
+        LOOKUP,
+        MARKER_DOMAIN,
+        1,
+        inputs=[parameter("codebook", "tensor(float)"), parameter("indices", "tensor(uint8)")],
+        outputs=[parameter("weight", "tensor(float)")],
+        attributes=[onnx.defs.OpSchema.Attribute("groups", onnx.defs.OpSchema.AttrType.INT, required=True)],
+    )
 
 
 def _marker_schema() -> onnx.defs.OpSchema:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from mil_cli.errors import ExportError
+from mil_cli.export.codebook import write_codebooks
 from mil_cli.export.exporter import convert
 from mil_cli.export.interface import apply_interface, strip_metadata
 from mil_cli.export.qdq import ALL_WIDTHS, needed_opset, write_quantizers
@@ -73,7 +74,7 @@ def export_onnx(model: Model, path: Path, *, device: DeviceProfile | None = None
             f"the model cannot be written as ONNX: {_root_cause(error)}",
             hint="replace the operator that it names in the model's code by one that ONNX knows",
         ) from error
-    notices = write_quantizers(converted, widths)
+    notices = [*write_codebooks(converted, widths), *write_quantizers(converted, widths)]
     apply_interface(converted, model.spec)
     strip_metadata(converted)
     converted.producer_name = "mil"

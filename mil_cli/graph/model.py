@@ -136,12 +136,15 @@ class Model:
         self.graph.load_state_dict(state)
 
     def num_params(self) -> int:
-        """How many numbers the parameters that the graph uses hold; tied ones count once."""
-        used = {
-            id(value): value.numel()
-            for node in self.graph.graph.find_nodes(op="get_attr")
-            if node.users and isinstance(value := get_attribute(self.graph, str(node.target)), nn.Parameter)
-        }
+        """How many numbers the parameters that the graph uses hold; tied ones count once, clustered weights in full."""
+        used = {}
+        for node in self.graph.graph.find_nodes(op="get_attr"):
+            readers = {op_name(user) for user in node.users}
+            value = get_attribute(self.graph, str(node.target))
+            if readers == {"lookup"}:  # of a clustered weight the indices count, not the codebook
+                used[id(value)] = 0 if value.is_floating_point() else value.numel()
+            elif readers and isinstance(value, nn.Parameter):
+                used[id(value)] = value.numel()
         return sum(used.values())
 
     def macs(self) -> int:

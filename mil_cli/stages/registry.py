@@ -31,6 +31,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("prune", "slimming"): "mil_cli.stages.prune.slimming",
     ("prune", "group_lasso"): "mil_cli.stages.prune.group_lasso",
     ("prune", "growing_reg"): "mil_cli.stages.prune.growing_reg",
+    ("prune", "kmeans"): "mil_cli.stages.prune.kmeans",
     ("distill", "soft_labels"): "mil_cli.stages.distill.soft_labels",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
@@ -47,6 +48,7 @@ class StageConfig(BaseModel):
         version: Raised when the method computes something else from the same settings, so that old results are
             not taken for new ones.
         never_after: Families that must not stand before this stage in a chain, with the reason.
+        never_before: Families that must not stand behind it, with the reason.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +57,7 @@ class StageConfig(BaseModel):
     method: ClassVar[str]
     version: ClassVar[int] = 1
     never_after: ClassVar[dict[str, str]] = {}
+    never_before: ClassVar[dict[str, str]] = {}
 
 
 StageFunction = Callable[["Model", "StageConfig", "Context"], "Model"]
@@ -103,7 +106,7 @@ def check_order(chain: Sequence[tuple[str, StageConfig]]) -> list[StageError]:
     problems = []
     for position, (name, config) in enumerate(chain):
         for earlier_name, earlier in chain[:position]:
-            reason = config.never_after.get(earlier.family)
+            reason = config.never_after.get(earlier.family, earlier.never_before.get(config.family))
             if reason is not None:
                 problems.append(
                     StageError(

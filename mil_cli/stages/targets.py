@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from mil_cli.device.profile import DeviceProfile
-from mil_cli.units import parse_kept
+from mil_cli.units import Kept, parse_kept, parse_seconds
 
 
 def _checked(value: str | float) -> str | float:
@@ -18,11 +18,43 @@ def _checked(value: str | float) -> str | float:
 Target = Annotated[str | float, AfterValidator(_checked)]
 """What is kept: a ratio of what comes in (``0.3``, ``30%``) or a count (``6M``)."""
 
+
+def _checked_latency(value: str | float) -> str | float:
+    parse_latency(value)
+    return value
+
+
+LatencyTarget = Annotated[str | float, AfterValidator(_checked_latency)]
+"""What is kept of a predicted latency: a ratio (``0.3``, ``30%``) or a duration (``2 ms``)."""
+
 RoundTo = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 """Multiple that widths end on; ``auto`` takes the device's."""
 
 Kernels = Literal["float", "int8"]
 """Which of the device's multiples ``auto`` takes: that of float kernels, or of int8 kernels."""
+
+
+def parse_latency(text: str | float) -> Kept:
+    """Parse a latency to keep: a ratio (``0.3``, ``30%``), or a duration (``2 ms``).
+
+    Raises:
+        ValueError: It is neither.
+    """
+    try:
+        kept = parse_kept(text)
+        if not kept.absolute:  # "2 m" would be two million of something
+            return kept
+    except ValueError:
+        pass
+    try:
+        seconds = parse_seconds(text) if isinstance(text, str) else 0.0
+    except ValueError:
+        seconds = 0.0
+    if seconds <= 0:
+        raise ValueError(
+            f"{text!r} is no latency to keep; write a ratio above 0 and at most 1, or a duration such as 2 ms"
+        )
+    return Kept(seconds, absolute=True)
 
 
 def width_multiple(round_to: RoundTo, kernels: Kernels, device: DeviceProfile) -> int:

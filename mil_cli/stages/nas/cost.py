@@ -12,34 +12,10 @@ from mil_cli.measure.operators import OperatorLister, OperatorTable
 from mil_cli.stages.nas.space import Candidate, ElasticSpace
 from mil_cli.stages.nas.supernet import random_pool
 from mil_cli.stages.targets import Kernels
-from mil_cli.units import Kept, parse_kept, parse_seconds
 
 Quantity = Literal["macs", "params", "latency"]
 
 _MEASURED_AHEAD = 300
-
-
-def parse_latency(text: str | float) -> Kept:
-    """Parse a latency to keep: a ratio (``0.3``, ``30%``), or a duration (``2 ms``).
-
-    Raises:
-        ValueError: It is neither.
-    """
-    try:
-        kept = parse_kept(text)
-        if not kept.absolute:  # "2 m" would be two million of something
-            return kept
-    except ValueError:
-        pass
-    try:
-        seconds = parse_seconds(text) if isinstance(text, str) else 0.0
-    except ValueError:
-        seconds = 0.0
-    if seconds <= 0:
-        raise ValueError(
-            f"{text!r} is no latency to keep; write a ratio above 0 and at most 1, or a duration such as 2 ms"
-        )
-    return Kept(seconds, absolute=True)
 
 
 class CandidateCost:

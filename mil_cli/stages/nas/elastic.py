@@ -14,12 +14,12 @@ from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, group_norms, reorder, shared_cut
 from mil_cli.graph.model import Model
 from mil_cli.graph.residual import ResidualBranch, leave_out, residual_chains
-from mil_cli.stages.nas.cost import CandidateCost, Quantity, parse_latency
+from mil_cli.stages.nas.cost import CandidateCost, Quantity
 from mil_cli.stages.nas.search import Scored, evolve, from_state, ranked, to_state
 from mil_cli.stages.nas.space import Candidate, ElasticSpace, depths_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, sandwich
 from mil_cli.stages.registry import StageConfig, stage
-from mil_cli.stages.targets import Kernels, RoundTo, Target, width_multiple
+from mil_cli.stages.targets import Kernels, LatencyTarget, RoundTo, Target, parse_latency, width_multiple
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import NotFiniteError, fixed_batch
 from mil_cli.units import Kept, parse_kept
@@ -74,7 +74,7 @@ class ElasticConfig(StageConfig):
 
     macs: Target | None = None
     params: Target | None = None
-    latency: str | float | None = None
+    latency: LatencyTarget | None = None
     min_width: float = Field(0.25, gt=0, le=1)
     min_depth: float = Field(0.3, gt=0, le=1)
     choices: int = Field(6, ge=2, le=1000)

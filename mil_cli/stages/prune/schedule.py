@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from mil_cli.errors import StageError
-from mil_cli.graph.coupling import Counter, Coupling, analyse, check_equivalence, cut
+from mil_cli.graph.coupling import Coupling, analyse, check_equivalence, cut
+from mil_cli.stages.prune.amount import Amount
 from mil_cli.stages.prune.selection import Scores, Selection, describe_widths, least_classes, select
-from mil_cli.stages.prune.settings import Quantity, StructuredPruningConfig
+from mil_cli.stages.prune.settings import StructuredPruningConfig
 from mil_cli.stages.targets import width_multiple
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import NotFiniteError, fixed_batch
@@ -49,16 +50,15 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
     shapes = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
     multiple = width_multiple(config.round_to, config.multiple, context.device)
     slot = context.slot("steps")
-    state = slot.load() or {"cuts": [], "facts": [], "compared": {}, "weights": None}
+    state = slot.load() or {"cuts": [], "facts": [], "compared": {}, "table": {}, "weights": None}
     coupling = analyse(current)
     frozen = _frozen_facts(coupling)
-    start = _amount(coupling, config.quantity)({})
+    amount = Amount(config, context, state["table"])
+    start = amount.measure(coupling)({})
     goal = config.kept.resolve(start)
     if config.kept.absolute and goal >= start:
-        context.progress.notice(
-            f"{context.name}: the model has {start:,.10g} {config.quantity}, the target allows {goal:,.10g}:"
-            " nothing is cut"
-        )
+        has, allowed = amount.shown(start), amount.shown(goal)
+        context.progress.notice(f"{context.name}: the model has {has}, the target allows {allowed}: nothing is cut")
     for removed in state["cuts"]:  # done before an interruption: the same cuts, then the weights as they were
         current = cut(current, analyse(current), {int(number): set(classes) for number, classes in removed.items()})
     if state["weights"] is not None:
@@ -74,6 +74,7 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
                 config,
                 context,
                 importance,
+                amount=amount,
                 target=target,
                 multiple=multiple,
                 shapes=shapes,
@@ -86,6 +87,7 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
                     config,
                     context,
                     lambda _, coupling: random_scores(coupling, context.generator("random")),
+                    amount=amount,
                     target=target,
                     multiple=multiple,
                     shapes=shapes,
@@ -103,6 +105,7 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
                 current = _recalibrated(current, config, context)
             state["cuts"].append({number: sorted(classes) for number, classes in removed.items()})
             state["weights"] = {name: tensor.detach().clone() for name, tensor in current.state_dict().items()}
+            state["table"] = amount.table
             slot.save(state)
             bar.advance(note=f"{config.quantity} {state['facts'][-1]['left'] / start:.1%}")
     after = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
@@ -115,6 +118,7 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
         **state["compared"],
         widths=describe_widths(shapes, after),
         frozen=frozen,
+        latency_table=amount.table,
     )
     return current.eval()
 
@@ -134,7 +138,8 @@ def choose(
     Raises:
         StageError: The target cannot be met.
     """
-    measure = _amount(coupling, config.quantity)
+    amount = Amount(config, context)
+    measure = amount.measure(coupling)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     multiple = width_multiple(config.round_to, config.multiple, context.device)
     chosen = select(
@@ -144,9 +149,10 @@ def choose(
         measure=measure,
         multiple=multiple,
         least=least_classes(coupling, shapes, max_per_layer=config.max_per_layer),
+        returns=amount.returns,
     )
     if not chosen.reached:
-        raise _unreachable(config, context, chosen, measure({}), multiple, [])
+        raise _unreachable(config, context, amount.shown(measure({})), amount.shown(chosen.left), multiple, [])
     return chosen
 
 
@@ -177,6 +183,7 @@ def _round(
     context: Context,
     importance: Importance,
     *,
+    amount: Amount,
     target: float,
     multiple: int,
     shapes: Mapping[str, tuple[int, ...]],
@@ -188,7 +195,7 @@ def _round(
         raise StageError(
             "nothing of this model can be cut", where=f"stages.{context.name}", hint=_why_nothing(coupling)
         )
-    measure = _amount(coupling, config.quantity)
+    measure = amount.measure(coupling)
     scores = importance(model, coupling)
     unscored = [number for number, space in enumerate(coupling.spaces) if space.free and np.isnan(scores[number]).any()]
     if not any(space.free for number, space in enumerate(coupling.spaces) if number not in unscored):
@@ -201,9 +208,17 @@ def _round(
     failed: list[str] = []
     while True:
         least = least_classes(coupling, shapes, max_per_layer=config.max_per_layer)
-        chosen = select(coupling, scores, target=target, measure=measure, multiple=multiple, least=least)
+        chosen = select(
+            coupling,
+            scores,
+            target=target,
+            measure=measure,
+            multiple=multiple,
+            least=least,
+            returns=amount.returns,
+        )
         if must_reach and not chosen.reached:
-            raise _unreachable(config, context, chosen, measure({}), multiple, failed)
+            raise _unreachable(config, context, amount.shown(measure({})), amount.shown(chosen.left), multiple, failed)
         result = cut(model, coupling, chosen.removed)
         size = fixed_batch(model) or config.check_samples
         calls = list(context.calibration(samples=config.check_samples, batch_size=size))
@@ -227,23 +242,18 @@ def _round(
     return result, chosen.removed, facts
 
 
-def _amount(coupling: Coupling, quantity: Quantity) -> Callable[[Mapping[int, set[int]]], float]:
-    counter = Counter(coupling)
-    return {"macs": counter.macs, "params": counter.params, "channels": counter.channels}[quantity]
-
-
 def _unreachable(
     config: StructuredPruningConfig,
     context: Context,
-    chosen: Selection,
-    start: float,
+    start: str,
+    least: str,
     multiple: int,
     failed: list[str],
 ) -> StageError:
     asked = getattr(config, config.quantity)
     frozen = f" and {len(failed)} groups that failed the check" if failed else ""
     return StageError(
-        f"the smallest that can be kept of {start:,.0f} {config.quantity} is {chosen.left:,.0f}, with max_per_layer "
+        f"the smallest that can be kept of {start} is {least}, with max_per_layer "
         f"{config.max_per_layer}, widths in multiples of {multiple}{frozen}",
         where=f"stages.{context.name}.{config.quantity}",
         value=asked,

@@ -15,8 +15,6 @@ from mil_cli.graph.coupling import Coupling, Space, repair, step_of
 Scores = Sequence[NDArray[np.float64]]
 """By space: the importance of each class. Comparable between spaces: a space's mean is about 1."""
 
-_MOST_RETURNS = 400
-
 
 @dataclass(frozen=True)
 class Chunk:
@@ -80,6 +78,7 @@ def select(
     measure: Callable[[Mapping[int, set[int]]], float],
     multiple: int,
     least: Mapping[int, int],
+    returns: int = 400,
 ) -> Selection:
     """Remove the least important chunks of the whole model until a quantity is at most `target`.
 
@@ -93,6 +92,7 @@ def select(
         measure: The quantity that a removal leaves: operations, parameters or channels.
         multiple: What the widths end on.
         least: By space: fewest classes to keep.
+        returns: How many chunks may be tried to be returned.
     """
     chunks = sorted(
         (
@@ -122,7 +122,7 @@ def select(
         else:
             low = middle + 1
     removed = removal(chunks[:low])
-    _return_chunks(removed, chunks[:low], lambda: measure(removed) <= target)
+    _return_chunks(removed, chunks[:low], lambda: measure(removed) <= target, most=returns)
     removed = repair(coupling, removed)
     left = measure(removed)
     while left > target and low < len(chunks):  # repair gave something back
@@ -132,12 +132,14 @@ def select(
     return Selection(removed, left, reached=left <= target)
 
 
-def _return_chunks(removed: dict[int, set[int]], chosen: Sequence[Chunk], holds: Callable[[], bool]) -> None:
+def _return_chunks(
+    removed: dict[int, set[int]], chosen: Sequence[Chunk], holds: Callable[[], bool], *, most: int
+) -> None:
     """Take chunks out of `removed` that may stay after all, trying the most important first."""
     closed: set[int] = set()
     tries = 0
     for chunk in reversed(chosen):
-        if tries >= _MOST_RETURNS:
+        if tries >= most:
             return
         if chunk.space in closed:
             continue

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from mil_cli.stages.registry import StageConfig
-from mil_cli.stages.targets import Kernels, RoundTo, Target
+from mil_cli.stages.targets import Kernels, LatencyTarget, RoundTo, Target, parse_latency
 from mil_cli.units import Kept, parse_kept
 
-Quantity = Literal["macs", "params", "channels"]
-QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "channels")
+Quantity = Literal["macs", "params", "channels", "latency"]
+QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "channels", "latency")
 
 
 class StructuredPruningConfig(StageConfig):
@@ -19,13 +19,16 @@ class StructuredPruningConfig(StageConfig):
 
     Attributes:
         macs: Multiply-accumulates to keep, as a ratio of what comes in (``0.3``, ``30%``) or a count (``6M``).
-        params: Parameters to keep, likewise. Exactly one of `macs`, `params` and `channels` is given.
+        params: Parameters to keep, likewise.
         channels: Channels to keep: classes of coupled entries over all spaces that can be cut.
+        latency: Predicted latency to keep, as a ratio or a duration (``2 ms``), by a table of operators that are
+            measured on the device; the result then depends on what was measured. Exactly one of `macs`, `params`,
+            `channels` and `latency` is given.
         steps: Rounds of scoring and cutting; each keeps the same ratio of the one before.
         max_per_layer: Largest part of a layer's width that may be removed, over all steps.
         round_to: Multiple that widths end on; ``auto`` takes the device's.
-        multiple: Which of the device's multiples ``auto`` takes: that of float kernels, or of int8 kernels for a model
-            that is quantized later.
+        multiple: The kernels that the model will run on in the end: int8 for one that is quantized later. They decide
+            which of the device's multiples ``auto`` takes, and what a latency is predicted for.
         recover: Key of a train or distill stage of the recipe that fine-tunes between the steps; None does not.
         recover_trainer: Trainer settings for those fine-tunings, over that stage's own.
         recover_last: Fine-tune after the last step too, where no later stage of the chain does.
@@ -44,6 +47,7 @@ class StructuredPruningConfig(StageConfig):
     macs: Target | None = None
     params: Target | None = None
     channels: Target | None = None
+    latency: LatencyTarget | None = None
     steps: int = Field(1, ge=1, le=1000)
     max_per_layer: float = Field(0.8, gt=0, lt=1)
     round_to: RoundTo = "auto"
@@ -60,7 +64,8 @@ class StructuredPruningConfig(StageConfig):
         given = [name for name in QUANTITIES if getattr(self, name) is not None]
         if len(given) != 1:
             shown = " and ".join(given) if given else "none"
-            raise ValueError(f"give exactly one of macs, params and channels, what is kept of it; {shown} is given")
+            names = f"{', '.join(QUANTITIES[:-1])} and {QUANTITIES[-1]}"
+            raise ValueError(f"give exactly one of {names}, what is kept of it; {shown} is given")
         return self
 
     @property
@@ -71,4 +76,5 @@ class StructuredPruningConfig(StageConfig):
     @property
     def kept(self) -> Kept:
         """How much of it is kept."""
-        return parse_kept(getattr(self, self.quantity))
+        asked = getattr(self, self.quantity)
+        return parse_latency(asked) if self.quantity == "latency" else parse_kept(asked)

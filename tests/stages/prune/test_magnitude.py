@@ -286,7 +286,29 @@ def test_a_target_that_the_model_does_not_reach_cuts_nothing_and_is_told(model: 
     assert same.fingerprint() == model.fingerprint()
     (told,) = progress.told
     assert f"{model.macs():,} macs" in told
-    assert "1,000,000,000: nothing is cut" in told
+    assert "1,000,000,000 macs: nothing is cut" in told
     magnitude(model, config(macs=1.0, recalibrate_samples=0), used)
     magnitude(model, config(macs=0.6, recalibrate_samples=0), used)
     assert len(progress.told) == 1
+
+
+@pytest.mark.parametrize("kernels", ["float", "int8"])
+def test_latency_can_be_the_target(kernels: str) -> None:
+    layers = [nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    model = Model.capture(net.eval(), (torch.randn(2, 1, 8, 8),))
+    used = context()
+    settings = {"latency": "60%", "round_to": 8, "multiple": kernels, "max_per_layer": 0.9, "compare_samples": 0}
+    small = magnitude(model, config(**settings), used)
+    before, target = used.notes["before"], used.notes["target"]
+    assert isinstance(before, float)
+    assert isinstance(target, float)
+    assert target == pytest.approx(0.6 * before)
+    assert used.notes["steps"][0]["left"] <= target  # type: ignore[index]
+    assert small.macs() < model.macs()
+    assert used.notes["latency_table"]
+    assert any(read.startswith("device/") for read in used.trace.reads)
+    with pytest.raises(StageError, match=r"the smallest that can be kept of [\d.e-]+ ms is [\d.e-]+ ms"):
+        magnitude(model, config(latency="1 us"), context())
+    with pytest.raises(ValidationError, match="no latency to keep"):
+        config(latency="soon")

@@ -31,6 +31,8 @@ from mil_cli.errors import RecipeError, RecipeErrors, did_you_mean
 from mil_cli.recipe.locations import configs_folder
 from mil_cli.recipe.problems import dotted
 
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir")
+
 LOGGING_OVERRIDES = ("hydra/job_logging=mil", "hydra/hydra_logging=mil", "hydra.output_subdir=null")
 
 
@@ -91,6 +93,9 @@ def _hydra_for(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _explained(path: Path, overrides: Sequence[str] = ()) -> Iterator[None]:
     """Turn whatever Hydra, OmegaConf and YAML raise into a `RecipeError` that says what to do."""
+    for key in (override.partition("=")[0].lstrip("+~") for override in overrides):
+        if key in _FOLDERS:
+            raise RecipeError("this program chooses the folders of runs itself", where=key, hint="use --out FOLDER")
     try:
         yield
     except RecursionError:

@@ -70,6 +70,8 @@ def test_recipe_file(name: str, project: Project, capsys: pytest.CaptureFixture[
 
 OVERRIDES = {
     "wrong type": (["trainer.epochs=many"], ["trainer.epochs", "'many'", "whole number"]),
+    "folder of hydra's": (["hydra.run.dir=elsewhere"], ["hydra.run.dir", "--out FOLDER"]),
+    "folder of a sweep": (["-m", "seed=0,1", "hydra.sweep.dir=elsewhere"], ["hydra.sweep.dir", "--out FOLDER"]),
     "bad range": (["trainer.epochs=0"], ["trainer.epochs", "greater than or equal to 1", "got 0"]),
     "bad share": (["stages.recover.weight=1.5"], ["stages.recover.weight", "less than or equal to 1"]),
     "bad target": (["stages.prune.macs=1.5"], ["stages.prune.macs", "1.5"]),

@@ -148,7 +148,7 @@ def table(points: Sequence[Point], arguments: argparse.Namespace) -> str:
         f"`{arguments.recipe}`; seeds {', '.join(map(str, arguments.seeds))}; Torch-Pruning {PEER_VERSION};"
         f" torch {torch.__version__}.",
         "Drop: relative loss of test quality against the uncompressed model of the same seed, mean over the seeds;",
-        "beside it the 95 % interval of the difference to Torch-Pruning's best, paired over the seeds (below 0: better).",
+        "beside it the 95 % interval of the difference to Torch-Pruning's best, paired over seeds (below 0: better).",
         "",
         "| method | " + " | ".join(f"{1 / macs:.3g}x fewer operations" for macs in arguments.macs) + " |",
         "|---|" + "---|" * len(arguments.macs),

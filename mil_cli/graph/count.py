@@ -99,6 +99,13 @@ class _Counter(Interpreter):
 
     def _new_params(self, node: Node) -> int:
         total = 0
+        if op_name(node) == "lookup":
+            return 0  # the weights that it reads from a codebook are those of the layer
+        for lookup in (source for source in node.all_input_nodes if op_name(source) == "lookup"):
+            indices = get_attribute(self.module, str(get_argument(lookup, "indices").target))
+            if id(indices) not in self._counted:
+                self._counted.add(id(indices))
+                total += indices.numel()
         for source in node.all_input_nodes:
             value = get_attribute(self.module, str(source.target)) if source.op == "get_attr" else None
             if isinstance(value, nn.Parameter) and id(value) not in self._counted:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_argument, set_attribute
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, has_attribute, op_name, set_argument, set_attribute
 from mil_cli.ops.learned_scale import SMALLEST_SCALE
 from mil_cli.ops.quantize import quantize_codes
 
@@ -183,17 +183,9 @@ def _free_name(graph: GraphModule, weight_name: str) -> str:
     """Return the name of a new bias beside a weight."""
     prefix = weight_name.removesuffix("weight")
     name, count = f"{prefix}bias", 1
-    while _has(graph, name):
+    while has_attribute(graph, name):
         name, count = f"{prefix}bias_{count}", count + 1
     return name
-
-
-def _has(graph: GraphModule, name: str) -> bool:
-    try:
-        get_attribute(graph, name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _remove(graph: GraphModule, norm: Node) -> None:

@@ -99,6 +99,15 @@ def get_attribute(module: nn.Module, path: str) -> Any:
     return value
 
 
+def has_attribute(graph: nn.Module, name: str) -> bool:
+    """Whether a graph module has an attribute of this dotted name."""
+    try:
+        get_attribute(graph, name)
+    except AttributeError:
+        return False
+    return True
+
+
 def set_attribute(module: nn.Module, path: str, value: Any, *, persistent: bool = True) -> None:
     """Set the attribute at a dotted path, making submodules on the way.
 

@@ -24,7 +24,8 @@ def lookup(codebook: Tensor, indices: Tensor, groups: int) -> Tensor:
         groups: Number of groups; the weight's first axis divides by it.
 
     Returns:
-        The weight. An entry's gradient is the sum of those of the weights that it stands for.
+        The weight. An entry's gradient is the mean of those of its weights: their sum, exact as it is, would move an
+        entry by thousands of times what it would move a weight.
     """
     rows = indices.reshape(groups, -1).long()
     return codebook.reshape(groups, -1).gather(1, rows).reshape(indices.shape)
@@ -38,19 +39,18 @@ def _(codebook: Tensor, indices: Tensor, groups: int) -> Tensor:
 @torch.library.custom_op(
     "mil::lookup_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor codebook, Tensor indices, int groups, bool mean) -> Tensor",
+    schema="(Tensor grad, Tensor codebook, Tensor indices, int groups) -> Tensor",
 )
-def _lookup_backward(grad: Tensor, codebook: Tensor, indices: Tensor, groups: int, mean: bool) -> Tensor:
+def _lookup_backward(grad: Tensor, codebook: Tensor, indices: Tensor, groups: int) -> Tensor:
     rows = indices.reshape(groups, -1).long()
     totals = torch.zeros_like(codebook.reshape(groups, -1)).scatter_add_(1, rows, grad.reshape(rows.shape))
-    if mean:
-        ones = torch.ones((), dtype=grad.dtype, device=grad.device).expand(rows.shape)
-        totals /= torch.zeros_like(totals).scatter_add_(1, rows, ones).clamp_(min=1)
+    ones = torch.ones((), dtype=grad.dtype, device=grad.device).expand(rows.shape)
+    totals /= torch.zeros_like(totals).scatter_add_(1, rows, ones).clamp_(min=1)
     return totals.reshape(codebook.shape)
 
 
 @_lookup_backward.register_fake
-def _(grad: Tensor, codebook: Tensor, indices: Tensor, groups: int, mean: bool) -> Tensor:
+def _(grad: Tensor, codebook: Tensor, indices: Tensor, groups: int) -> Tensor:
     return torch.empty_like(codebook)
 
 
@@ -60,7 +60,7 @@ def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _lookup_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _lookup_backward(grad, *ctx.saved_tensors, ctx.groups, False), None, None
+    return _lookup_backward(grad, *ctx.saved_tensors, ctx.groups), None, None
 
 
 lookup.register_autograd(_lookup_gradient, setup_context=_lookup_setup)
@@ -91,8 +91,7 @@ def cluster(weight: Tensor, codebook: Tensor, groups: int) -> Tensor:
 
     Returns:
         A tensor like `weight`. Its gradient passes to the weight as it is, so that a weight may move to another entry,
-        and to each entry as the mean of those of its weights: their sum, exact as it is, would move an entry by
-        thousands of times what it moves a weight.
+        and to the entries as that of `lookup` does.
     """
     values: Tensor = lookup(codebook, nearest(weight, codebook, groups).to(torch.uint8), groups)
     return values
@@ -110,7 +109,7 @@ def _cluster_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _cluster_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     weight, codebook = ctx.saved_tensors
-    return grad, _lookup_backward(grad, codebook, nearest(weight, codebook, ctx.groups), ctx.groups, True), None
+    return grad, _lookup_backward(grad, codebook, nearest(weight, codebook, ctx.groups), ctx.groups), None
 
 
 cluster.register_autograd(_cluster_gradient, setup_context=_cluster_setup)

@@ -109,7 +109,7 @@ def fit(
         objective: What to minimise; None: the task's loss.
         bind: Makes the objective from the training under way, in place of `objective`; what the objective draws must
             follow from the number of steps, so that a resumed training draws the same.
-        before_step: Called after each backward pass, before clipping and the optimizer's step: may change gradients. It
+        before_step: Called after each backward pass and clipping, before the optimizer's step: may change gradients. It
             must keep nothing from step to step, so that a resumed training goes on alike.
         checkpoint: Where to keep checkpoints; the last one stays there, so that a finished training is not repeated.
         progress: Where to report.
@@ -263,11 +263,12 @@ class _Loop:
             loss.backward()  # type: ignore[no-untyped-call]
         else:
             self._fabric.backward(loss)
-        if self._before_step is not None:
-            self._fabric.strategy.precision.unscale_gradients(self._raw_optimizer)
-            self._before_step(self._model, self._steps_so_far())
         if self._settings.gradient_clip is not None:
             self._fabric.clip_gradients(self._network, self._optimizer, max_norm=self._settings.gradient_clip)
+        elif self._before_step is not None:
+            self._fabric.strategy.precision.unscale_gradients(self._raw_optimizer)
+        if self._before_step is not None:
+            self._before_step(self._model, self._steps_so_far())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self._interval == "step":

@@ -24,7 +24,7 @@ def test_nearest_is_the_nearest_of_all(groups: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_lookup_is_indexing_with_its_gradient(groups: int) -> None:
+def test_lookup_is_indexing_and_the_mean_of_its_gradients(groups: int) -> None:
     _, codebook = example(groups)
     codebook.requires_grad_(True)
     indices = torch.randint(0, 5, (6, 3, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
@@ -35,8 +35,8 @@ def test_lookup_is_indexing_with_its_gradient(groups: int) -> None:
     upstream = torch.randn(6, 3, 2, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(found, codebook, upstream)
     (wanted,) = torch.autograd.grad(expected, codebook, upstream)
-    torch.testing.assert_close(gradient, wanted)
-    assert torch.autograd.gradcheck(lambda book: lookup(book, indices, groups), (codebook,))
+    counts = torch.bincount((indices.long() + offsets).flatten(), minlength=len(codebook))
+    torch.testing.assert_close(gradient, wanted / counts.clamp(min=1))
 
 
 @pytest.mark.parametrize("groups", [1, 3])

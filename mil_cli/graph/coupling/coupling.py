@@ -149,16 +149,28 @@ class Coupling:
             spaces: Indices of spaces.
             reason: Why; it is listed under `frozen`.
         """
+        return self.freeze_classes({number: range(self.spaces[number].size) for number in spaces}, reason)
+
+    def freeze_classes(self, classes: Removed, reason: str) -> Coupling:
+        """Return this coupling with some classes frozen.
+
+        Args:
+            classes: By space: the classes.
+            reason: Why; it is listed under `frozen`.
+        """
         changed = list(self.spaces)
         listed = list(self.frozen)
-        for number in spaces:
-            space = changed[number]
-            changed[number] = replace_frozen(space, reason)
+        for number, found in classes.items():
+            space, chosen = changed[number], sorted(found)
+            if not chosen:
+                continue
+            frozen = {**dict.fromkeys(chosen, reason), **space.frozen}
+            changed[number] = replace(space, frozen=frozen)
             listed.extend(
                 Frozen(
                     parameter=member.parameter,
                     axis=member.axis,
-                    entries=int((member.classes >= 0).sum()),
+                    entries=int(np.isin(member.classes, chosen).sum()),
                     size=len(member.classes),
                     node="",
                     operator="",
@@ -169,9 +181,3 @@ class Coupling:
                 if member.trainable
             )
         return replace(self, spaces=tuple(changed), frozen=tuple(listed))
-
-
-def replace_frozen(space: Space, reason: str) -> Space:
-    """Return a copy of `space` with all of its classes frozen."""
-    frozen = {number: space.frozen.get(number, reason) for number in range(space.size)}
-    return Space(space.origin, space.size, space.labels, space.members, frozen, space.inexact)

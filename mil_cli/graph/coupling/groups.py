@@ -34,15 +34,19 @@ class WeightGroups:
     Args:
         graph: The analysed graph.
         coupling: Its analysis.
+
+    Attributes:
+        sizes: By space: the number of classes, 0 where none can be cut.
+        free: By space: which classes can be cut, bool ``[classes]``.
     """
 
     def __init__(self, graph: GraphModule, coupling: Coupling) -> None:
         names = {name for name, _ in graph.named_parameters()}
         self.sizes = [space.size if space.free else 0 for space in coupling.spaces]
-        self._free = [torch.zeros(size + 1) for size in self.sizes]
+        self.free = [torch.zeros(size, dtype=torch.bool) for size in self.sizes]
         self._parts: list[list[_Part]] = []
         for number, space in enumerate(coupling.spaces):
-            self._free[number][list(space.free)] = 1.0
+            self.free[number][list(space.free)] = True
             parts = []
             for member in scoring_members(graph, space) if space.free else []:
                 known = next((name for name in member.names if name in names), None)
@@ -75,7 +79,7 @@ class WeightGroups:
         """
         by_name = dict(parameters)
         for number, parts in enumerate(self._parts):
-            padded = torch.cat([factors[number].float(), torch.zeros(1)]) * self._free[number]
+            padded = torch.cat([(factors[number] * self.free[number]).float(), torch.zeros(1)])
             for part in parts:
                 parameter = by_name[part.parameter]
                 if parameter.grad is not None:

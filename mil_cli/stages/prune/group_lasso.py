@@ -77,8 +77,12 @@ def norm_penalty(model: Model, strength: float, *, adaptive: bool) -> StepHook:
 
     def before_step(training: Model, steps: int) -> None:
         parameters = dict(training.named_parameters())
-        norms = groups.norms(parameters)
-        groups.shrink(parameters.items(), [strength * factor(norm) for norm in norms])
+        factors = []
+        for norms, free in zip(groups.norms(parameters), groups.free, strict=True):
+            found = torch.zeros_like(norms)
+            found[free] = strength * factor(norms[free])
+            factors.append(found)
+        groups.shrink(parameters.items(), factors)
 
     return before_step
 

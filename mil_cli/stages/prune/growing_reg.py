@@ -54,10 +54,10 @@ def growing_reg(model: Model, config: GrowingRegConfig, context: Context) -> Mod
         StageError: The target cannot be met, or nothing can be cut.
     """
     coupling = analyse(model)
-    chosen = choose(model, coupling, group_norms(model.graph, coupling), config, context)
+    removed, table = choose(model, coupling, group_norms(model.graph, coupling), config, context)
     groups = WeightGroups(model.graph, coupling)
     doomed = [torch.zeros(size, dtype=torch.float64) for size in groups.sizes]
-    for number, classes in chosen.removed.items():
+    for number, classes in removed.items():
         doomed[number][sorted(classes)] = 1.0
 
     return train_and_prune(
@@ -66,6 +66,7 @@ def growing_reg(model: Model, config: GrowingRegConfig, context: Context) -> Mod
         context,
         lambda current, coupling: group_norms(current.graph, coupling),
         growing_penalty(groups, doomed, ceiling=config.strength, growth=config.growth, every=config.every),
+        known=table,
     )
 
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from mil_cli.stages.context import Context
 
 
+_TIE = 1e-6
+"""What energy may add to a rank: less than the smallest difference of two mean ranks."""
+
+
 class HrankConfig(StructuredPruningConfig):
     """Settings of pruning by the rank of feature maps.
 
@@ -66,7 +70,7 @@ def hrank(model: Model, config: HrankConfig, context: Context) -> Model:
 
 
 def ranks(values: Tensor, *, rtol: float) -> Tensor:
-    """Return by channel the mean rank of its maps, plus less than a half for its energy.
+    """Return by channel the mean rank of its maps, plus next to nothing for its energy, float64.
 
     Args:
         values: ``(samples, channels, height, width)``, or any other positions.
@@ -74,10 +78,10 @@ def ranks(values: Tensor, *, rtol: float) -> Tensor:
     """
     found: Tensor
     if values.ndim == 4:
-        found = torch.linalg.matrix_rank(values, rtol=rtol).float().mean(0)
+        found = torch.linalg.matrix_rank(values, rtol=rtol).double().mean(0)
     else:
         matrices = values.reshape(*values.shape[:2], -1).transpose(0, 1)  # by channel: samples times positions
-        found = torch.linalg.matrix_rank(matrices, rtol=rtol).float() / len(values)
-    energy = values.square().mean([axis for axis in range(values.ndim) if axis != 1]).sqrt()
-    found = found + 0.49 * energy / energy.max().clamp(min=torch.finfo(energy.dtype).tiny)
+        found = torch.linalg.matrix_rank(matrices, rtol=rtol).double() / len(values)
+    energy = values.double().square().mean([axis for axis in range(values.ndim) if axis != 1]).sqrt()
+    found = found + _TIE * energy / energy.max().clamp(min=torch.finfo(energy.dtype).tiny)
     return found

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from mil_cli.errors import StageError
 from mil_cli.graph.fold import fold_batch_norm
-from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_attribute
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, has_attribute, op_name, set_attribute
 from mil_cli.ops.codebook import lookup, nearest
 from mil_cli.stages.registry import StageConfig, stage
 
@@ -38,8 +38,9 @@ class KmeansConfig(StageConfig):
     Attributes:
         clusters: Values that a weight may take, 2 to 256.
         channels_per_group: Output channels that share a codebook, where a layer's number of them divides by it; None:
-            one codebook for the whole weight.
-        keep_zero: Whether 0 is one of the values; ``auto``: where more than a tenth of the weight is 0.
+            one codebook for the whole weight, which transposed convolutions always have.
+        keep_zero: Whether 0 is one of the values; ``auto``: where more than a tenth of the weight is 0. A later stage
+            that trains the values moves it.
         smallest: Weights with fewer numbers stay as they are.
         skip: Layers to leave as they are: names of weights, or patterns with ``*``. The first convolution and depthwise
             ones always stay.
@@ -199,19 +200,32 @@ def _weights(graph: GraphModule, config: KmeansConfig) -> dict[str, list[Node]]:
         skipped = any(fnmatchcase(name, pattern) for pattern in config.skip)
         if node is first or depthwise or skipped or weight.numel() < config.smallest:
             left.add(name)
-        found[name] = [other for other in graph.graph.find_nodes(op="get_attr") if other.target == name]
+        readers = [node for node in graph.graph.find_nodes(op="get_attr") if _value(graph, node) is weight]
+        first_name = str(readers[0].target)  # a shared weight may have several
+        left.update({first_name} if name in left else ())
+        found[first_name] = readers
     return {name: nodes for name, nodes in found.items() if name not in left}
+
+
+def _value(graph: GraphModule, node: Node) -> Any:
+    return get_attribute(graph, str(node.target))
 
 
 def _insert(graph: GraphModule, name: str, nodes: Sequence[Node], config: KmeansConfig) -> _Clustered:
     """Let readers of a weight read the nearest values, in place."""
     weight: Tensor = get_attribute(graph, name).detach()
-    per_group = config.channels_per_group
+    # A transposed weight has its output channels on the second axis.
+    turned = any(op_name(user).startswith("conv_transpose") for node in nodes for user in node.users)
+    per_group = None if turned else config.channels_per_group
     groups = len(weight) // per_group if per_group is not None and len(weight) % per_group == 0 else 1
     rows = weight.reshape(groups, -1)
     zero = float((rows == 0).double().mean()) > _SPARSE if config.keep_zero == "auto" else config.keep_zero
     values = cluster_values(rows, config.clusters, zero=zero).to(weight.dtype).reshape(-1)
-    path = f"{_OWNER}.{name.replace('.', '_')}"
+    path = base = f"{_OWNER}.{name.replace('.', '_')}"
+    number = 1
+    while has_attribute(graph, path):
+        number += 1
+        path = f"{base}_{number}"
     set_attribute(graph, path, nn.Parameter(values))
     for node in nodes:
         with graph.graph.inserting_after(node):
@@ -230,13 +244,14 @@ def _insert(graph: GraphModule, name: str, nodes: Sequence[Node], config: Kmeans
 
 def _settle(graph: GraphModule, layer: _Clustered) -> None:
     """Let readers of a clustered weight read the codebook by constant indices, in place; the weight itself goes."""
-    weight, values = get_attribute(graph, layer.name).detach(), get_attribute(graph, layer.codebook).detach()
-    places = nearest(weight, values, layer.groups).to(torch.uint8)
+    original = get_attribute(graph, layer.name)
+    values = get_attribute(graph, layer.codebook).detach()
+    places = nearest(original.detach(), values, layer.groups).to(torch.uint8)
     path = f"{layer.codebook}_indices"
     set_attribute(graph, path, places)
     for node in list(calls(graph)):
         source = get_argument(node, "weight") if op_name(node) == "cluster" else None
-        if not isinstance(source, Node) or source.target != layer.name:
+        if not isinstance(source, Node) or _value(graph, source) is not original:
             continue
         codebook = get_argument(node, "codebook")
         with graph.graph.inserting_before(node):
@@ -248,5 +263,6 @@ def _settle(graph: GraphModule, layer: _Clustered) -> None:
         graph.graph.erase_node(node)
         if not source.users:
             graph.graph.erase_node(source)
-    owner, _, leaf = layer.name.rpartition(".")
-    delattr(graph.get_submodule(owner), leaf)
+    for name in [name for name, value in graph.named_parameters(remove_duplicate=False) if value is original]:
+        owner, _, leaf = name.rpartition(".")
+        delattr(graph.get_submodule(owner), leaf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -32,7 +33,13 @@ class RegularisedPruningConfig(StructuredPruningConfig):
 
 
 def train_and_prune(
-    model: Model, config: RegularisedPruningConfig, context: Context, importance: Importance, penalty: StepHook
+    model: Model,
+    config: RegularisedPruningConfig,
+    context: Context,
+    importance: Importance,
+    penalty: StepHook,
+    *,
+    known: Mapping[str, float] | None = None,
 ) -> Model:
     """Train a model with a penalty on its gradients, then cut it down to its target.
 
@@ -42,13 +49,13 @@ def train_and_prune(
         context: Gives data, device, training and checkpoints.
         importance: Scores of the trained model's classes, by space.
         penalty: Adds its gradient before each step.
+        known: A latency's table of operators, as far as it was measured already.
 
     Returns:
         The smaller model, in evaluation mode.
     """
     before = context.evaluate(model).value
-    trained = context.finetune(
-        model, stage=config.regularise, name="regularise", trainer=config.trainer, before_step=penalty
-    )
+    trainer = {**config.trainer, "early_stopping": None}  # the best on val would be those that are shrunk least
+    trained = context.finetune(model, stage=config.regularise, name="regularise", trainer=trainer, before_step=penalty)
     context.note(quality_before_training=before, quality_after_training=context.evaluate(trained).value)
-    return prune(trained, config, context, importance)
+    return prune(trained, config, context, importance, known=known)

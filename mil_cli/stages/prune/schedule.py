@@ -11,7 +11,7 @@ import torch
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, check_equivalence, cut
 from mil_cli.stages.prune.amount import Amount
-from mil_cli.stages.prune.selection import Scores, Selection, describe_widths, least_classes, select
+from mil_cli.stages.prune.selection import Scores, describe_widths, least_classes, select
 from mil_cli.stages.prune.settings import StructuredPruningConfig
 from mil_cli.stages.targets import width_multiple
 from mil_cli.training.batch_norm import recalibrate
@@ -27,7 +27,14 @@ _CALIBRATION_BATCH = 64
 _SHOWN_REASONS = 50
 
 
-def prune(model: Model, config: StructuredPruningConfig, context: Context, importance: Importance) -> Model:
+def prune(
+    model: Model,
+    config: StructuredPruningConfig,
+    context: Context,
+    importance: Importance,
+    *,
+    known: Mapping[str, float] | None = None,
+) -> Model:
     """Cut a model down to its target in `config.steps` rounds.
 
     Each round analyses the graph, scores every class, removes the least important ones, and compares the cut with the
@@ -39,21 +46,30 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
         config: The settings.
         context: Gives data, device, fine-tuning and checkpoints.
         importance: Scores of a model's classes, by space.
+        known: A latency's table of operators, as far as it was measured already.
 
     Returns:
         The smaller model, in evaluation mode.
 
     Raises:
-        StageError: The target cannot be met with `max_per_layer` and the rounding, or nothing can be cut.
+        StageError: The target cannot be met with `max_per_layer` and the rounding, nothing can be cut, or the weights
+            are not finite.
     """
     current = model.clone().eval()
+    broken = [name for name, value in current.named_parameters() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise StageError(
+            f"the weight '{broken[0]}' holds NaN or infinity",
+            where=f"stages.{context.name}",
+            hint="train the model again, with a lower learning rate, before it is pruned",
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
     multiple = width_multiple(config.round_to, config.multiple, context.device)
     slot = context.slot("steps")
     state = slot.load() or {"cuts": [], "facts": [], "compared": {}, "table": {}, "weights": None}
     coupling = analyse(current)
     frozen = _frozen_facts(coupling)
-    amount = Amount(config, context, state["table"])
+    amount = Amount(config, context, state["table"] or known)
     start = amount.measure(coupling)({})
     goal = config.kept.resolve(start)
     if config.kept.absolute and goal >= start:
@@ -80,6 +96,9 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
                 shapes=shapes,
                 must_reach=last,
             )
+            if amount.table:  # before anything trains: a run that goes on must decide by the same figures
+                state["table"] = amount.table
+                slot.save(state)
             state["facts"].append({"step": step + 1, **facts})
             if step == 0 and config.compare_samples and config.method != "random":
                 drawn, _, _ = _round(
@@ -105,7 +124,6 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
                 current = _recalibrated(current, config, context)
             state["cuts"].append({number: sorted(classes) for number, classes in removed.items()})
             state["weights"] = {name: tensor.detach().clone() for name, tensor in current.state_dict().items()}
-            state["table"] = amount.table
             slot.save(state)
             bar.advance(note=f"{config.quantity} {state['facts'][-1]['left'] / start:.1%}")
     after = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
@@ -125,8 +143,8 @@ def prune(model: Model, config: StructuredPruningConfig, context: Context, impor
 
 def choose(
     model: Model, coupling: Coupling, scores: Scores, config: StructuredPruningConfig, context: Context
-) -> Selection:
-    """Return what one cut down to the whole target would remove.
+) -> tuple[dict[int, set[int]], dict[str, float]]:
+    """Return what one cut down to the whole target would remove, and the table of a latency; the same after a kill.
 
     Args:
         model: The model.
@@ -138,6 +156,10 @@ def choose(
     Raises:
         StageError: The target cannot be met.
     """
+    slot = context.slot("choice")
+    state = slot.load()
+    if state is not None:
+        return {int(number): set(classes) for number, classes in state["removed"].items()}, state["table"]
     amount = Amount(config, context)
     measure = amount.measure(coupling)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
@@ -153,7 +175,9 @@ def choose(
     )
     if not chosen.reached:
         raise _unreachable(config, context, amount.shown(measure({})), amount.shown(chosen.left), multiple, [])
-    return chosen
+    removed = {number: sorted(classes) for number, classes in chosen.removed.items()}
+    slot.save({"removed": removed, "table": amount.table})
+    return chosen.removed, amount.table
 
 
 def random_scores(coupling: Coupling, generator: torch.Generator) -> Scores:
@@ -197,14 +221,17 @@ def _round(
         )
     measure = amount.measure(coupling)
     scores = importance(model, coupling)
-    unscored = [number for number, space in enumerate(coupling.spaces) if space.free and np.isnan(scores[number]).any()]
-    if not any(space.free for number, space in enumerate(coupling.spaces) if number not in unscored):
+    unscored = {
+        number: [label for label in space.free if np.isnan(scores[number][label])]
+        for number, space in enumerate(coupling.spaces)
+    }
+    if all(len(unscored[number]) == len(space.free) for number, space in enumerate(coupling.spaces)):
         raise StageError(
             f"prune/{config.method} has no score for any channel of this model that can be cut",
             where=f"stages.{context.name}.method",
             hint="take another method: prune/magnitude scores every channel",
         )
-    coupling = coupling.freeze(unscored, f"prune/{config.method} has no score for it")
+    coupling = coupling.freeze_classes(unscored, f"prune/{config.method} has no score for it")
     failed: list[str] = []
     while True:
         least = least_classes(coupling, shapes, max_per_layer=config.max_per_layer)
@@ -237,7 +264,7 @@ def _round(
         "left": chosen.left,
         "check": {"difference": report.difference, "calls": report.samples, "compacted": list(report.compacted)},
         "failed": failed,
-        "unscored": [coupling.spaces[number].origin for number in unscored],
+        "unscored": [coupling.spaces[number].origin for number, classes in unscored.items() if classes],
     }
     return result, chosen.removed, facts
 

@@ -45,8 +45,9 @@ def taylor(model: Model, config: TaylorConfig, context: Context) -> Model:
     """Remove the groups of coupled channels without which the loss would change least, to first order.
 
     Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning": a weight's importance is its gradient
-    times itself. They are summed over a group's weights and over all samples before the absolute value is taken, so
-    that what cancels cancels; the shift of a norm counts with its scale.
+    times itself. In each member of a group (a weight's axis, or a norm's scale with its shift) they are summed over the
+    class's weights and over all samples before the magnitude is taken, so that what cancels cancels (the paper squares
+    the sum of each batch); a class's score is the mean over its members.
 
     Args:
         model: The model; not changed.

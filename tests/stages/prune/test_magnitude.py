@@ -294,8 +294,8 @@ def test_a_target_that_the_model_does_not_reach_cuts_nothing_and_is_told(model: 
 
 @pytest.mark.parametrize("kernels", ["float", "int8"])
 def test_latency_can_be_the_target(kernels: str) -> None:
-    layers = [nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    layers = [nn.Conv2d(1, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
     model = Model.capture(net.eval(), (torch.randn(2, 1, 8, 8),))
     used = context()
     settings = {"latency": "60%", "round_to": 8, "multiple": kernels, "max_per_layer": 0.9, "compare_samples": 0}

@@ -125,7 +125,7 @@ def test_a_signal_interrupts(number: signal.Signals) -> None:
         assert process.stderr is not None
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(number)
-        assert process.wait(timeout=20) == 130
+        assert process.wait(timeout=60) == 130
         assert b"interrupted" in process.stderr.read()
 
 

@@ -60,7 +60,7 @@ def _figures(subjects: list[Subject], profile: DeviceProfile, rounds: int) -> li
     from mil_cli.measure.energy import measure_energy
     from mil_cli.measure.latency import measure_latency
     from mil_cli.measure.memory import measure_memory
-    from mil_cli.measure.size import size_bytes
+    from mil_cli.measure.size import size_bytes, zipped_bytes
 
     feeds = feeds_for(subjects)
     progress = progress_on(console.messages())
@@ -76,6 +76,7 @@ def _figures(subjects: list[Subject], profile: DeviceProfile, rounds: int) -> li
                 "params": None if subject.model is None else subject.model.num_params(),
                 "macs": None if subject.model is None else subject.model.macs(),
                 "size_bytes": size_bytes(subject.path),
+                "zipped_bytes": zipped_bytes(subject.path),
                 "latency_ms": latency.to_json(),
                 "throughput_per_s": latency.throughput_per_s,
                 "peak_memory_bytes": measure_memory(subject.path, device=profile, feeds=feeds),

@@ -13,7 +13,7 @@ from mil_cli.measure.energy import measure_energy
 from mil_cli.measure.latency import LEAST_ROUNDS, measure_latency
 from mil_cli.measure.memory import measure_memory
 from mil_cli.measure.process import Feeds
-from mil_cli.measure.size import size_bytes
+from mil_cli.measure.size import size_bytes, zipped_bytes
 from mil_cli.measure.types import Measurement
 
 
@@ -78,6 +78,7 @@ def compare(
             params=count.params,
             macs=count.macs,
             size_bytes=size,
+            zipped_bytes=zipped_bytes(file),
             latency=latency,
             peak_memory_bytes=measure_memory(file, device=device, feeds=feeds),
             energy_j=measure_energy(file, device=device, feeds=feeds, latency=latency),

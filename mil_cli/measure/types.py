@@ -50,6 +50,7 @@ class Measurement:
         params: Number of parameters.
         macs: Multiply-accumulates of one sample.
         size_bytes: Bytes of the files that ship.
+        zipped_bytes: What they take when they are zipped.
         latency: Latency of one sample.
         peak_memory_bytes: Peak memory of loading and running, beyond the bare runtime's.
         energy_j: Joules of one inference.
@@ -59,6 +60,7 @@ class Measurement:
     params: int | None = None
     macs: int | None = None
     size_bytes: int | None = None
+    zipped_bytes: int | None = None
     latency: Latency | None = None
     peak_memory_bytes: int | None = None
     energy_j: float | None = None
@@ -71,6 +73,7 @@ class Measurement:
             "params": self.params,
             "macs": self.macs,
             "size_bytes": self.size_bytes,
+            "zipped_bytes": self.zipped_bytes,
             "latency_ms": None if self.latency is None else self.latency.to_json(),
             "throughput_per_s": None if self.latency is None else self.latency.throughput_per_s,
             "peak_memory_bytes": self.peak_memory_bytes,

@@ -161,6 +161,7 @@ def comparison_lines(report: Report) -> list[ComparisonLine]:
     baseline, final = report["baseline"], report["final"]
     lines = [_quality_comparison(baseline["quality"], final["quality"])]
     lines.append(_smaller("file size", baseline, final, "size_bytes", text.size, "smaller", "larger"))
+    lines.append(_smaller("file size, zipped", baseline, final, "zipped_bytes", text.size, "smaller", "larger"))
     lines += _latency_comparison(baseline, final)
     lines.append(_throughput(baseline, final))
     lines.append(_smaller("multiply-accumulates", baseline, final, "macs", text.count, "fewer"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mil_cli.measure.compare import Counts, compare
 from mil_cli.measure.cost import cost_per_million
 from mil_cli.measure.energy import can_measure_energy, counters, energy_source, measure_energy
 from mil_cli.measure.memory import measure_memory
-from mil_cli.measure.size import size_bytes
+from mil_cli.measure.size import size_bytes, zipped_bytes
 from mil_cli.measure.types import Latency, Measurement
 
 WriteNet = Callable[..., Path]
@@ -29,6 +30,7 @@ def test_a_measurement_is_written_as_the_report_holds_it() -> None:
         "params": 3,
         "macs": 4,
         "size_bytes": 5,
+        "zipped_bytes": None,
         "latency_ms": {"p50": 2.0, "p90": 2.5, "p99": 3.0, "ratio_to_baseline": 0.5, "ratio_ci95": [0.45, 0.55]},
         "throughput_per_s": 500.0,
         "peak_memory_bytes": None,
@@ -55,6 +57,8 @@ def test_size_counts_external_weights(write_conv_net: WriteNet, tmp_path: Path) 
     data = tmp_path / "two.onnx.data"
     assert size_bytes(one) == one.stat().st_size
     assert size_bytes(two) == two.stat().st_size + data.stat().st_size
+    assert zipped_bytes(one) == len(zlib.compress(one.read_bytes(), 6))
+    assert zipped_bytes(two) == sum(len(zlib.compress(file.read_bytes(), 6)) for file in (two, data))
     data.unlink()
     with pytest.raises(MeasureError, match=r"two\.onnx\.data is missing"):
         size_bytes(two)

@@ -32,6 +32,8 @@ METHODS: dict[tuple[str, str], str] = {
     ("prune", "group_lasso"): "mil_cli.stages.prune.group_lasso",
     ("prune", "growing_reg"): "mil_cli.stages.prune.growing_reg",
     ("prune", "kmeans"): "mil_cli.stages.prune.kmeans",
+    ("prune", "sparse_magnitude"): "mil_cli.stages.prune.sparse_magnitude",
+    ("prune", "wanda"): "mil_cli.stages.prune.wanda",
     ("distill", "soft_labels"): "mil_cli.stages.distill.soft_labels",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",

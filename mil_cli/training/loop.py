@@ -50,8 +50,8 @@ class Running:
     forward: Callable[..., Any]
 
 
-StepHook: TypeAlias = Callable[[Model, int], None]
-"""Called with the model in training and the number of steps taken."""
+StepHook: TypeAlias = Callable[[Model, int, int], None]
+"""Called with the model in training, the number of steps taken, and that of the whole training."""
 
 Binding: TypeAlias = Callable[[Running], Objective]
 """Makes an objective that needs more than outputs and batch."""
@@ -268,7 +268,7 @@ class _Loop:
         elif self._before_step is not None:
             self._fabric.strategy.precision.unscale_gradients(self._raw_optimizer)
         if self._before_step is not None:
-            self._before_step(self._model, self._steps_so_far())
+            self._before_step(self._model, self._steps_so_far(), self._settings.epochs * self._steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self._interval == "step":

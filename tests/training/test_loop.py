@@ -175,7 +175,7 @@ def test_a_finished_training_is_not_repeated(tiny: Model, patterns: Data, task: 
     first = fit(tiny, task=task, data=patterns, settings=settings, seed=3, checkpoint=slot)
     saves = slot.saves
 
-    def never(model: Model, steps: int) -> None:
+    def never(model: Model, steps: int, total: int) -> None:
         raise AssertionError("a step was made")
 
     again = fit(tiny, task=task, data=patterns, settings=settings, seed=3, checkpoint=slot, before_step=never)
@@ -269,7 +269,7 @@ def test_early_stopping_gives_the_best_on_val(tiny: Model, patterns: Data, task:
 def test_the_average_is_what_training_gives(tiny: Model, patterns: Data, task: Classification) -> None:
     states: list[dict[str, torch.Tensor]] = []
 
-    def remember(model: Model, steps: int) -> None:
+    def remember(model: Model, steps: int, total: int) -> None:
         states.append({name: value.clone() for name, value in model.state_dict().items()})
 
     settings = _settings(ema=0.7, epochs=2)
@@ -289,7 +289,7 @@ def test_the_average_is_what_training_gives(tiny: Model, patterns: Data, task: C
 def test_gradients_can_be_changed_and_are_clipped(tiny: Model, patterns: Data, task: Classification) -> None:
     frozen = {"conv.weight"}
 
-    def freeze(model: Model, steps: int) -> None:
+    def freeze(model: Model, steps: int, total: int) -> None:
         for name, parameter in model.named_parameters():
             if name in frozen:
                 assert parameter.grad is not None
@@ -324,7 +324,7 @@ def test_progress_counts_every_step(tiny: Model, patterns: Data, task: Classific
 def test_checkpoints_come_by_the_clock(tiny: Model, patterns: Data, task: Classification) -> None:
     now = 0.0
 
-    def step(model: Model, steps: int) -> None:
+    def step(model: Model, steps: int, total: int) -> None:
         nonlocal now
         now += 10.0
 

@@ -75,7 +75,7 @@ def norm_penalty(model: Model, strength: float, *, adaptive: bool) -> StepHook:
     groups = WeightGroups(model.graph, analyse(model))
     factor = _adaptive if adaptive else _lasso
 
-    def before_step(training: Model, steps: int) -> None:
+    def before_step(training: Model, steps: int, total: int) -> None:
         parameters = dict(training.named_parameters())
         factors = []
         for norms, free in zip(groups.norms(parameters), groups.free, strict=True):

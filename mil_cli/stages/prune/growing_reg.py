@@ -83,7 +83,7 @@ def growing_penalty(
         every: After how many steps.
     """
 
-    def before_step(training: Model, steps: int) -> None:
+    def before_step(training: Model, steps: int, total: int) -> None:
         strength = min(ceiling, growth * (1 + steps // every))
         groups.shrink(training.named_parameters(), [strength * classes for classes in doomed])
 

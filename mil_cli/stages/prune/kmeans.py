@@ -138,7 +138,7 @@ class _Clustered:
 def _hold_zeros(layers: Mapping[str, _Clustered]) -> StepHook:
     held = {layer.codebook: layer.zeros for layer in layers.values() if bool(layer.zeros.any())}
 
-    def before_step(training: Model, steps: int) -> None:
+    def before_step(training: Model, steps: int, total: int) -> None:
         for name, parameter in training.named_parameters():
             if name in held and parameter.grad is not None:
                 parameter.grad.masked_fill_(held[name].to(parameter.device), 0.0)

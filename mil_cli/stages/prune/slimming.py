@@ -64,7 +64,7 @@ def sign_penalty(model: Model, strength: float, *, where: str) -> StepHook:
             hint="take another method: prune/group_lasso penalises the weights themselves",
         )
 
-    def before_step(training: Model, steps: int) -> None:
+    def before_step(training: Model, steps: int, total: int) -> None:
         parameters = dict(training.named_parameters())
         for name in names:
             gradient = parameters[name].grad

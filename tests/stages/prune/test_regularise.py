@@ -66,7 +66,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 def test_slimming_adds_the_gradient_of_the_sum_of_scales(net: Model) -> None:
     training, before = with_gradients(net)
-    sign_penalty(net, 0.01, where="x")(training, 0)
+    sign_penalty(net, 0.01, where="x")(training, 0, 1)
     found = added(training, before)
     torch.testing.assert_close(found["norm.weight"], 0.01 * net.state_dict()["norm.weight"].sign())
     assert {name for name, value in found.items() if bool(value.any())} == {"norm.weight"}
@@ -91,7 +91,7 @@ def group_sizes(parameters: dict[str, Tensor]) -> Tensor:
 
 def test_group_lasso_adds_the_gradient_of_the_sum_of_norms(net: Model) -> None:
     training, before = with_gradients(net)
-    norm_penalty(net, 0.01, adaptive=False)(training, 0)
+    norm_penalty(net, 0.01, adaptive=False)(training, 0, 1)
     leaves = {name: value.detach().clone().requires_grad_(True) for name, value in net.named_parameters()}
     (0.01 * group_sizes(leaves).sum()).backward()
     for name, value in added(training, before).items():
@@ -103,7 +103,7 @@ def test_group_lasso_adds_the_gradient_of_the_sum_of_norms(net: Model) -> None:
 
 def test_the_adaptive_form_shrinks_small_groups_most(net: Model) -> None:
     training, before = with_gradients(net)
-    norm_penalty(net, 0.01, adaptive=True)(training, 0)
+    norm_penalty(net, 0.01, adaptive=True)(training, 0, 1)
     gamma = net.state_dict()["norm.weight"]
     factors = added(training, before)["norm.weight"] / gamma / 0.01
     sizes = group_sizes(dict(net.named_parameters()))[:6].detach()
@@ -123,7 +123,7 @@ def test_growing_regularisation_grows_with_the_steps_on_the_doomed_alone(
     origin = [space.origin for space in coupling.spaces].index("first.weight")
     doomed[origin][[1, 4]] = 1.0
     training, before = with_gradients(net)
-    growing_penalty(groups, doomed, ceiling=0.5, growth=0.1, every=10)(training, steps)
+    growing_penalty(groups, doomed, ceiling=0.5, growth=0.1, every=10)(training, steps, 2000)
     found, weights = added(training, before), net.state_dict()
     for channel in range(6):
         factor = strength if channel in (1, 4) else 0.0

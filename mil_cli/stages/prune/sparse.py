@@ -1,0 +1,123 @@
+"""What the methods share that set single weights to zero: which ones may go, in which pattern, and what is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from mil_cli.errors import StageError
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
+from mil_cli.stages.registry import StageConfig
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+LAYERS = ("linear", *CONVOLUTIONS)
+
+_PATTERN = re.compile(r"^([1-9]\d?):([1-9]\d?)$")
+
+
+def _checked(value: str) -> str:
+    found = _PATTERN.match(value)
+    if found is None or int(found.group(1)) >= int(found.group(2)):
+        raise ValueError(f"{value!r} is no pattern; write how many of how many are kept, such as 2:4")
+    return value
+
+
+class SparsityConfig(StageConfig):
+    """Settings of a method that sets single weights to zero; shapes stay.
+
+    Attributes:
+        sparsity: Share of each layer's weights that become zero.
+        pattern: How many of how many neighbours along the inputs are kept, such as ``2:4``, in place of `sparsity`;
+            layers whose inputs do not divide by it stay dense.
+        smallest: Weights with fewer numbers stay dense.
+        skip: Names of weights to leave dense, or patterns with ``*``.
+        recover: Key of a train or distill stage that the sparse model is trained by, its zeros held; None: the task's
+            loss.
+        trainer: Trainer settings for that, over that stage's own; ``{epochs: 0}`` does not train.
+    """
+
+    family: ClassVar[str] = "prune"
+
+    sparsity: float = Field(0.5, gt=0, lt=1)
+    pattern: Annotated[str, AfterValidator(_checked)] | None = None
+    smallest: int = Field(512, ge=0)
+    skip: tuple[str, ...] = ()
+    recover: str | None = None
+    trainer: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def kept_of(self) -> tuple[int, int] | None:
+        """The pattern as numbers."""
+        return None if self.pattern is None else tuple(int(part) for part in self.pattern.split(":"))  # type: ignore[return-value]
+
+    @property
+    def trains(self) -> bool:
+        """Whether a training follows."""
+        return self.trainer.get("epochs") != 0
+
+
+def sparse_layers(graph: GraphModule, config: SparsityConfig, context: Context) -> dict[str, Node]:
+    """Return by name of its weight each layer that may become sparse.
+
+    Raises:
+        StageError: There is none.
+    """
+    found: dict[str, Node] = {}
+    for node in calls(graph):
+        source = get_argument(node, "weight") if op_name(node) in LAYERS else None
+        if not isinstance(source, Node) or source.op != "get_attr":
+            continue
+        name, weight = str(source.target), get_attribute(graph, str(source.target))
+        divides = config.kept_of is None or weight.shape[1] % config.kept_of[1] == 0
+        if divides and weight.numel() >= config.smallest and not any(fnmatchcase(name, each) for each in config.skip):
+            found.setdefault(name, node)
+    if not found:
+        hint = "lower smallest, skip less, or take another pattern"
+        raise StageError("no layer of the model can become sparse", where=f"stages.{context.name}", hint=hint)
+    return found
+
+
+def keep_largest(scores: Tensor, sparsity: float, kept_of: tuple[int, int] | None, *, by_row: bool = False) -> Tensor:
+    """Return which weights stay, bool.
+
+    Args:
+        scores: Importance, shaped like the weight: ``[outputs, inputs, ...]``.
+        sparsity: Share that goes: of the whole weight, or of each output's.
+        kept_of: ``(n, m)``: the n largest of each m neighbours along the inputs, in place of a share.
+        by_row: Whether each output loses the same share.
+    """
+    if kept_of is not None:
+        kept, of = kept_of
+        along = scores.movedim(1, -1)
+        groups = along.reshape(*along.shape[:-1], -1, of)
+        places = groups.topk(kept, dim=-1).indices
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, places, True)
+        return mask.reshape(along.shape).movedim(-1, 1)
+    rows = scores.reshape(len(scores), -1) if by_row else scores.reshape(1, -1)
+    lost = round(sparsity * rows.shape[1])
+    mask = torch.ones_like(rows, dtype=torch.bool)
+    mask.scatter_(1, rows.argsort(dim=1, stable=True)[:, :lost], False)
+    return mask.reshape(scores.shape)
+
+
+def note_sparsity(model: Model, names: Mapping[str, Node], config: SparsityConfig, context: Context) -> None:
+    """Note how many weights are zero, and what a runtime makes of that."""
+    weights = [get_attribute(model.graph, name) for name in names]
+    zeros, numbers = sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+    context.note(
+        sparsity=zeros / numbers,
+        zeros=zeros,
+        sparse_layers=sorted(names),
+        gain="fewer bytes where the file is zipped; no time: processors' kernels multiply by zeros too",
+    )

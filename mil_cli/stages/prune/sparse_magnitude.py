@@ -1,0 +1,100 @@
+"""Sparsity by magnitude: the smallest weights become zero, ever more of them while the others train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mil_cli.graph.nodes import get_attribute
+from mil_cli.stages.prune.masks import insert_masks, settle_masks
+from mil_cli.stages.prune.sparse import SparsityConfig, keep_largest, note_sparsity, sparse_layers
+from mil_cli.stages.registry import stage
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+    from mil_cli.training.loop import StepHook
+
+
+class SparseMagnitudeConfig(SparsityConfig):
+    """Settings of sparsity by magnitude.
+
+    Attributes:
+        ramp: Share of the training over which the sparsity grows; 0 sets all zeros at once.
+        every: After how many steps the zeros are chosen anew while it grows.
+    """
+
+    method: ClassVar[str] = "sparse_magnitude"
+
+    ramp: float = Field(0.7, ge=0, le=1)
+    every: int = Field(20, ge=1)
+
+
+@stage(SparseMagnitudeConfig)
+def sparse_magnitude(model: Model, config: SparseMagnitudeConfig, context: Context) -> Model:
+    """Set the smallest weights of each layer to zero while the others train.
+
+    Zhu and Gupta 2017, "To prune, or not to prune" (arXiv:1710.01878): the sparsity after a share t of the ramp is
+    ``s (1 - (1 - t)^3)``. A pattern such as 2:4 (Mishra 2021, arXiv:2104.08378) is set at once.
+
+    Args:
+        model: The model; not changed.
+        config: The settings.
+        context: Gives data, training and checkpoints.
+
+    Returns:
+        The model with zeros among its weights; its shapes stay.
+
+    Raises:
+        StageError: No layer can become sparse, or there is no stage `recover` that trains.
+    """
+    sparse = model.clone().eval()
+    layers = sparse_layers(sparse.graph, config, context)
+    gradual = config.trains and config.ramp > 0 and config.pattern is None
+    weights = {name: get_attribute(sparse.graph, name).detach() for name in layers}
+    first = 0.0 if gradual else config.sparsity
+    paths = insert_masks(
+        sparse.graph, {name: keep_largest(weight.abs(), first, config.kept_of) for name, weight in weights.items()}
+    )
+    if config.trains:
+        growing = growing_masks(paths, config.sparsity, ramp=config.ramp, every=config.every) if gradual else None
+        sparse = context.finetune(
+            sparse, stage=config.recover, name="sparse", trainer=config.trainer, before_step=growing
+        )
+    settle_masks(sparse.graph, paths)
+    note_sparsity(sparse, layers, config, context)
+    return sparse.eval()
+
+
+def sparsity_at(progress: float, final: float) -> float:
+    """Return the sparsity after a share of the ramp, by the cubic schedule."""
+    return final * (1 - (1 - min(progress, 1.0)) ** 3)
+
+
+def growing_masks(paths: Mapping[str, str], sparsity: float, *, ramp: float, every: int) -> StepHook:
+    """Return what chooses the zeros anew every so many steps while the sparsity grows.
+
+    Args:
+        paths: Name of a weight -> name of its mask.
+        sparsity: The final one.
+        ramp: Share of the training over which it grows.
+        every: Steps between two choices.
+    """
+
+    @torch.no_grad()
+    def before_step(training: Model, steps: int, total: int) -> None:
+        length = max(ramp * total, 1.0)
+        if steps % every and steps != int(length):
+            return
+        if steps > length + every:
+            return
+        tensors: dict[str, Tensor] = training.state_dict()
+        for name, path in paths.items():
+            kept = keep_largest(tensors[name].abs(), sparsity_at(steps / length, sparsity), None)
+            tensors[path].copy_(kept)
+
+    return before_step

@@ -125,7 +125,7 @@ class Executor:
         return Trace(reads).holds(self.surroundings)
 
     def _compute(self, name: str, config: StageConfig, upstream: StoredModel, workspace: Workspace, key: str) -> Entry:
-        label = f"{name} ({config.family}/{config.method})"
+        label = f"{name} ({config.key()})"
         remembered = workspace.remembered()
         spent, going_on = 0.0, None
         if remembered is None or self.fresh or not self._valid(remembered[0]):

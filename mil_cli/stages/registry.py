@@ -50,7 +50,7 @@ class StageConfig(BaseModel):
         version: Raised when the method computes something else from the same settings, so that old results are
             not taken for new ones.
         never_after: Families that must not stand before this stage in a chain, with the reason.
-        never_before: Families that must not stand behind it, with the reason.
+        never_before: Families, or single methods (``quantize/lsq``), that must not stand behind it, with the reason.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +60,11 @@ class StageConfig(BaseModel):
     version: ClassVar[int] = 1
     never_after: ClassVar[dict[str, str]] = {}
     never_before: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def key(cls) -> str:
+        """Return family and method as recipes' reports write them: ``prune/magnitude``."""
+        return f"{cls.family}/{cls.method}"
 
 
 StageFunction = Callable[["Model", "StageConfig", "Context"], "Model"]
@@ -108,7 +113,8 @@ def check_order(chain: Sequence[tuple[str, StageConfig]]) -> list[StageError]:
     problems = []
     for position, (name, config) in enumerate(chain):
         for earlier_name, earlier in chain[:position]:
-            reason = config.never_after.get(earlier.family, earlier.never_before.get(config.family))
+            behind = earlier.never_before
+            reason = config.never_after.get(earlier.family) or behind.get(config.family) or behind.get(config.key())
             if reason is not None:
                 problems.append(
                     StageError(

@@ -48,6 +48,11 @@ class SparsityConfig(StageConfig):
     """
 
     family: ClassVar[str] = "prune"
+    never_after: ClassVar[dict[str, str]] = {"quantize": "codes would be trained, and zeros with them"}
+    never_before: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("train", "distill", "nas", "quantize/lsq"),
+        "its training would fill the zeros again; name the stage to train by under `recover` of the sparse one",
+    )
 
     sparsity: float = Field(0.5, gt=0, lt=1)
     pattern: Annotated[str, AfterValidator(_checked)] | None = None

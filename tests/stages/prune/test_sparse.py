@@ -22,10 +22,14 @@ from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, op_name
 from mil_cli.models.resnet import resnet20
 from mil_cli.stages.context import Context
+from mil_cli.stages.distill.soft_labels import SoftLabelsConfig
 from mil_cli.stages.prune.sparse import keep_largest
 from mil_cli.stages.prune.sparse_magnitude import SparseMagnitudeConfig, sparse_magnitude, sparsity_at
 from mil_cli.stages.prune.wanda import WandaConfig, input_norms, wanda, weighted
-from mil_cli.stages.registry import config_type, function_of
+from mil_cli.stages.quantize.lsq import LsqConfig
+from mil_cli.stages.quantize.static import StaticConfig
+from mil_cli.stages.registry import check_order, config_type, function_of
+from mil_cli.stages.train.supervised import SupervisedConfig
 from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig
 from tests.stages.contexts import make_context
@@ -201,6 +205,11 @@ def test_what_cannot_be_is_told(trained: Model) -> None:
         sparse_magnitude(trained, SparseMagnitudeConfig(skip=("*",)), context())
     with pytest.raises(StageError, match="no layer of the model can become sparse"):
         wanda(trained, WandaConfig(pattern="2:63"), context())
+    sparse = SparseMagnitudeConfig()
+    for later in (SupervisedConfig(), SoftLabelsConfig(), LsqConfig()):
+        (problem,) = check_order([("sparse", sparse), ("later", later)])
+        assert "fill the zeros" in str(problem)
+    assert check_order([("sparse", sparse), ("later", StaticConfig())]) == []
     for wrong in ("4:2", "2", "2:2", "a:b"):
         with pytest.raises(ValidationError, match="no pattern"):
             WandaConfig(pattern=wrong)

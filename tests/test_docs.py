@@ -1,0 +1,16 @@
+"""The pages in docs/ say what the program has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mil_cli.stages.registry import METHODS
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("method", sorted(method for family, method in METHODS if family == "prune"))
+def test_the_page_on_pruning_names_every_method(method: str) -> None:
+    assert f"`{method}`" in (DOCS / "pruning.md").read_text(encoding="utf-8")

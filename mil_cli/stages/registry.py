@@ -34,6 +34,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("prune", "kmeans"): "mil_cli.stages.prune.kmeans",
     ("prune", "sparse_magnitude"): "mil_cli.stages.prune.sparse_magnitude",
     ("prune", "wanda"): "mil_cli.stages.prune.wanda",
+    ("prune", "sparsegpt"): "mil_cli.stages.prune.sparsegpt",
     ("distill", "soft_labels"): "mil_cli.stages.distill.soft_labels",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",

@@ -1,0 +1,165 @@
+"""SparseGPT: weights are set to zero one input at a time, and the others make up for what each took away."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mil_cli.graph.nodes import get_argument, get_attribute, op_name
+from mil_cli.graph.watch import watched
+from mil_cli.stages.prune.masks import insert_masks, settle_masks
+from mil_cli.stages.prune.sparse import SparsityConfig, keep_largest, note_sparsity, sparse_layers
+from mil_cli.stages.registry import stage
+from mil_cli.training.evaluate import fixed_batch
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+
+
+class SparseGptConfig(SparsityConfig):
+    """Settings of SparseGPT.
+
+    Attributes:
+        samples: Training samples whose values are looked at, without augmentation.
+        batch_size: How many of them at once.
+        damping: Share of the mean curvature that is added to each, so that it can be inverted.
+        block: Inputs among which the weights that go are chosen at a time.
+    """
+
+    method: ClassVar[str] = "sparsegpt"
+
+    samples: int = Field(256, ge=1)
+    batch_size: int = Field(64, ge=1)
+    damping: float = Field(0.01, gt=0, allow_inf_nan=False)
+    block: int = Field(128, ge=1)
+
+
+@stage(SparseGptConfig)
+def sparsegpt(model: Model, config: SparseGptConfig, context: Context) -> Model:
+    """Set weights to zero that cost a layer's outputs least, and change the others so that the outputs stay.
+
+    Frantar and Alistarh 2023, "SparseGPT" (arXiv:2301.00774): by the layer's curvature ``H = X X^T`` over its inputs,
+    a weight's cost is ``w^2 / [H^-1]_ii``, and the weights behind it take over what it did. Layers follow each other:
+    each sees what the sparse ones before it give. Grouped convolutions stay dense. With ``trainer: {epochs: 0}``
+    nothing is trained, as in the paper.
+
+    Args:
+        model: The model; not changed.
+        config: The settings.
+        context: Gives data, training and checkpoints.
+
+    Returns:
+        The model with zeros among its weights; its shapes stay.
+
+    Raises:
+        StageError: No layer can become sparse, or there is no stage `recover` that trains.
+    """
+    sparse = model.clone().eval()
+    layers = {
+        name: node
+        for name, node in sparse_layers(sparse.graph, config, context).items()
+        if op_name(node) == "linear" or get_argument(node, "groups") == 1
+    }
+    masks = {}
+    with context.progress.work(f"{context.name}: solving layers", len(layers)) as bar:
+        for name, node in layers.items():
+            weight = get_attribute(sparse.graph, name)
+            curvature = input_curvature(sparse, node, context, samples=config.samples, batch_size=config.batch_size)
+            solved, masks[name] = solve(weight.detach(), curvature, config)
+            with torch.no_grad():
+                weight.copy_(solved)
+            bar.advance()
+    if config.trains:
+        paths = insert_masks(sparse.graph, masks)
+        sparse = context.finetune(sparse, stage=config.recover, name="sparse", trainer=config.trainer)
+        settle_masks(sparse.graph, paths)
+    note_sparsity(sparse, layers, config, context)
+    return sparse.eval()
+
+
+def input_curvature(model: Model, node: Node, context: Context, *, samples: int, batch_size: int) -> Tensor:
+    """Return ``X X^T`` over what a layer multiplies its weights by, float64 ``[inputs, inputs]``.
+
+    Args:
+        model: The model.
+        node: A linear layer, or a convolution of one group: its inputs are the entries of its windows.
+        context: Gives training samples.
+        samples: How many.
+        batch_size: How many at once.
+    """
+    total: Tensor | float = 0.0
+
+    def look(value: Tensor) -> None:
+        nonlocal total
+        rows = value.reshape(-1, value.shape[-1]) if op_name(node) == "linear" else _windows(value, node)
+        total = total + rows.double().T @ rows.double()
+
+    runner = watched(model.graph, {get_argument(node, "input"): look})
+    size = fixed_batch(model) or batch_size
+    with torch.no_grad():
+        for args, kwargs in context.calibration(samples=samples, batch_size=size):
+            runner(*args, **kwargs)
+    return torch.as_tensor(total)
+
+
+def _windows(value: Tensor, node: Node) -> Tensor:
+    """Return the windows of a convolution as rows, in the order of its flattened weight."""
+    weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+    dimensions = weight.ndim - 2
+    settings = {name: _tuple(get_argument(node, name), dimensions) for name in ("stride", "padding", "dilation")}
+    padded = torch.nn.functional.pad(value, [side for size in reversed(settings["padding"]) for side in (size, size)])
+    for axis, (size, stride, dilation) in enumerate(
+        zip(weight.shape[2:], settings["stride"], settings["dilation"], strict=True)
+    ):
+        padded = padded.unfold(axis + 2, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    # [samples, channels, positions..., window...] -> [samples * positions, channels * window]
+    order = [0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions)]
+    return padded.permute(order).reshape(-1, weight[0].numel())
+
+
+def _tuple(value: object, dimensions: int) -> list[int]:
+    values = [int(each) for each in value] if isinstance(value, list | tuple) else [int(value)]  # type: ignore[call-overload]
+    return values * dimensions if len(values) == 1 else values
+
+
+def solve(weight: Tensor, curvature: Tensor, config: SparseGptConfig) -> tuple[Tensor, Tensor]:
+    """Return a layer's weight with its zeros, and which of its numbers stay.
+
+    Args:
+        weight: ``[outputs, inputs, ...]``.
+        curvature: ``[inputs, inputs]`` over the flattened inputs.
+        config: The settings.
+    """
+    rows = weight.double().reshape(len(weight), -1).clone()
+    inverse = inverse_factor(curvature, config.damping)
+    pattern = config.kept_of
+    kept = torch.ones_like(rows, dtype=torch.bool)
+    if pattern is not None:  # neighbours along the inputs are not neighbours here: their costs are those at the start
+        costs = (rows / inverse.diagonal()).square().reshape(weight.shape)
+        kept = keep_largest(costs, config.sparsity, pattern).reshape(rows.shape)
+    step = config.block if pattern is None else rows.shape[1]
+    for start in range(0, rows.shape[1], step):
+        end = min(start + step, rows.shape[1])
+        if pattern is None:
+            costs = (rows[:, start:end] / inverse.diagonal()[start:end]).square()
+            kept[:, start:end] = keep_largest(costs, config.sparsity, None)
+        for column in range(start, end):
+            lost = torch.where(kept[:, column], 0.0, rows[:, column]) / inverse[column, column]
+            rows[:, column:] -= lost[:, None] * inverse[column, column:]
+            rows[:, column] = torch.where(kept[:, column], rows[:, column], 0.0)
+    return rows.reshape(weight.shape).to(weight.dtype), kept.reshape(weight.shape)
+
+
+def inverse_factor(curvature: Tensor, damping: float) -> Tensor:
+    """Return the upper Cholesky factor of the damped curvature's inverse; inputs that are always 0 count as 1."""
+    damped = curvature.clone()
+    damped.diagonal().masked_fill_(damped.diagonal() == 0, 1.0)
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return factor

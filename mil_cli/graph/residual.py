@@ -50,11 +50,7 @@ def residual_chains(graph: GraphModule) -> list[list[ResidualBranch]]:
         The chains in order of execution; the branches of a chain in theirs.
     """
     names = {node.name: node for node in graph.graph.nodes}
-    ancestors: dict[Node, set[Node]] = {}
-    for node in calls(graph):
-        ancestors[node] = {node}
-        for used in node.all_input_nodes:
-            ancestors[node] |= ancestors.get(used, set())
+    ancestors = _Ancestors(graph)
     branches = [branch for node in calls(graph) if (branch := _branch_of(graph, node, ancestors)) is not None]
     around = {branch.addition: {other.addition for other in branches if other.holds(branch)} for branch in branches}
     chains: list[list[ResidualBranch]] = []
@@ -115,7 +111,29 @@ def remove_branches(graph: GraphModule, branches: Sequence[ResidualBranch]) -> N
     graph.recompile()
 
 
-def _branch_of(graph: GraphModule, node: Node, ancestors: Mapping[Node, set[Node]]) -> ResidualBranch | None:
+class _Ancestors:
+    """The calls that each call depends on, itself included: as bits, since deep graphs have millions of pairs."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        self._calls = list(calls(graph))
+        self._bits: dict[Node, int] = {}
+        for place, node in enumerate(self._calls):
+            bits = 1 << place
+            for used in node.all_input_nodes:
+                bits |= self._bits.get(used, 0)
+            self._bits[node] = bits
+
+    def without(self, node: Node, other: Node) -> set[Node]:
+        """Return what `node` depends on and `other` does not."""
+        bits, found = self._bits.get(node, 0) & ~self._bits.get(other, 0), set()
+        while bits:
+            lowest = bits & -bits
+            found.add(self._calls[lowest.bit_length() - 1])
+            bits ^= lowest
+        return found
+
+
+def _branch_of(graph: GraphModule, node: Node, ancestors: _Ancestors) -> ResidualBranch | None:
     if op_name(node) not in _ADDITIONS or len(node.args) != 2 or _shape(node) is None:
         return None
     first, second = node.args
@@ -125,7 +143,7 @@ def _branch_of(graph: GraphModule, node: Node, ancestors: Mapping[Node, set[Node
         (_weights(graph, inside), shortcut, side, inside, outer)
         for shortcut, side in ((first, second), (second, first))
         if _shape(shortcut) == _shape(node) == _shape(side)
-        and (inside := _without_shared_sizes(ancestors.get(side, set()) - ancestors.get(shortcut, set()), node))
+        and (inside := _without_shared_sizes(ancestors.without(side, shortcut), node))
         and len(outer := _outer(inside)) == 1
         and _closed(inside, node)
     ]
@@ -134,7 +152,7 @@ def _branch_of(graph: GraphModule, node: Node, ancestors: Mapping[Node, set[Node
         return None
     _, shortcut, side, inside, outer = max(sides, key=lambda found: found[0])
     entry = next(iter(outer))
-    own = _without_shared_sizes(ancestors.get(shortcut, set()) - ancestors.get(side, set()), node)
+    own = _without_shared_sizes(ancestors.without(shortcut, side), node)
     if shortcut is not entry and (_outer(own) != outer or shortcut not in own):
         return None
     # An operator in place would write into the value of the shortcut, which others may read: the caller, if it is an

@@ -232,7 +232,15 @@ def _report(
     }
 
 
-_UNMEASURED = ("size_bytes", "latency_ms", "throughput_per_s", "peak_memory_bytes", "energy_j", "cost_per_million")
+_UNMEASURED = (
+    "size_bytes",
+    "zipped_bytes",
+    "latency_ms",
+    "throughput_per_s",
+    "peak_memory_bytes",
+    "energy_j",
+    "cost_per_million",
+)
 
 
 def _stage_entry(result: StageResult, measured: dict[str, Any] | None) -> dict[str, Any]:

@@ -44,8 +44,9 @@ class KmeansConfig(StageConfig):
         smallest: Weights with fewer numbers stay as they are.
         skip: Layers to leave as they are: names of weights, or patterns with ``*``. The first convolution and depthwise
             ones always stay.
-        distill: Key of a train or distill stage of the recipe that the values are trained by; None: the task's loss.
-        trainer: Trainer settings for that, over that stage's own; ``{epochs: 0}`` does not train.
+        train: Whether the values are trained.
+        distill: Key of a train or distill stage of the recipe that they are trained by; None: the task's loss.
+        trainer: Trainer settings for that, over that stage's own.
     """
 
     family: ClassVar[str] = "prune"
@@ -62,6 +63,7 @@ class KmeansConfig(StageConfig):
     keep_zero: Literal["auto"] | bool = "auto"
     smallest: int = Field(512, ge=0)
     skip: tuple[str, ...] = ()
+    train: bool = True
     distill: str | None = None
     trainer: dict[str, Any] = Field(default_factory=dict)
 
@@ -98,7 +100,7 @@ def kmeans(model: Model, config: KmeansConfig, context: Context) -> Model:
     layers = {name: _insert(graph, name, nodes, config) for name, nodes in weights.items()}
     graph.graph.lint()
     graph.recompile()
-    if config.trainer.get("epochs") != 0:
+    if config.train:
         clustered = context.finetune(
             clustered, stage=config.distill, name="values", trainer=config.trainer, before_step=_hold_zeros(layers)
         )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mil_cli.errors import StageError
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
-from mil_cli.stages.registry import StageConfig
+from mil_cli.stages.registry import METHODS, StageConfig
+from mil_cli.training.batch_norm import recalibrate
+from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -23,13 +25,15 @@ if TYPE_CHECKING:
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 LAYERS = ("linear", *CONVOLUTIONS)
 
+_BATCH = 64
 _PATTERN = re.compile(r"^([1-9]\d?):([1-9]\d?)$")
 
 
-def _checked(value: str) -> str:
-    found = _PATTERN.match(value)
-    if found is None or int(found.group(1)) >= int(found.group(2)):
-        raise ValueError(f"{value!r} is no pattern; write how many of how many are kept, such as 2:4")
+def _checked(value: object) -> object:
+    found = _PATTERN.match(value) if isinstance(value, str) else None
+    if value is not None and (found is None or int(found.group(1)) >= int(found.group(2))):
+        # YAML reads 2:4 without quotes as a number
+        raise ValueError(f'{value!r} is no pattern; write how many of how many are kept, in quotes, such as "2:4"')
     return value
 
 
@@ -38,42 +42,61 @@ class SparsityConfig(StageConfig):
 
     Attributes:
         sparsity: Share of each layer's weights that become zero.
-        pattern: How many of how many neighbours along the inputs are kept, such as ``2:4``, in place of `sparsity`;
+        pattern: How many of how many neighbours along the inputs are kept, such as ``"2:4"``, in place of `sparsity`;
             layers whose inputs do not divide by it stay dense.
         smallest: Weights with fewer numbers stay dense.
         skip: Names of weights to leave dense, or patterns with ``*``.
         recover: Key of a train or distill stage that the sparse model is trained by, its zeros held; None: the task's
             loss.
-        trainer: Trainer settings for that, over that stage's own; ``{epochs: 0}`` does not train.
+        trainer: Trainer settings for that, over that stage's own.
+        train: Whether that training takes place.
+        recalibrate_samples: Training samples from which batch norms take their statistics anew where none does; 0
+            leaves them.
     """
 
     family: ClassVar[str] = "prune"
     never_after: ClassVar[dict[str, str]] = {"quantize": "codes would be trained, and zeros with them"}
-    never_before: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("train", "distill", "nas", "quantize/lsq"),
-        "its training would fill the zeros again; name the stage to train by under `recover` of the sparse one",
-    )
+    never_before: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ("train", "distill", "nas", "quantize/lsq"),
+            "its training would fill the zeros again; name the stage to train by under `recover` of the sparse one",
+        ),
+        **{
+            f"{family}/{method}": "it would choose anew, or train, what is zero"
+            for family, method in METHODS
+            if family == "prune" and method != "kmeans"
+        },
+    }
 
     sparsity: float = Field(0.5, gt=0, lt=1)
-    pattern: Annotated[str, AfterValidator(_checked)] | None = None
+    pattern: Annotated[str | None, BeforeValidator(_checked)] = None
     smallest: int = Field(512, ge=0)
     skip: tuple[str, ...] = ()
     recover: str | None = None
     trainer: dict[str, Any] = Field(default_factory=dict)
+    train: bool = True
+    recalibrate_samples: int = Field(512, ge=0)
 
     @property
     def kept_of(self) -> tuple[int, int] | None:
         """The pattern as numbers."""
         return None if self.pattern is None else tuple(int(part) for part in self.pattern.split(":"))  # type: ignore[return-value]
 
-    @property
-    def trains(self) -> bool:
-        """Whether a training follows."""
-        return self.trainer.get("epochs") != 0
 
+def sparse_layers(
+    graph: GraphModule,
+    config: SparsityConfig,
+    context: Context,
+    *,
+    wanted: Callable[[Node], bool] = lambda node: True,
+) -> dict[str, Node]:
+    """Return by name of its weight each layer that may become sparse, in the order in which they run.
 
-def sparse_layers(graph: GraphModule, config: SparsityConfig, context: Context) -> dict[str, Node]:
-    """Return by name of its weight each layer that may become sparse.
+    Args:
+        graph: The graph.
+        config: The settings.
+        context: Names the stage in errors.
+        wanted: Says no to layers that the method cannot handle.
 
     Raises:
         StageError: There is none.
@@ -85,7 +108,8 @@ def sparse_layers(graph: GraphModule, config: SparsityConfig, context: Context) 
             continue
         name, weight = str(source.target), get_attribute(graph, str(source.target))
         divides = config.kept_of is None or weight.shape[1] % config.kept_of[1] == 0
-        if divides and weight.numel() >= config.smallest and not any(fnmatchcase(name, each) for each in config.skip):
+        skipped = any(fnmatchcase(name, each) for each in config.skip)
+        if divides and weight.numel() >= config.smallest and not skipped and wanted(node):
             found.setdefault(name, node)
     if not found:
         hint = "lower smallest, skip less, or take another pattern"
@@ -110,10 +134,30 @@ def keep_largest(scores: Tensor, sparsity: float, kept_of: tuple[int, int] | Non
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, places, True)
         return mask.reshape(along.shape).movedim(-1, 1)
     rows = scores.reshape(len(scores), -1) if by_row else scores.reshape(1, -1)
-    lost = round(sparsity * rows.shape[1])
+    lost = min(round(sparsity * rows.shape[1]), rows.shape[1] - 1)
     mask = torch.ones_like(rows, dtype=torch.bool)
     mask.scatter_(1, rows.argsort(dim=1, stable=True)[:, :lost], False)
     return mask.reshape(scores.shape)
+
+
+def used_once(graph: GraphModule, node: Node) -> bool:
+    """Whether only one layer reads the weight of a layer."""
+    weight = get_attribute(graph, str(get_argument(node, "weight").target))
+    readers = [
+        user
+        for source in graph.graph.find_nodes(op="get_attr")
+        if get_attribute(graph, str(source.target)) is weight
+        for user in source.users
+    ]
+    return readers == [node]
+
+
+def with_statistics(model: Model, config: SparsityConfig, context: Context) -> Model:
+    """Return a model that nothing trains with the statistics of its batch norms taken anew."""
+    if not config.recalibrate_samples:
+        return model
+    size = fixed_batch(model) or _BATCH
+    return recalibrate(model, context.calibration(samples=config.recalibrate_samples, batch_size=size))
 
 
 def note_sparsity(model: Model, names: Mapping[str, Node], config: SparsityConfig, context: Context) -> None:

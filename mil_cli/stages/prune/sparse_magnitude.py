@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.stages.prune.masks import insert_masks, settle_masks
-from mil_cli.stages.prune.sparse import SparsityConfig, keep_largest, note_sparsity, sparse_layers
+from mil_cli.stages.prune.sparse import SparsityConfig, keep_largest, note_sparsity, sparse_layers, with_statistics
 from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
@@ -54,20 +55,37 @@ def sparse_magnitude(model: Model, config: SparseMagnitudeConfig, context: Conte
     """
     sparse = model.clone().eval()
     layers = sparse_layers(sparse.graph, config, context)
-    gradual = config.trains and config.ramp > 0 and config.pattern is None
+    gradual = config.train and config.ramp > 0 and config.pattern is None
     weights = {name: get_attribute(sparse.graph, name).detach() for name in layers}
     first = 0.0 if gradual else config.sparsity
     paths = insert_masks(
         sparse.graph, {name: keep_largest(weight.abs(), first, config.kept_of) for name, weight in weights.items()}
     )
-    if config.trains:
+    if config.train:
         growing = growing_masks(paths, config.sparsity, ramp=config.ramp, every=config.every) if gradual else None
-        sparse = context.finetune(
-            sparse, stage=config.recover, name="sparse", trainer=config.trainer, before_step=growing
-        )
+        # the best on val would be those that have the fewest zeros
+        trainer = {**config.trainer, **({"early_stopping": None} if gradual else {})}
+        sparse = context.finetune(sparse, stage=config.recover, name="sparse", trainer=trainer, before_step=growing)
+    if gradual:
+        _complete(sparse, paths, config.sparsity, context)
     settle_masks(sparse.graph, paths)
+    if not config.train:
+        sparse = with_statistics(sparse, config, context)
     note_sparsity(sparse, layers, config, context)
     return sparse.eval()
+
+
+def _complete(model: Model, paths: Mapping[str, str], sparsity: float, context: Context) -> None:
+    """Set what is missing to the zeros asked for, in place: a training that diverged ends before its ramp does."""
+    tensors = model.state_dict()
+    short = []
+    for name, path in paths.items():
+        kept = keep_largest(tensors[name].abs() * tensors[path], sparsity, None)
+        if int(tensors[path].sum()) > int(kept.sum()):
+            short.append(name)
+            tensors[path].copy_(kept)
+    if short:
+        context.progress.notice(f"{context.name}: training ended before all zeros were set; the rest is set untrained")
 
 
 def sparsity_at(progress: float, final: float) -> float:
@@ -87,14 +105,12 @@ def growing_masks(paths: Mapping[str, str], sparsity: float, *, ramp: float, eve
 
     @torch.no_grad()
     def before_step(training: Model, steps: int, total: int) -> None:
-        length = max(ramp * total, 1.0)
-        if steps % every and steps != int(length):
+        end = max(min(math.ceil(ramp * total), total) - 1, 0)
+        if steps > end or (steps < end and steps % every):
             return
-        if steps > length + every:
-            return
+        share = sparsity_at(steps / end if end else 1.0, sparsity)
         tensors: dict[str, Tensor] = training.state_dict()
         for name, path in paths.items():
-            kept = keep_largest(tensors[name].abs(), sparsity_at(steps / length, sparsity), None)
-            tensors[path].copy_(kept)
+            tensors[path].copy_(keep_largest(tensors[name].abs(), share, None))
 
     return before_step

@@ -11,15 +11,25 @@ from torch import Tensor
 from mil_cli.graph.nodes import get_argument, get_attribute, op_name
 from mil_cli.graph.watch import watched
 from mil_cli.stages.prune.masks import insert_masks, settle_masks
-from mil_cli.stages.prune.sparse import SparsityConfig, keep_largest, note_sparsity, sparse_layers
+from mil_cli.stages.prune.sparse import (
+    SparsityConfig,
+    keep_largest,
+    note_sparsity,
+    sparse_layers,
+    used_once,
+    with_statistics,
+)
 from mil_cli.stages.registry import stage
 from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
-    from torch.fx import Node
+    from torch.fx import GraphModule, Node
 
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
+
+
+_SAMPLES_AT_ONCE = 4
 
 
 class SparseGptConfig(SparsityConfig):
@@ -46,8 +56,8 @@ def sparsegpt(model: Model, config: SparseGptConfig, context: Context) -> Model:
 
     Frantar and Alistarh 2023, "SparseGPT" (arXiv:2301.00774): by the layer's curvature ``H = X X^T`` over its inputs,
     a weight's cost is ``w^2 / [H^-1]_ii``, and the weights behind it take over what it did. Layers follow each other:
-    each sees what the sparse ones before it give. Grouped convolutions stay dense. With ``trainer: {epochs: 0}``
-    nothing is trained, as in the paper.
+    each sees what the sparse ones before it give. Grouped convolutions, and weights that several layers share, stay
+    dense. With ``train: false`` nothing is trained, as in the paper.
 
     Args:
         model: The model; not changed.
@@ -61,11 +71,7 @@ def sparsegpt(model: Model, config: SparseGptConfig, context: Context) -> Model:
         StageError: No layer can become sparse, or there is no stage `recover` that trains.
     """
     sparse = model.clone().eval()
-    layers = {
-        name: node
-        for name, node in sparse_layers(sparse.graph, config, context).items()
-        if op_name(node) == "linear" or get_argument(node, "groups") == 1
-    }
+    layers = sparse_layers(sparse.graph, config, context, wanted=lambda node: _can_solve(sparse.graph, node))
     masks = {}
     with context.progress.work(f"{context.name}: solving layers", len(layers)) as bar:
         for name, node in layers.items():
@@ -75,12 +81,18 @@ def sparsegpt(model: Model, config: SparseGptConfig, context: Context) -> Model:
             with torch.no_grad():
                 weight.copy_(solved)
             bar.advance()
-    if config.trains:
+    if config.train:
         paths = insert_masks(sparse.graph, masks)
         sparse = context.finetune(sparse, stage=config.recover, name="sparse", trainer=config.trainer)
         settle_masks(sparse.graph, paths)
+    else:
+        sparse = with_statistics(sparse, config, context)
     note_sparsity(sparse, layers, config, context)
     return sparse.eval()
+
+
+def _can_solve(graph: GraphModule, node: Node) -> bool:
+    return used_once(graph, node) and (op_name(node) == "linear" or get_argument(node, "groups") == 1)
 
 
 def input_curvature(model: Model, node: Node, context: Context, *, samples: int, batch_size: int) -> Tensor:
@@ -97,8 +109,9 @@ def input_curvature(model: Model, node: Node, context: Context, *, samples: int,
 
     def look(value: Tensor) -> None:
         nonlocal total
-        rows = value.reshape(-1, value.shape[-1]) if op_name(node) == "linear" else _windows(value, node)
-        total = total + rows.double().T @ rows.double()
+        for part in torch.split(value, _SAMPLES_AT_ONCE):  # the windows of many large images would not fit into memory
+            rows = (part.reshape(-1, part.shape[-1]) if op_name(node) == "linear" else _windows(part, node)).double()
+            total = total + rows.T @ rows
 
     runner = watched(model.graph, {get_argument(node, "input"): look})
     size = fixed_batch(model) or batch_size
@@ -112,11 +125,15 @@ def _windows(value: Tensor, node: Node) -> Tensor:
     """Return the windows of a convolution as rows, in the order of its flattened weight."""
     weight = node.args[1].meta["val"]  # type: ignore[union-attr]
     dimensions = weight.ndim - 2
-    settings = {name: _tuple(get_argument(node, name), dimensions) for name in ("stride", "padding", "dilation")}
-    padded = torch.nn.functional.pad(value, [side for size in reversed(settings["padding"]) for side in (size, size)])
-    for axis, (size, stride, dilation) in enumerate(
-        zip(weight.shape[2:], settings["stride"], settings["dilation"], strict=True)
-    ):
+    strides, dilations = (_tuple(get_argument(node, name), dimensions) for name in ("stride", "dilation"))
+    padding = get_argument(node, "padding")
+    if padding == "same":  # an odd one goes behind
+        whole = [dilation * (size - 1) for dilation, size in zip(dilations, weight.shape[2:], strict=True)]
+        sides = [(each // 2, each - each // 2) for each in whole]
+    else:
+        sides = [(each, each) for each in _tuple(0 if padding == "valid" else padding, dimensions)]
+    padded = torch.nn.functional.pad(value, [side for pair in reversed(sides) for side in pair])
+    for axis, (size, stride, dilation) in enumerate(zip(weight.shape[2:], strides, dilations, strict=True)):
         padded = padded.unfold(axis + 2, (size - 1) * dilation + 1, stride)[..., ::dilation]
     # [samples, channels, positions..., window...] -> [samples * positions, channels * window]
     order = [0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions)]
@@ -137,18 +154,21 @@ def solve(weight: Tensor, curvature: Tensor, config: SparseGptConfig) -> tuple[T
         config: The settings.
     """
     rows = weight.double().reshape(len(weight), -1).clone()
+    rows[:, curvature.diagonal() == 0] = 0.0  # nothing ever comes in there
     inverse = inverse_factor(curvature, config.damping)
     pattern = config.kept_of
     kept = torch.ones_like(rows, dtype=torch.bool)
-    if pattern is not None:  # neighbours along the inputs are not neighbours here: their costs are those at the start
+    # Neighbours along the inputs of a convolution do not lie side by side: their costs are those at the start.
+    apart = pattern is not None and weight[0, 0].numel() > 1
+    if apart:
         costs = (rows / inverse.diagonal()).square().reshape(weight.shape)
         kept = keep_largest(costs, config.sparsity, pattern).reshape(rows.shape)
-    step = config.block if pattern is None else rows.shape[1]
+    step = config.block if pattern is None else pattern[1]
     for start in range(0, rows.shape[1], step):
         end = min(start + step, rows.shape[1])
-        if pattern is None:
+        if not apart:
             costs = (rows[:, start:end] / inverse.diagonal()[start:end]).square()
-            kept[:, start:end] = keep_largest(costs, config.sparsity, None)
+            kept[:, start:end] = keep_largest(costs, config.sparsity, pattern)
         for column in range(start, end):
             lost = torch.where(kept[:, column], 0.0, rows[:, column]) / inverse[column, column]
             rows[:, column:] -= lost[:, None] * inverse[column, column:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -12,7 +12,14 @@ from torch import Tensor
 from mil_cli.graph.nodes import get_argument, get_attribute, op_name
 from mil_cli.graph.watch import watched
 from mil_cli.stages.prune.masks import insert_masks, settle_masks
-from mil_cli.stages.prune.sparse import SparsityConfig, keep_largest, note_sparsity, sparse_layers
+from mil_cli.stages.prune.sparse import (
+    SparsityConfig,
+    keep_largest,
+    note_sparsity,
+    sparse_layers,
+    used_once,
+    with_statistics,
+)
 from mil_cli.stages.registry import stage
 from mil_cli.training.evaluate import fixed_batch
 
@@ -42,7 +49,9 @@ def wanda(model: Model, config: WandaConfig, context: Context) -> Model:
     """Set the weights of each output to zero whose magnitude times the norm of their input is smallest.
 
     Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models" (arXiv:2306.11695). The input
-    of a convolution is a whole channel. With ``trainer: {epochs: 0}`` nothing is trained, as in the paper.
+    of a convolution is a whole channel. The inputs are those of the dense model (the paper's are those behind the
+    layers that are sparse already, which batch norms with old statistics would distort). With ``train: false`` nothing
+    is trained, as in the paper. Weights that several layers share stay dense.
 
     Args:
         model: The model; not changed.
@@ -56,16 +65,21 @@ def wanda(model: Model, config: WandaConfig, context: Context) -> Model:
         StageError: No layer can become sparse, or there is no stage `recover` that trains.
     """
     sparse = model.clone().eval()
-    layers = sparse_layers(sparse.graph, config, context)
+    layers = sparse_layers(sparse.graph, config, context, wanted=lambda node: used_once(sparse.graph, node))
     norms = input_norms(sparse, layers, context, samples=config.samples, batch_size=config.batch_size)
     masks = {}
     for name, node in layers.items():
-        scores = weighted(get_attribute(sparse.graph, name).detach(), norms[name], node)
+        weight = get_attribute(sparse.graph, name)
+        scores = weighted(weight.detach(), norms[name], node)
         masks[name] = keep_largest(scores, config.sparsity, config.kept_of, by_row=True)
-    paths = insert_masks(sparse.graph, masks)
-    if config.trains:
+        with torch.no_grad():
+            weight.mul_(masks[name])
+    if config.train:
+        paths = insert_masks(sparse.graph, masks)
         sparse = context.finetune(sparse, stage=config.recover, name="sparse", trainer=config.trainer)
-    settle_masks(sparse.graph, paths)
+        settle_masks(sparse.graph, paths)
+    else:
+        sparse = with_statistics(sparse, config, context)
     note_sparsity(sparse, layers, config, context)
     return sparse.eval()
 
@@ -74,34 +88,29 @@ def input_norms(
     model: Model, layers: Mapping[str, Node], context: Context, *, samples: int, batch_size: int
 ) -> dict[str, Tensor]:
     """Return by name of a layer's weight the norm of each of its input channels, over samples and positions."""
-    squares = {name: _Squares(-1 if op_name(node) == "linear" else 1) for name, node in layers.items()}
-    by_source: dict[Node, list[_Squares]] = {}
-    for name, node in layers.items():
-        by_source.setdefault(get_argument(node, "input"), []).append(squares[name])
-    runner = watched(model.graph, {source: _all(found) for source, found in by_source.items()})
+    totals: dict[str, Tensor] = {}
+    looks: dict[Node, Callable[[Tensor], None]] = {}
+    for source in dict.fromkeys(get_argument(node, "input") for node in layers.values()):
+        reading = {name: node for name, node in layers.items() if get_argument(node, "input") is source}
+        looks[source] = _adding(
+            totals, {name: -1 if op_name(node) == "linear" else 1 for name, node in reading.items()}
+        )
+    runner = watched(model.graph, looks)
     size = fixed_batch(model) or batch_size
     with context.progress.work(f"{context.name}: watching inputs", -(-samples // size)) as bar, torch.no_grad():
         for args, kwargs in context.calibration(samples=samples, batch_size=size):
             runner(*args, **kwargs)
             bar.advance()
-    return {name: torch.as_tensor(found.total).sqrt() for name, found in squares.items()}
+    return {name: total.sqrt() for name, total in totals.items()}
 
 
-class _Squares:
-    """The sum of squares by channel of all values seen."""
+def _adding(totals: dict[str, Tensor], axes: Mapping[str, int]) -> Callable[[Tensor], None]:
+    """Return what adds the squares of a value along the axis of each layer that reads it."""
 
-    def __init__(self, axis: int) -> None:
-        self.axis = axis
-        self.total: Tensor | float = 0.0
-
-    def update(self, value: Tensor) -> None:
-        self.total = self.total + value.double().square().movedim(self.axis, 0).flatten(1).sum(1)
-
-
-def _all(found: Sequence[_Squares]) -> Callable[[Tensor], None]:
     def look(value: Tensor) -> None:
-        for squares in found:
-            squares.update(value)
+        for name, axis in axes.items():
+            squares = value.double().square().movedim(axis, 0).flatten(1).sum(1)
+            totals[name] = totals[name] + squares if name in totals else squares
 
     return look
 

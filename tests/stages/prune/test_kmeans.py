@@ -78,7 +78,7 @@ def test_every_layer_takes_few_values_and_training_brings_the_quality_back(train
     used = context()
     settings = {"clusters": 4, "smallest": 128}
     result = kmeans(trained, KmeansConfig(**settings, trainer={"epochs": 4}), used)
-    rounded = kmeans(trained, KmeansConfig(**settings, trainer={"epochs": 0}), context())
+    rounded = kmeans(trained, KmeansConfig(**settings, train=False), context())
     assert trained.fingerprint() == before
     assert accuracy(trained) > 0.95
     assert accuracy(result) > max(accuracy(rounded), 0.9)
@@ -92,7 +92,7 @@ def test_every_layer_takes_few_values_and_training_brings_the_quality_back(train
 
 
 def test_without_training_weights_are_rounded_to_the_nearest_value(trained: Model) -> None:
-    rounded = kmeans(trained, KmeansConfig(trainer={"epochs": 0}), context())
+    rounded = kmeans(trained, KmeansConfig(train=False), context())
     folded = fold_batch_norm(trained).clone()
     with torch.no_grad():
         for name, weight in folded.named_parameters():
@@ -107,7 +107,7 @@ def test_groups_of_channels_have_values_of_their_own(trained: Model) -> None:
     errors = []
     for size in (None, 8):
         used = context()
-        result = kmeans(trained, KmeansConfig(clusters=4, channels_per_group=size, trainer={"epochs": 0}), used)
+        result = kmeans(trained, KmeansConfig(clusters=4, channels_per_group=size, train=False), used)
         layers: Any = used.notes["layers"]
         errors.append({name: facts["relative_error"] for name, facts in layers.items()})
     name = next(iter(layers))
@@ -133,7 +133,7 @@ def test_sparse_weights_keep_their_zeros_in_training(trained: Model) -> None:
 def test_the_file_holds_packed_indices_and_runs(
     clusters: int, group: int | None, kind: str, trained: Model, tmp_path: Path
 ) -> None:
-    settings = KmeansConfig(clusters=clusters, channels_per_group=group, trainer={"epochs": 0})
+    settings = KmeansConfig(clusters=clusters, channels_per_group=group, train=False)
     result = kmeans(trained, settings, context())
     exported = export_onnx(result, tmp_path / "model.onnx")
     check_parity(result, exported.path, [((torch.randn(16, 1, 8, 8),), {})])
@@ -199,7 +199,7 @@ def test_names_that_differ_in_a_dot_alone_have_codebooks_of_their_own() -> None:
             return self.head(self.a_b["c"](torch.relu(self.a["b_c"](x.flatten(1)))))
 
     net = Model.capture(Named().eval(), (torch.randn(2, 1, 8, 8),))
-    result = kmeans(net, KmeansConfig(smallest=0, clusters=64, trainer={"epochs": 0}), context())
+    result = kmeans(net, KmeansConfig(smallest=0, clusters=64, train=False), context())
     x = torch.randn(4, 1, 8, 8)
     torch.testing.assert_close(result(x), net(x), rtol=0.1, atol=0.1)
     assert sum(name.startswith("codebooks") for name, _ in result.graph.named_parameters()) == 3

@@ -23,8 +23,17 @@ from mil_cli.graph.nodes import calls, get_argument, op_name
 from mil_cli.models.resnet import resnet20
 from mil_cli.stages.context import Context
 from mil_cli.stages.distill.soft_labels import SoftLabelsConfig
+from mil_cli.stages.prune.kmeans import KmeansConfig
+from mil_cli.stages.prune.magnitude import MagnitudeConfig
+from mil_cli.stages.prune.masks import insert_masks
 from mil_cli.stages.prune.sparse import keep_largest
-from mil_cli.stages.prune.sparse_magnitude import SparseMagnitudeConfig, sparse_magnitude, sparsity_at
+from mil_cli.stages.prune.sparse_magnitude import (
+    SparseMagnitudeConfig,
+    growing_masks,
+    sparse_magnitude,
+    sparsity_at,
+)
+from mil_cli.stages.prune.sparsegpt import SparseGptConfig, sparsegpt
 from mil_cli.stages.prune.wanda import WandaConfig, input_norms, wanda, weighted
 from mil_cli.stages.quantize.lsq import LsqConfig
 from mil_cli.stages.quantize.static import StaticConfig
@@ -80,7 +89,7 @@ def test_the_schedule_is_cubic(progress: float, share: float) -> None:
     assert sparsity_at(progress, 0.9) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("settings", [{"every": 1}, {"ramp": 0.0}, {"pattern": "2:4"}, {"trainer": {"epochs": 0}}])
+@pytest.mark.parametrize("settings", [{"every": 1}, {"ramp": 0.0}, {"pattern": "2:4"}, {"train": False}])
 def test_the_layers_have_the_sparsity_asked_for(settings: dict[str, Any], trained: Model) -> None:
     before = trained.fingerprint()
     used = context()
@@ -101,7 +110,7 @@ def test_gradual_sparsity_keeps_what_one_shot_loses(trained: Model) -> None:
     settings: dict[str, Any] = {"sparsity": 0.85, "every": 2}
     training = {"epochs": 8, "learning_rate": 0.05}
     gradual = sparse_magnitude(trained, SparseMagnitudeConfig(**settings, trainer=training), context())
-    at_once = sparse_magnitude(trained, SparseMagnitudeConfig(**settings, trainer={"epochs": 0}), context())
+    at_once = sparse_magnitude(trained, SparseMagnitudeConfig(**settings, train=False), context())
     assert accuracy(trained) > 0.95
     assert accuracy(gradual) > 0.9
     assert accuracy(gradual) > accuracy(at_once) + 0.1
@@ -149,7 +158,7 @@ def test_wanda_loses_less_than_magnitude_where_inputs_differ() -> None:
     inputs = torch.randn(500, 64) * torch.logspace(-1, 1, 64)
     split = TensorSplit((inputs, torch.zeros(500, dtype=torch.int64)))
     data = Data(name="scales", train=split, val=split, test=split)
-    settings: dict[str, Any] = {"sparsity": 0.5, "smallest": 0, "trainer": {"epochs": 0}}
+    settings: dict[str, Any] = {"sparsity": 0.5, "smallest": 0, "train": False}
     errors = []
     for method in ("wanda", "sparse_magnitude"):
         config = config_type("prune", method).model_validate(settings)
@@ -165,6 +174,67 @@ def test_wanda_takes_the_same_share_of_each_output_and_its_zeros_stay_in_trainin
         rows = sparse.state_dict()[name].flatten(1)
         assert set((rows == 0).sum(1).tolist()) == {round(0.75 * rows.shape[1])}
     assert accuracy(sparse) > 0.85
+
+
+@pytest.mark.parametrize(
+    ("total", "ramp", "every"),
+    [
+        (15, 1.0, 20),
+        (1, 0.7, 20),
+        (3, 0.5, 20),
+        (2, 0.7, 20),
+        (4, 0.7, 20),
+        (100, 1.0, 20),
+        (100, 0.7, 7),
+        (50, 0.0, 1),
+    ],
+)
+def test_the_schedule_ends_at_the_sparsity_asked_for(total: int, ramp: float, every: int, trained: Model) -> None:
+    net = trained.clone()
+    name = "stages.0.0.conv1.weight"
+    paths = insert_masks(net.graph, {name: torch.ones_like(net.state_dict()[name], dtype=torch.bool)})
+    step = growing_masks(paths, 0.9, ramp=ramp, every=every)
+    shares = []
+    for number in range(total):
+        step(net, number, total)
+        shares.append(1 - float(net.state_dict()[paths[name]].double().mean()))
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(0.9, abs=1e-3)
+
+
+@pytest.mark.parametrize("trainer", [{"ema": 0.99}, {"early_stopping": 1, "epochs": 6}, {"learning_rate": 1e6}])
+def test_zeros_survive_averages_and_early_ends(trainer: dict[str, Any], trained: Model) -> None:
+    used = context()
+    sparse = sparse_magnitude(trained, SparseMagnitudeConfig(sparsity=0.8, every=1, trainer=trainer), used)
+    assert used.notes["sparsity"] == pytest.approx(0.8, abs=2e-3)
+    assert all(found > 0.79 for found in zeros(sparse, used.notes["sparse_layers"]).values())
+
+
+def test_no_output_of_a_depthwise_convolution_loses_all_of_its_weights() -> None:
+    scores = torch.rand(4, 1, 3, 3)
+    assert keep_largest(scores, 0.95, None, by_row=True).flatten(1).sum(1).tolist() == [1] * 4
+
+
+class Masked(nn.Module):
+    """A module of the user's own that is called masks, and a product of sizes in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks = nn.ModuleList([nn.Linear(8, 64)])
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, _, height, width = x.shape
+        rows = x.reshape(samples * height, width)
+        return self.head(torch.relu(self.masks[0](rows)).reshape(samples, height, 64).mean(1))
+
+
+def test_names_and_products_of_the_users_own_are_left_alone() -> None:
+    net = Model.capture(Masked().eval(), (torch.randn(2, 1, 8, 8),))
+    sparse = sparse_magnitude(net, SparseMagnitudeConfig(trainer={"epochs": 1}), context())
+    assert set(sparse.state_dict()) == set(net.state_dict())
+    assert float((sparse.state_dict()["masks.0.weight"] == 0).double().mean()) == 0.5
+    assert sparse(torch.randn(5, 1, 8, 8)).shape == (5, 10)
 
 
 class Kill(Exception):
@@ -193,7 +263,7 @@ def test_killed_and_resumed_is_bit_identical(trained: Model, tmp_path: Path, mon
 
 
 def test_the_file_is_smaller_when_it_is_zipped(trained: Model, tmp_path: Path) -> None:
-    sparse = sparse_magnitude(trained, SparseMagnitudeConfig(sparsity=0.9, trainer={"epochs": 0}), context())
+    sparse = sparse_magnitude(trained, SparseMagnitudeConfig(sparsity=0.9, train=False), context())
     files = [export_onnx(model, tmp_path / f"{i}.onnx").path for i, model in enumerate((trained, sparse))]
     check_parity(sparse, files[1], [((torch.randn(16, 1, 8, 8),), {})])
     dense, zipped = (len(zlib.compress(file.read_bytes(), 6)) for file in files)
@@ -205,11 +275,17 @@ def test_what_cannot_be_is_told(trained: Model) -> None:
         sparse_magnitude(trained, SparseMagnitudeConfig(skip=("*",)), context())
     with pytest.raises(StageError, match="no layer of the model can become sparse"):
         wanda(trained, WandaConfig(pattern="2:63"), context())
+    grouped = Model.capture(nn.Conv2d(16, 16, 3, groups=2).eval(), (torch.randn(2, 16, 8, 8),))
+    with pytest.raises(StageError, match="no layer of the model can become sparse"):
+        sparsegpt(grouped, SparseGptConfig(), context())
     sparse = SparseMagnitudeConfig()
     for later in (SupervisedConfig(), SoftLabelsConfig(), LsqConfig()):
         (problem,) = check_order([("sparse", sparse), ("later", later)])
         assert "fill the zeros" in str(problem)
     assert check_order([("sparse", sparse), ("later", StaticConfig())]) == []
-    for wrong in ("4:2", "2", "2:2", "a:b"):
+    for again in (SparseMagnitudeConfig(), MagnitudeConfig(macs=0.5)):
+        assert check_order([("sparse", sparse), ("later", again)])
+    assert check_order([("sparse", sparse), ("later", KmeansConfig())]) == []
+    for wrong in ("4:2", "2", "2:2", "a:b", 124):
         with pytest.raises(ValidationError, match="no pattern"):
             WandaConfig(pattern=wrong)

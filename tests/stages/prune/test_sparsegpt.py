@@ -58,7 +58,7 @@ def test_outputs_stay_closer_than_wandas(pattern: str | None) -> None:
     x = correlated(500, 32)
     torch.manual_seed(0)
     net = Model.capture(nn.Linear(32, 16).eval(), (torch.randn(2, 32),))
-    settings: dict[str, Any] = {"pattern": pattern, "smallest": 0, "samples": 500, "trainer": {"epochs": 0}}
+    settings: dict[str, Any] = {"pattern": pattern, "smallest": 0, "samples": 500, "train": False}
     errors = []
     for run, config in ((sparsegpt, SparseGptConfig(**settings)), (wanda, WandaConfig(**settings))):
         sparse = run(net, config, make_context(data_of(x)))  # type: ignore[operator]
@@ -74,6 +74,8 @@ def test_outputs_stay_closer_than_wandas(pattern: str | None) -> None:
         nn.Conv2d(3, 4, (3, 1), stride=2, padding=(2, 0), dilation=(2, 1)),
         nn.Conv1d(3, 4, 5, stride=2, padding=2),
         nn.Conv3d(3, 4, 2, padding=1),
+        nn.Conv2d(3, 4, (4, 3), padding="same"),
+        nn.Conv1d(3, 4, 4, padding="valid"),
     ],
 )
 def test_windows_of_convolutions_give_their_outputs(layer: nn.Module) -> None:
@@ -96,7 +98,7 @@ def test_a_network_stays_good_without_training_and_better_than_by_wanda() -> Non
     net = Model.capture(resnet20(width=16, blocks=1).eval(), (torch.randn(2, 1, 8, 8),))
     base = make_context(data, trainer=TrainerConfig(epochs=8, learning_rate=0.1))
     net = base.finetune(net, stage=None, name="base")
-    settings: dict[str, Any] = {"sparsity": 0.6, "trainer": {"epochs": 0}}
+    settings: dict[str, Any] = {"sparsity": 0.6, "train": False}
     used = make_context(data)
     solved = sparsegpt(net, SparseGptConfig(**settings), used)
     by_wanda = wanda(net, WandaConfig(**settings), make_context(data))

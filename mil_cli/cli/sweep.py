@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 _WORST_FIRST = (130, 1, 2, 3, 0)
 
 
+def new_directory(parent: Path) -> Path:
+    """Make a folder of its own for a sweep, named after the time; another sweep may begin in the same second."""
+    stamp = time.strftime("sweep_%Y-%m-%d_%H-%M-%S")
+    attempt = 0
+    while True:
+        folder = parent / (stamp if attempt == 0 else f"{stamp}_{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            attempt += 1
+        else:
+            return folder
+
+
 def run_sweep(recipe: Path, overrides: Sequence[str], *, out: Path | None, fresh: bool, plan: bool) -> int:
     """Run every point of a sweep and return the worst exit code.
 
@@ -50,7 +64,7 @@ def run_sweep(recipe: Path, overrides: Sequence[str], *, out: Path | None, fresh
     elif plan:
         raise RecipeError("this sweeper chooses its points as results come in", hint="plan single points, without -m")
 
-    directory = out or Path("runs") / recipe.stem / time.strftime("sweep_%Y-%m-%d_%H-%M-%S")
+    directory = out or new_directory(Path("runs") / recipe.stem)
     sweep(recipe, overrides, Point(path=recipe.absolute(), fresh=fresh), directory=directory)
 
     from mil_cli.report.sweep import render_sweep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from mil_cli.errors import StageError
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
+from mil_cli.stages.prune.masks import insert_masks, settle_masks
 from mil_cli.stages.registry import METHODS, StageConfig
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import fixed_batch
@@ -152,6 +153,28 @@ def used_once(graph: GraphModule, node: Node) -> bool:
     return readers == [node]
 
 
+def finish(sparse: Model, masks: Mapping[str, Tensor], config: SparsityConfig, context: Context) -> Model:
+    """Train a model whose zeros are set, if the settings say so, hold them meanwhile, and note what came of it.
+
+    Args:
+        sparse: The model with its zeros; changed.
+        masks: By name of a weight: which of its numbers stay, bool.
+        config: The settings.
+        context: Gives data, training and checkpoints.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    if config.train:
+        paths = insert_masks(sparse.graph, masks)
+        sparse = context.finetune(sparse, stage=config.recover, name="sparse", trainer=config.trainer)
+        settle_masks(sparse.graph, paths)
+    else:
+        sparse = with_statistics(sparse, config, context)
+    note_sparsity(sparse, masks, config, context)
+    return sparse.eval()
+
+
 def with_statistics(model: Model, config: SparsityConfig, context: Context) -> Model:
     """Return a model that nothing trains with the statistics of its batch norms taken anew."""
     if not config.recalibrate_samples:
@@ -160,7 +183,7 @@ def with_statistics(model: Model, config: SparsityConfig, context: Context) -> M
     return recalibrate(model, context.calibration(samples=config.recalibrate_samples, batch_size=size))
 
 
-def note_sparsity(model: Model, names: Mapping[str, Node], config: SparsityConfig, context: Context) -> None:
+def note_sparsity(model: Model, names: Collection[str], config: SparsityConfig, context: Context) -> None:
     """Note how many weights are zero, and what a runtime makes of that."""
     weights = [get_attribute(model.graph, name) for name in names]
     zeros, numbers = sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)

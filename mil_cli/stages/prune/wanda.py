@@ -11,14 +11,12 @@ from torch import Tensor
 
 from mil_cli.graph.nodes import get_argument, get_attribute, op_name
 from mil_cli.graph.watch import watched
-from mil_cli.stages.prune.masks import insert_masks, settle_masks
 from mil_cli.stages.prune.sparse import (
     SparsityConfig,
+    finish,
     keep_largest,
-    note_sparsity,
     sparse_layers,
     used_once,
-    with_statistics,
 )
 from mil_cli.stages.registry import stage
 from mil_cli.training.evaluate import fixed_batch
@@ -74,14 +72,7 @@ def wanda(model: Model, config: WandaConfig, context: Context) -> Model:
         masks[name] = keep_largest(scores, config.sparsity, config.kept_of, by_row=True)
         with torch.no_grad():
             weight.mul_(masks[name])
-    if config.train:
-        paths = insert_masks(sparse.graph, masks)
-        sparse = context.finetune(sparse, stage=config.recover, name="sparse", trainer=config.trainer)
-        settle_masks(sparse.graph, paths)
-    else:
-        sparse = with_statistics(sparse, config, context)
-    note_sparsity(sparse, layers, config, context)
-    return sparse.eval()
+    return finish(sparse, masks, config, context)
 
 
 def input_norms(

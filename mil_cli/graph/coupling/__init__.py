@@ -6,7 +6,8 @@ from mil_cli.graph.coupling.cut import shared_cut
 from mil_cli.graph.coupling.entry import analyse, check_equivalence, cut
 from mil_cli.graph.coupling.equivalence import EquivalenceReport
 from mil_cli.graph.coupling.norms import group_norms
-from mil_cli.graph.coupling.reorder import reorder
+from mil_cli.graph.coupling.reorder import arrange, reorder
+from mil_cli.graph.coupling.rows import Rows, entry_spaces, find_rows
 from mil_cli.graph.coupling.selection import repair, step_of
 
 __all__ = [
@@ -17,11 +18,15 @@ __all__ = [
     "Frozen",
     "Member",
     "Removed",
+    "Rows",
     "RunningCall",
     "Space",
     "analyse",
+    "arrange",
     "check_equivalence",
     "cut",
+    "entry_spaces",
+    "find_rows",
     "group_norms",
     "macs_of",
     "reorder",

@@ -9,12 +9,13 @@ import numpy as np
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.coupling.coupling import Coupling, Frozen, Member, Space
+from mil_cli.graph.coupling.disjoint import NO_LABEL, Labels
 from mil_cli.graph.coupling.normalise import copy_sharing_weights, inline_regions, normalise
 from mil_cli.graph.coupling.operators import argument, operator_name
 from mil_cli.graph.coupling.record import Key, Recording, record
 from mil_cli.graph.coupling.relations import relate
 from mil_cli.graph.coupling.relations.convolution import NAMES as CONVOLUTIONS
-from mil_cli.graph.coupling.space import NO_LABEL, Labels, Propagation, Reason, Seed, SplitByView
+from mil_cli.graph.coupling.space import Propagation, Reason, Seed, SplitByView
 from mil_cli.graph.coupling.table import RelationTable
 from mil_cli.graph.nodes import source_line
 
@@ -109,13 +110,28 @@ class _Search:
         open_ = ~self._distinct.get((key, axis), np.zeros(size, dtype=bool))
         if size < 2 or not open_.any():
             return
-        self._attempt(Seed(key, axis, np.where(open_, np.arange(size), NO_LABEL)), 0)
+        while open_.any():
+            known = len(self.found)
+            self._attempt(Seed(key, axis, np.where(open_, np.arange(size), NO_LABEL)), 0)
+            # A view of one part of the axis divided it (the heads of queries); the other parts begin anew (of values).
+            open_, before = open_ & self._missed(self.found[known:], key, axis), open_
+            if np.array_equal(open_, before):
+                break
         open_ = ~self._labelled.get((key, axis), np.zeros(size, dtype=bool))
         if open_.any():
             seed = Seed(key, axis, np.where(open_, np.arange(size), NO_LABEL))
             propagation = Propagation(self._table, freeze_on_split=True)
             propagation.run(seed)
             self._accept(propagation, seed)
+
+    def _missed(
+        self, found: Sequence[tuple[Propagation, Seed]], key: Key, axis: int
+    ) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Return the indices of an axis that some of these spaces do not label."""
+        missed = np.zeros(self._table.shapes[key][axis], dtype=bool)
+        for propagation, _ in found:
+            missed |= propagation.labels.get(key, {}).get(axis, np.full(len(missed), NO_LABEL)) < 0
+        return missed
 
     def _attempt(self, seed: Seed, depth: int) -> None:
         identity = (seed.key, seed.axis, seed.labels.tobytes())

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.fx import GraphModule
 
+from mil_cli.graph.coupling.disjoint import Labels
 from mil_cli.graph.coupling.record import Key, Recording
-from mil_cli.graph.coupling.space import Labels
 
 Removed = Mapping[int, Iterable[int]]
 """By space: the classes to remove."""
@@ -101,6 +101,20 @@ class Space:
             if (member.classes >= 0).all() and len(member.classes) % self.size == 0
         ]
         return min(widths, default=1)
+
+    def relabelled(self, size: int, labels: Mapping[Key, Mapping[int, Labels]]) -> Space:
+        """Return a space over the same weights with other classes, all of them free.
+
+        Args:
+            size: Number of classes.
+            labels: By tensor key and axis: the new class of each index; axes that are absent are left out.
+        """
+        members = tuple(
+            replace(member, classes=labels[f"@{member.parameter}"][member.axis])
+            for member in self.members
+            if member.axis in labels.get(f"@{member.parameter}", {})
+        )
+        return Space(origin=self.origin, size=size, labels=labels, members=members, frozen={}, inexact={})
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,8 @@
 * regions of `wrap_with_autocast` (disabled) and `wrap_with_set_grad_enabled` become plain nodes;
 * `view_as`, `reshape_as`, `expand_as` get explicit sizes, so that they no longer follow another tensor's cut shape;
 * indexing by one constant vector, `channel_shuffle`, and chains of views and transposes that only permute one axis
-  become `index_select` by a constant, so that a channel shuffle can be cut channel by channel.
+  become `index_select` by a constant, so that a channel shuffle can be cut channel by channel;
+* what is selected from a fused projection becomes a slice of it (`take_apart`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node, map_arg
 
+from mil_cli.graph.coupling.fused import take_apart
 from mil_cli.graph.coupling.operators import add_buffer, argument, operator_name
 from mil_cli.graph.coupling.record import Recording
 from mil_cli.graph.coupling.relations.views import VIEWS
@@ -117,6 +119,7 @@ def normalise(recording: Recording) -> None:
             channels = recording.shapes[node.name][1]
             order = torch.arange(channels).view(argument(node, "groups"), -1).t().reshape(-1)
             _select_instead(recording, node, node.args[0], 1, order)
+    take_apart(recording)
     _fuse_permutations(recording)
     graph.graph.eliminate_dead_code()
     graph.recompile()

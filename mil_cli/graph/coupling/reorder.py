@@ -1,11 +1,13 @@
-"""Reordering coupled classes, so that the important ones come first and a prefix of every axis is a good smaller net.
+"""Reordering coupled classes, or their entries within groups and heads, while the model computes the same.
 
-The model computes the same: all axes that a space labels are permuted alike.
+Classes in the order of their importance make a prefix of every axis a good smaller net; entries in the order of theirs
+let a cut take other channels from every group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from mil_cli.graph.coupling.coupling import Coupling, Space
 from mil_cli.graph.coupling.cut import named_tensor
+from mil_cli.graph.coupling.disjoint import Labels
 from mil_cli.graph.coupling.equivalence import TOLERANCE, Call, relative_difference
 from mil_cli.graph.coupling.record import flat_inputs
-from mil_cli.graph.coupling.space import Labels
+from mil_cli.graph.coupling.rows import Rows, lines_of
 from mil_cli.graph.nodes import get_attribute
 
 
@@ -40,22 +43,85 @@ def reorder(
     Returns:
         The spaces that were put in order.
     """
+    moves = {}
+    for number, space in enumerate(coupling.spaces):
+        if _uniform(space) and _owned(graph, coupling, space):
+            places = [(member.parameter, member.axis, member.classes) for member in space.members]
+            moves[number] = _Move(places, _falling(space, scores[number]))
+    return _move_if_equal(graph, coupling, moves, inputs)
+
+
+def arrange(
+    graph: GraphModule,
+    coupling: Coupling,
+    rows: Mapping[int, Rows],
+    orders: Mapping[int, NDArray[np.int64]],
+    inputs: Iterable[Call],
+) -> list[int]:
+    """Permute the weights of a graph in place so that each row of a space has its entries in an order of its own.
+
+    The analysis stays valid: class k of a space then holds, of each row r, the entry that was of the free class
+    ``orders[r, k]``. The model computes the same.
+
+    Args:
+        graph: Has the weights by the analysed graph's names.
+        coupling: Its analysis.
+        rows: By space, what `find_rows` gave.
+        orders: By space: permutations of the free classes by place, shape ``(rows, free classes)``.
+        inputs: Inputs, as (args, kwargs), on which the new order must give the old outputs.
+
+    Returns:
+        The spaces that were arranged; others would not have given the old outputs, and are left as they are.
+    """
+    moves = {}
+    for number, found in rows.items():
+        if not _owned(graph, coupling, coupling.spaces[number]):
+            continue
+        moved = np.arange(found.size)
+        moved[found.entries] = np.take_along_axis(found.entries, orders[number], axis=1)
+        places = [
+            (member.parameter, member.axis, found.places[f"@{member.parameter}"][member.axis])
+            for member in coupling.spaces[number].members
+        ]
+        moves[number] = _Move(places, moved)
+    return _move_if_equal(graph, coupling, moves, inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """A permutation of labels, and where they lie.
+
+    Attributes:
+        places: Name of a weight, its axis, and the labels along it: a vector, or as `Rows.places` has them.
+        moved: For each label the label whose entries it gets.
+    """
+
+    places: Sequence[tuple[str, int, Labels]]
+    moved: NDArray[np.int64]
+
+    def inverse(self) -> _Move:
+        return _Move(self.places, np.argsort(self.moved))
+
+
+def _move_if_equal(
+    graph: GraphModule, coupling: Coupling, moves: Mapping[int, _Move], inputs: Iterable[Call]
+) -> list[int]:
+    """Make all moves if the outputs stay, else those one by one that leave them; return which."""
     calls = [flat_inputs(coupling.graph, args, kwargs) for args, kwargs in inputs]
     expected = _outputs(graph, calls)
-    moves = {number: _moves(space, scores[number]) for number, space in enumerate(coupling.spaces) if _uniform(space)}
-    for number, moved in moves.items():
-        _permute(graph, coupling, number, moved)
+    for move in moves.values():
+        _make(graph, move)
     if _equal(expected, _outputs(graph, calls)):
         return list(moves)
-    for number, moved in reversed(moves.items()):
-        _permute(graph, coupling, number, np.argsort(moved))
+    for move in reversed(list(moves.values())):
+        _make(graph, move.inverse())
     done = []
-    for number, moved in moves.items():
-        _permute(graph, coupling, number, moved)
+    for number, move in moves.items():
+        _make(graph, move)
         if _equal(expected, _outputs(graph, calls)):
             done.append(number)
         else:
-            _permute(graph, coupling, number, np.argsort(moved))
+            _make(graph, move.inverse())
     return done
 
 
@@ -69,27 +135,40 @@ def _equal(expected: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> b
     return all(relative_difference(one, other) <= TOLERANCE for one, other in zip(expected, given, strict=True))
 
 
-def _moves(space: Space, scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return for each class the class whose entries it gets."""
+def _falling(space: Space, scores: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return for each class the class whose entries it gets for importance to fall."""
     free = np.array(space.free, dtype=np.int64)
     moved = np.arange(space.size)
     moved[free] = free[np.argsort(-scores[free], kind="stable")]
     return moved
 
 
-def _permute(graph: GraphModule, coupling: Coupling, number: int, moved: NDArray[np.int64]) -> None:
-    for member in coupling.spaces[number].members:
-        tensor = _tensor(graph, coupling, member.parameter)
-        if tensor.is_floating_point():
-            order = torch.from_numpy(_entry_order(member.classes, moved))
+def _make(graph: GraphModule, move: _Move) -> None:
+    for name, axis, labels in move.places:
+        tensor = named_tensor(graph, name)
+        if tensor is not None and tensor.is_floating_point():
             with torch.no_grad():
-                tensor.copy_(tensor.detach().index_select(member.axis, order))
+                tensor.copy_(_permuted(tensor.detach(), axis, labels, move.moved))
 
 
-def _tensor(graph: GraphModule, coupling: Coupling, name: str) -> torch.Tensor:
-    own = named_tensor(graph, name)
-    tensor: torch.Tensor = get_attribute(coupling.graph, name) if own is None else own
-    return tensor
+def _permuted(tensor: torch.Tensor, axis: int, labels: Labels, moved: NDArray[np.int64]) -> torch.Tensor:
+    if labels.size == labels.shape[-1 if labels.ndim == 1 else axis]:
+        return tensor.index_select(axis, torch.from_numpy(_entry_order(labels.reshape(-1), moved)))
+    lines = lines_of(labels, axis)
+    unique, which = np.unique(lines, axis=0, return_inverse=True)
+    orders = np.stack([_entry_order(line, moved) for line in unique])[which.reshape(-1)]
+    shape = [*(size for place, size in enumerate(labels.shape) if place != axis), labels.shape[axis]]
+    index = torch.from_numpy(np.moveaxis(orders.reshape(shape), -1, axis).copy())
+    return tensor.gather(axis, index.expand(tensor.shape))
+
+
+def _owned(graph: GraphModule, coupling: Coupling, space: Space) -> bool:
+    """Whether all numbers that would move are the graph's own, not those of a region that the analysis inlined."""
+    return all(
+        named_tensor(graph, member.parameter) is not None
+        for member in space.members
+        if get_attribute(coupling.graph, member.parameter).is_floating_point()
+    )
 
 
 def _uniform(space: Space) -> bool:

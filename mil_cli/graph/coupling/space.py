@@ -11,15 +11,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.fx import Node
 
+from mil_cli.graph.coupling.disjoint import NO_LABEL, DisjointSets, Labels
 from mil_cli.graph.coupling.record import Key
 from mil_cli.graph.coupling.table import Effect, Link, Mark, Regroup, RelationTable
-
-Labels = NDArray[np.int64]
-
-NO_LABEL = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +54,7 @@ class Propagation:
     def __init__(self, table: RelationTable, *, freeze_on_split: bool = False) -> None:
         self._table = table
         self._freeze_on_split = freeze_on_split
-        self._parents: Labels = np.zeros(0, dtype=np.int64)
+        self._sets = DisjointSets(0)
         self._work: dict[Key, None] = {}
         self.labels: dict[Key, dict[int, Labels]] = defaultdict(dict)
         self.frozen: dict[int, Reason] = {}
@@ -70,7 +66,7 @@ class Propagation:
         Raises:
             SplitByView: A view spreads labels over several axes.
         """
-        self._parents = np.arange(int(seed.labels.max()) + 1)
+        self._sets = DisjointSets(int(seed.labels.max()) + 1)
         self._put(seed.key, seed.axis, seed.labels.astype(np.int64))
         while self._work:
             key = next(iter(self._work))  # in the order of arrival, so that the result depends on nothing else
@@ -87,26 +83,6 @@ class Propagation:
                     self._mark(relation)
         self._settle()
 
-    def _roots(self, labels: Labels) -> Labels:
-        parents = self._parents
-        while True:
-            grand = parents[parents]
-            if np.array_equal(grand, parents):
-                break
-            parents = grand
-        self._parents = parents
-        return np.where(labels >= 0, parents[np.maximum(labels, 0)], NO_LABEL)
-
-    def _unite(self, first: Labels, second: Labels) -> None:
-        parents = self._parents
-        for a, b in sorted(set(zip(first.tolist(), second.tolist(), strict=True))):
-            while parents[a] != a:
-                a = int(parents[a])
-            while parents[b] != b:
-                b = int(parents[b])
-            if a != b:
-                parents[max(a, b)] = min(a, b)
-
     def _put(self, key: Key, axis: int, labels: Labels) -> None:
         if not (labels >= 0).any():
             return
@@ -117,10 +93,10 @@ class Propagation:
             return
         meeting = (present >= 0) & (labels >= 0) & (present != labels)
         if meeting.any():
-            first, second = self._roots(present[meeting]), self._roots(labels[meeting])
+            first, second = self._sets.roots(present[meeting]), self._sets.roots(labels[meeting])
             differing = first != second
             if differing.any():
-                self._unite(first[differing], second[differing])
+                self._sets.unite(first[differing], second[differing])
         added = (present < 0) & (labels >= 0)
         if added.any():
             present[added] = labels[added]
@@ -137,14 +113,14 @@ class Propagation:
             if source_index is None or target_index is None:
                 self._put(target, target_axis, labels)
                 continue
-            carried = self._roots(labels[source_index])
+            carried = self._sets.roots(labels[source_index])
             arrived = np.full(self._table.shapes[target][target_axis], NO_LABEL)
             labelled = carried >= 0
             where, what = target_index[labelled], carried[labelled]
             arrived[where] = what
             several = arrived[where] != what  # many entries that correspond to one
             if several.any():
-                self._unite(arrived[where][several], what[several])
+                self._sets.unite(arrived[where][several], what[several])
             self._put(target, target_axis, arrived)
 
     def _mark(self, mark: Mark) -> None:
@@ -155,12 +131,12 @@ class Propagation:
         if mark.effect is Effect.FREEZE:
             self._freeze(chosen, Reason(mark.node, mark.reason))
         else:
-            for label in np.unique(self._roots(chosen)).tolist():
+            for label in np.unique(self._sets.roots(chosen)).tolist():
                 if label >= 0:
                     self.inexact[label].setdefault(mark.node, Reason(mark.node, mark.reason))
 
     def _freeze(self, labels: Labels, reason: Reason) -> None:
-        for label in np.unique(self._roots(labels)).tolist():
+        for label in np.unique(self._sets.roots(labels)).tolist():
             if label >= 0:
                 self.frozen.setdefault(label, reason)
 
@@ -172,7 +148,7 @@ class Propagation:
             labels = self.labels[a].get(axis)
             if labels is None:
                 continue
-            labels = self._roots(labels)
+            labels = self._sets.roots(labels)
             wide = [position for position, size in enumerate(b_sizes) if size != 1]
             if len(wide) == 1 and sum(size != 1 for size in a_sizes) <= 1:
                 if len(labels) == b_sizes[wide[0]]:
@@ -210,19 +186,22 @@ class Propagation:
 
     def _settle(self) -> None:
         """Name the labels 0, 1, ... in order, everywhere."""
-        roots = {key: {axis: self._roots(v) for axis, v in axes.items()} for key, axes in self.labels.items() if axes}
+        roots = {
+            key: {axis: self._sets.roots(v) for axis, v in axes.items()} for key, axes in self.labels.items() if axes
+        }
         used = np.unique(np.concatenate([v for axes in roots.values() for v in axes.values()]))
         used = used[used >= 0]
-        renamed = np.full(len(self._parents) + 1, NO_LABEL)  # the last entry stands for no label
+        names = self._sets.names()
+        renamed = np.full(len(names) + 1, NO_LABEL)  # the last entry stands for no label
         renamed[used] = np.arange(len(used))
         self.labels = {key: {axis: renamed[v] for axis, v in axes.items()} for key, axes in roots.items()}
         frozen: dict[int, Reason] = {}
         for label, reason in self.frozen.items():
-            frozen.setdefault(int(renamed[self._parents[label]]), reason)
+            frozen.setdefault(int(renamed[names[label]]), reason)
         self.frozen = frozen
         inexact: dict[int, dict[Node, Reason]] = defaultdict(dict)
         for label, reasons in self.inexact.items():
-            inexact[int(renamed[self._parents[label]])].update(reasons)
+            inexact[int(renamed[names[label]])].update(reasons)
         self.inexact = inexact
 
 

@@ -13,7 +13,7 @@ from mil_cli.stages.prune.settings import StructuredPruningConfig
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-    from mil_cli.stages.prune.schedule import Importance
+    from mil_cli.stages.prune.arrange import Importance
     from mil_cli.training.loop import StepHook
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, check_equivalence, cut
 from mil_cli.stages.prune.amount import Amount
+from mil_cli.stages.prune.arrange import Importance, arranged
 from mil_cli.stages.prune.selection import Scores, describe_widths, least_classes, select
 from mil_cli.stages.prune.settings import StructuredPruningConfig
 from mil_cli.stages.targets import width_multiple
@@ -20,8 +21,6 @@ from mil_cli.training.evaluate import NotFiniteError, fixed_batch
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-
-Importance = Callable[["Model", Coupling], Scores]
 
 _CALIBRATION_BATCH = 64
 _SHOWN_REASONS = 50
@@ -220,7 +219,10 @@ def _round(
             "nothing of this model can be cut", where=f"stages.{context.name}", hint=_why_nothing(coupling)
         )
     measure = amount.measure(coupling)
-    scores = importance(model, coupling)
+    if config.independent:
+        model, scores, independent = arranged(model, coupling, importance, context, samples=config.check_samples)
+    else:
+        scores, independent = importance(model, coupling), []
     unscored = {
         number: [label for label in space.free if np.isnan(scores[number][label])]
         for number, space in enumerate(coupling.spaces)
@@ -264,6 +266,7 @@ def _round(
         "left": chosen.left,
         "check": {"difference": report.difference, "calls": report.samples, "compacted": list(report.compacted)},
         "failed": failed,
+        "independent": [coupling.spaces[number].origin for number in independent],
         "unscored": [coupling.spaces[number].origin for number, classes in unscored.items() if classes],
     }
     return result, chosen.removed, facts

@@ -27,6 +27,8 @@ class StructuredPruningConfig(StageConfig):
         steps: Rounds of scoring and cutting; each keeps the same ratio of the one before.
         max_per_layer: Largest part of a layer's width that may be removed, over all steps.
         round_to: Multiple that widths end on; ``auto`` takes the device's.
+        independent: Whether every group of a convolution and every attention head keeps the channels that matter most
+            in it, as many as the others; otherwise all keep those at the same places.
         multiple: The kernels that the model will run on in the end: int8 for one that is quantized later. They decide
             which of the device's multiples ``auto`` takes, and what a latency is predicted for.
         recover: Key of a train or distill stage of the recipe that fine-tunes between the steps; None does not.
@@ -52,6 +54,7 @@ class StructuredPruningConfig(StageConfig):
     max_per_layer: float = Field(0.8, gt=0, lt=1)
     round_to: RoundTo = "auto"
     multiple: Kernels = "float"
+    independent: bool = True
     recover: str | None = None
     recover_trainer: dict[str, Any] = Field(default_factory=dict)
     recover_last: bool = False

@@ -17,7 +17,7 @@ from mil_cli.graph.watch import watched
 from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
-    from mil_cli.graph.coupling.space import Labels
+    from mil_cli.graph.coupling.disjoint import Labels
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
 

@@ -305,7 +305,7 @@ def test_a_padded_transformer_with_dicts_is_cut_in_every_way() -> None:
     assert coupling.unknown == ()
     assert coupling.cuttable_share > 0.7
     sizes = sorted(len(space.free) for space in coupling.spaces if space.free)
-    assert sizes == [3, 3, 8, 8, 24, 40, 40]  # heads, head sizes, features, hidden units
+    assert sizes == [3, 3, 8, 8, 8, 8, 24, 40, 40]  # heads, sizes of queries and of values, features, hidden units
     removed = repair(coupling, {n: set(space.free[::3]) for n, space in enumerate(coupling.spaces) if space.free})
     result = cut(model, coupling, removed)
     calls = [model.batch_input(size) for size in (1, 4)]

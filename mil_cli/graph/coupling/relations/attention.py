@@ -23,9 +23,11 @@ def attention(operation: Operation) -> None:
         operation.link(key, axis, value, axis)
         if queries == keys:
             operation.link(query, axis, key, axis)
+            operation.link(value, axis, output, axis)
         elif keys > 1:
             heads = np.arange(queries)
             operation.link(query, axis, key, axis, heads, heads // (queries // keys))
+            operation.link(output, axis, value, axis, heads, heads // (queries // keys))
     # the scores are normalised over the keys, and a causal mask counts positions
     operation.freeze(key, rank - 2, "attention weights are normalised over the positions")
     if operation.argument("is_causal"):

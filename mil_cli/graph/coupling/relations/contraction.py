@@ -41,6 +41,10 @@ def _product(operation: Operation, left: Key, right: Key) -> None:
             target = rank - matrix_axes - (key_rank - 2) + axis
             if operation.shape(key)[axis] == operation.shape(output)[target]:
                 operation.link(key, axis, output, target)
+    # Follows from the links above; said at once, it tells which rows of one operand meet which of the other.
+    for back in range(3, min(left_rank, right_rank) + 1):
+        if operation.shape(left)[-back] == operation.shape(right)[-back]:
+            operation.link(left, -back, right, -back)
 
 
 def matmul(operation: Operation) -> None:

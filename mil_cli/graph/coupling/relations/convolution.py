@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from mil_cli.graph.coupling.record import Key
 from mil_cli.graph.coupling.table import Operation, Rules, UnsupportedForm, rules_for
 
@@ -54,6 +56,9 @@ def convolution(operation: Operation) -> None:
     operation.link(grouped_weight, 0, whole, 0)
     operation.link(grouped_weight, 1, whole, 1)
     operation.link(part, 1, weight, 1)
+    # Follows from the links above; said at once, it tells which rows of the weight read which group's channels.
+    rows = np.arange(operation.shape(weight)[0])
+    operation.link(part, 0, weight, 0, rows // (len(rows) // groups), rows)
 
 
 def _spatial(operation: Operation, data: Key, weight: Key, output: Key, channel: int, *, transposed: bool) -> None:

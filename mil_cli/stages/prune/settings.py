@@ -39,6 +39,8 @@ class StructuredPruningConfig(StageConfig):
         check_samples: Training samples on which every cut is compared with the uncut model.
         recalibrate_samples: Training samples from which the statistics of batch norms are taken anew after a cut that
             no fine-tuning follows here; 0 leaves them.
+        measured: Whether a choice by predicted latency is corrected by measuring the whole cut model beside the one
+            that came in, until it keeps the target; not where `multiple` is int8, since it is not quantized yet.
     """
 
     family: ClassVar[str] = "prune"
@@ -61,6 +63,7 @@ class StructuredPruningConfig(StageConfig):
     compare_samples: int = Field(2000, ge=0)
     check_samples: int = Field(16, ge=1)
     recalibrate_samples: int = Field(512, ge=0)
+    measured: bool = True
 
     @model_validator(mode="after")
     def _one_target(self) -> StructuredPruningConfig:
@@ -75,6 +78,11 @@ class StructuredPruningConfig(StageConfig):
     def quantity(self) -> Quantity:
         """What the target counts."""
         return next(name for name in QUANTITIES if getattr(self, name) is not None)
+
+    @property
+    def measures_latency(self) -> bool:
+        """Whether a choice by predicted latency is corrected by measuring float models, as the stage has them."""
+        return self.measured and self.quantity == "latency" and self.multiple == "float"
 
     @property
     def kept(self) -> Kept:

@@ -16,7 +16,7 @@ from mil_cli.graph.coupling import Coupling, analyse, group_norms
 from mil_cli.graph.coupling.groups import WeightGroups
 from mil_cli.graph.model import Model
 from mil_cli.models.resnet import resnet20
-from mil_cli.stages.prune import schedule
+from mil_cli.stages.prune import rounds
 from mil_cli.stages.prune.group_lasso import norm_penalty
 from mil_cli.stages.prune.growing_reg import GrowingRegConfig, growing_penalty, growing_reg
 from mil_cli.stages.prune.schedule import choose
@@ -189,13 +189,13 @@ def test_what_growing_regularisation_chose_is_what_is_cut(trained: Model, monkey
     coupling = analyse(trained)
     chosen, _ = choose(trained, coupling, group_norms(trained.graph, coupling), config, make_context(DATA))
     removed: list[dict[int, set[int]]] = []
-    original = schedule.cut
+    original = rounds.cut
 
     def cut(model: Model, coupling: Coupling, classes: Any) -> Model:
         removed.append({number: set(found) for number, found in classes.items()})
         return original(model, coupling, classes)
 
-    monkeypatch.setattr(schedule, "cut", cut)
+    monkeypatch.setattr(rounds, "cut", cut)
     growing_reg(trained, config, make_context(DATA, name="prune"))
     assert len(removed) == 1
     assert removed[0] == chosen

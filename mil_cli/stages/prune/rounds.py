@@ -1,0 +1,243 @@
+"""One round of structured pruning: score the classes, choose, cut, prove; a latency is measured and chosen again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mil_cli.errors import StageError
+from mil_cli.graph.coupling import Coupling, analyse, check_equivalence, cut
+from mil_cli.stages.measured import latency_ratio
+from mil_cli.stages.prune.amount import Amount
+from mil_cli.stages.prune.arrange import Importance, arranged
+from mil_cli.stages.prune.selection import Scores, Selection, least_classes, select
+from mil_cli.stages.prune.settings import StructuredPruningConfig
+from mil_cli.training.evaluate import fixed_batch
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+
+_MEASUREMENTS = 4
+_NEAR = 0.95
+"""A measured latency from this share of the goal up to the goal is near enough."""
+
+_AIM = 0.98
+"""What share of the goal a corrected choice aims at, so that noise does not carry it over the goal again."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model whose classes have been judged.
+
+    Attributes:
+        model: The model, its channels arranged by importance within groups and heads.
+        coupling: Its analysis; classes without a score are frozen.
+        scores: Importance, by space and class.
+        facts: For the report.
+    """
+
+    model: Model
+    coupling: Coupling
+    scores: Scores
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round made.
+
+    Attributes:
+        model: The cut model.
+        removed: By space of the model's analysis, the classes that are gone.
+        facts: For the report.
+    """
+
+    model: Model
+    removed: dict[int, set[int]]
+    facts: dict[str, Any]
+
+
+class Rounds:
+    """The rounds of one stage.
+
+    Args:
+        config: The settings.
+        context: Gives data and device.
+        amount: The quantity that the target bounds.
+        multiple: What widths end on.
+        shapes: The shapes of the weights before the stage.
+    """
+
+    def __init__(
+        self,
+        config: StructuredPruningConfig,
+        context: Context,
+        *,
+        amount: Amount,
+        multiple: int,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self._config, self._context = config, context
+        self._amount, self._multiple, self._shapes = amount, multiple, shapes
+
+    def score(self, model: Model, importance: Importance) -> Scored:
+        """Judge every class of a model.
+
+        Raises:
+            StageError: Nothing can be cut, or no class has a score.
+        """
+        config, context = self._config, self._context
+        coupling = analyse(model)
+        if not any(space.free for space in coupling.spaces):
+            raise StageError(
+                "nothing of this model can be cut", where=f"stages.{context.name}", hint=_why_nothing(coupling)
+            )
+        if config.independent:
+            model, scores, independent = arranged(model, coupling, importance, context, samples=config.check_samples)
+        else:
+            scores, independent = importance(model, coupling), []
+        unscored = {
+            number: [label for label in space.free if np.isnan(scores[number][label])]
+            for number, space in enumerate(coupling.spaces)
+        }
+        if all(len(unscored[number]) == len(space.free) for number, space in enumerate(coupling.spaces)):
+            raise StageError(
+                f"prune/{config.method} has no score for any channel of this model that can be cut",
+                where=f"stages.{context.name}.method",
+                hint="take another method: prune/magnitude scores every channel",
+            )
+        facts = {
+            "independent": [coupling.spaces[number].origin for number in independent],
+            "unscored": [coupling.spaces[number].origin for number, classes in unscored.items() if classes],
+        }
+        coupling = coupling.freeze_classes(unscored, f"prune/{config.method} has no score for it")
+        return Scored(model, coupling, scores, facts)
+
+    def cut(self, scored: Scored, target: float, *, must_reach: bool) -> Round:
+        """Remove the least important classes, and prove the cut; groups that fail the proof are kept.
+
+        Args:
+            scored: The model.
+            target: Bound on what is left.
+            must_reach: Whether it is an error if the target cannot be reached.
+
+        Raises:
+            StageError: It cannot.
+        """
+        model, coupling = scored.model, scored.coupling
+        failed: list[str] = []
+        while True:
+            chosen = self._choose(coupling, scored.scores, target)
+            if must_reach and not chosen.reached:
+                raise self.unreachable(coupling, chosen.left, failed=len(failed))
+            result = cut(model, coupling, chosen.removed)
+            size = fixed_batch(model) or self._config.check_samples
+            calls = list(self._context.calibration(samples=self._config.check_samples, batch_size=size))
+            report = check_equivalence(model, coupling, chosen.removed, result, calls)
+            if report.equivalent:
+                break
+            names = [coupling.spaces[number].origin for number in report.failed]
+            failed.extend(names)
+            self._context.progress.notice(
+                f"{self._context.name}: a cut of {', '.join(names)} changes more than it should "
+                f"(difference {report.difference:.1e}); left as it is"
+            )
+            coupling = coupling.freeze(report.failed, "the cut did not pass the comparison with the uncut model")
+        facts = {
+            "target": target,
+            "left": chosen.left,
+            "check": {"difference": report.difference, "calls": report.samples, "compacted": list(report.compacted)},
+            "failed": failed,
+            **scored.facts,
+        }
+        return Round(result, chosen.removed, facts)
+
+    def cut_to_measured(
+        self,
+        scored: Scored,
+        goal: float,
+        *,
+        original: Model,
+        start: float,
+        measured: list[float],
+        keep: Callable[[], None],
+    ) -> Round:
+        """Cut to a latency that holds when the whole model is measured: what the prediction was off by is corrected.
+
+        Args:
+            scored: The model.
+            goal: Seconds to keep, on the scale of predictions.
+            original: The model before the stage.
+            start: Its predicted seconds.
+            measured: What earlier measurements gave, by which the same is decided again; new ones are added.
+            keep: Called after each new one, so that they outlive an interruption.
+
+        Returns:
+            The cut with the most left of those that keep the goal when measured; if none does, the fastest.
+
+        Raises:
+            StageError: The first choice cannot reach the goal by prediction.
+        """
+        tried: list[tuple[float, Round]] = []
+        target = goal
+        while len(tried) < _MEASUREMENTS:
+            found = self.cut(scored, target, must_reach=not tried)
+            if any(found.removed == other.removed for _, other in tried):
+                break
+            if len(measured) == len(tried):
+                measured.append(start * latency_ratio(found.model, original, self._context))
+                keep()
+            seconds = measured[len(tried)]
+            found.facts["measured"] = seconds
+            tried.append((seconds, found))
+            if _NEAR * goal <= seconds <= goal:
+                break
+            target *= _AIM * goal / seconds
+        within = [pair for pair in tried if pair[0] <= goal]
+        chosen = max(within, key=lambda pair: pair[0]) if within else min(tried, key=lambda pair: pair[0])
+        return chosen[1]
+
+    def choose(self, scored: Scored) -> dict[int, set[int]]:
+        """Return what one cut down to the whole target would remove.
+
+        Raises:
+            StageError: The target cannot be met.
+        """
+        goal = self._config.kept.resolve(self._amount.measure(scored.coupling)({}))
+        chosen = self._choose(scored.coupling, scored.scores, goal)
+        if not chosen.reached:
+            raise self.unreachable(scored.coupling, chosen.left)
+        return chosen.removed
+
+    def _choose(self, coupling: Coupling, scores: Scores, target: float) -> Selection:
+        return select(
+            coupling,
+            scores,
+            target=target,
+            measure=self._amount.measure(coupling),
+            multiple=self._multiple,
+            least=least_classes(coupling, self._shapes, max_per_layer=self._config.max_per_layer),
+            returns=self._amount.returns,
+        )
+
+    def unreachable(self, coupling: Coupling, least: float, *, failed: int = 0) -> StageError:
+        """Return the error of a target that cannot be met."""
+        config, shown = self._config, self._amount.shown
+        start = shown(self._amount.measure(coupling)({}))
+        frozen = f" and {failed} groups that failed the check" if failed else ""
+        return StageError(
+            f"the smallest that can be kept of {start} is {shown(least)}, with max_per_layer "
+            f"{config.max_per_layer}, widths in multiples of {self._multiple}{frozen}",
+            where=f"stages.{self._context.name}.{config.quantity}",
+            value=getattr(config, config.quantity),
+            hint="keep more, raise max_per_layer, or lower round_to",
+        )
+
+
+def _why_nothing(coupling: Coupling) -> str:
+    reasons = sorted({f"{frozen.reason} ({frozen.source_line or frozen.node})" for frozen in coupling.frozen})
+    return "; ".join(reasons[:3]) or "it has no layers with weights"

@@ -82,6 +82,9 @@ _UNTAGGED = frozenset(
         "fmod",
         "pow",
         "clip",
+        "__and__",
+        "__or__",
+        "__xor__",
     ]
 )
 """Ops that are pointwise but do not all carry the tag."""

@@ -62,10 +62,11 @@ def mixing(operation: Operation) -> None:
     """Freeze the axis along which entries are compared, normalised or accumulated; relate the others."""
     data = operation.input
     axis = operation.axis(data, operation.value("dim", -1))
-    for key in [data, *operation.outputs]:
+    for key in [*operation.inputs, *operation.outputs]:
         operation.freeze(key, axis, f"{operation.name} over the axis")
     for output in operation.outputs:
-        operation.link_all(data, output, but=(axis,))
+        for key in operation.inputs:  # differences take what stands before and behind as tensors of their own
+            operation.link_all(key, output, but=(axis,))
 
 
 RULES: Rules = {
@@ -85,5 +86,6 @@ RULES: Rules = {
         "sort",
         "argsort",
         "topk",
+        "diff",
     ),
 }

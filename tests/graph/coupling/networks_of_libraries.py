@@ -1,0 +1,27 @@
+"""Small networks with what public models were found to use beside the usual, by name."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.graph.coupling.networks import Net, network
+
+
+@network((9, 12))
+def packed_sequence_mask() -> nn.Module:
+    """A causal mask within sequences that are packed into one row, told apart where position numbers do not rise."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1])[None]
+        starts = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1
+        sequence = starts.cumsum(-1)
+        mask = (positions[:, :, None] >= positions[:, None]) & (sequence[:, :, None] == sequence[:, None])
+        b, n, _ = x.shape
+        q, k, v = (getattr(net, name)(x).view(b, n, 2, 8).transpose(1, 2) for name in "qkv")
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None].expand(b, -1, n, n))
+        return net.fc(net.o(y.transpose(1, 2).reshape(b, n, -1)).mean(1))
+
+    parts = {name: nn.Linear(12, 16) for name in "qkv"}
+    return Net({**parts, "o": nn.Linear(16, 24), "fc": nn.Linear(24, 10)}, forward)

@@ -1,4 +1,4 @@
-"""Can any architecture be cut? Puts public models through every step that a stage relies on, and writes what came of it.
+"""Can any architecture be cut? Public models go through every step that a stage rests on; the page says what came of it.
 
 Of every model file of timm and torchvision the smallest model, and small random configurations of many families of
 transformers: captured, analysed, cut at random, proven, trained for a step, saved, cut again, exported. Each runs in a
@@ -71,7 +71,9 @@ def _names(arguments: argparse.Namespace) -> list[str]:
     key = [*arguments.catalogues, _versions()]
     known = json.loads(file.read_text()) if file.exists() else {}
     if known.get("of") != key:
-        names = [f"{module}:{name}" for module in arguments.catalogues for name in importlib.import_module(module).names()]
+        names = [
+            f"{module}:{name}" for module in arguments.catalogues for name in importlib.import_module(module).names()
+        ]
         known = {"of": key, "names": names}
         file.write_text(json.dumps(known, indent=1), encoding="utf-8")
     index, count = arguments.shard

@@ -27,7 +27,7 @@ from mil_cli.export.onnx import export_onnx
 from mil_cli.export.parity import check_parity
 from mil_cli.graph.coupling import Coupling, analyse, check_equivalence, cut, repair
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import get_attribute
+from mil_cli.graph.nodes import get_attribute, op_name
 from scripts.zoo.sample import Sample, enliven, fresh
 
 RATIO = 0.4
@@ -74,7 +74,9 @@ class _Check:
                 self._step("equivalence", lambda: self._equivalence(model, coupling, removed, smaller))
                 self._step("batch", lambda: _other_batch(smaller), lambda: _other_batch(model))
                 self._step("backward", lambda: _backward(smaller, sample), lambda: _backward_of_module(sample))
-                self._step("archive", lambda: _round_trip(smaller, Path(folder)), lambda: _round_trip(model, Path(folder)))
+                self._step(
+                    "archive", lambda: _round_trip(smaller, Path(folder)), lambda: _round_trip(model, Path(folder))
+                )
                 self._step("second cut", lambda: self._second_cut(Path(folder)))
                 self._step("onnx", lambda: _onnx(smaller, Path(folder)), lambda: _onnx(model, Path(folder)))
         self.row.pop("step", None)
@@ -146,15 +148,19 @@ class _Check:
 
 
 def inner_share(coupling: Coupling) -> float:
-    """Return the cuttable share of the rows that do not make the model's outputs, which no cut may change."""
-    leaves = coupling.recording.leaves.items()
-    rows = sum(leaf.shape[0] for key, leaf in leaves if coupling.recording.is_parameter(key) and leaf.ndim > 1)
-    outputs = {}
+    """Return the cuttable share of the rows that neither make the model's outputs nor are looked up by number."""
+    recording = coupling.recording
+    tables = {recording.key(node.args[0]) for node in coupling.graph.graph.nodes if op_name(node) == "embedding"}
+    outputs: dict[str, int] = {}
     for frozen in coupling.frozen:
         if frozen.axis == 0 and frozen.operator == "output":
             outputs[frozen.parameter] = max(frozen.entries, outputs.get(frozen.parameter, 0))
-    inner = rows - sum(outputs.values())
-    return coupling.cuttable_share * rows / inner if inner else 0.0
+    total = inner = 0
+    for key, leaf in recording.leaves.items():
+        if recording.is_parameter(key) and leaf.ndim > 1:
+            total += leaf.shape[0]
+            inner += 0 if key in tables else leaf.shape[0] - outputs.get(recording.leaf_names[key][0], 0)
+    return coupling.cuttable_share * total / inner if inner else 1.0
 
 
 def chosen(coupling: Coupling, seed: int) -> dict[int, set[int]]:
@@ -202,7 +208,9 @@ def _other_batch(model: Model) -> None:
     with torch.no_grad():
         many = _floats(model, model(*args, **kwargs))
         few = _floats(model, model(*model.samples[0], **model.samples[1]))
-    for spec, whole, part in zip((s for s in model.spec.outputs if s.dtype.startswith("float")), many, few, strict=True):
+    for spec, whole, part in zip(
+        (s for s in model.spec.outputs if s.dtype.startswith("float")), many, few, strict=True
+    ):
         axis = spec.batch_axis()
         if axis is None:
             continue

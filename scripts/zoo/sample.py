@@ -75,7 +75,7 @@ def _enliven_parameter(name: str, parameter: Tensor) -> None:
 
 
 def fresh(call: tuple[tuple[Any, ...], dict[str, Any]], seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return other inputs of the same form: new numbers for floating-point tensors, the others' own in another order."""
+    """Return other inputs of the same form: new floating-point numbers, the others' own in another order."""
     generator = torch.Generator().manual_seed(seed)
 
     def renewed(value: Tensor) -> Tensor:

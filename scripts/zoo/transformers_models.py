@@ -104,18 +104,34 @@ _FAMILIES: dict[str, tuple[str, _Inputs, dict[str, Any]]] = {
     # encoders
     "Bert": ("ForSequenceClassification", _masked_tokens, {}),
     "Roberta": ("ForSequenceClassification", _masked_tokens, {"max_position_embeddings": 40}),
-    "DistilBert": ("ForSequenceClassification", _masked_tokens, {"dim": 48, "hidden_dim": 80, "n_layers": 2, "n_heads": 4}),
+    "DistilBert": (
+        "ForSequenceClassification",
+        _masked_tokens,
+        {"dim": 48, "hidden_dim": 80, "n_layers": 2, "n_heads": 4},
+    ),
     "Albert": ("ForSequenceClassification", _masked_tokens, {"embedding_size": 32}),
     "Electra": ("ForSequenceClassification", _masked_tokens, {"embedding_size": 32}),
-    "DebertaV2": ("ForSequenceClassification", _masked_tokens, {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "DebertaV2": (
+        "ForSequenceClassification",
+        _masked_tokens,
+        {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    ),
     "MPNet": ("ForSequenceClassification", _masked_tokens, {}),
     "ModernBert": ("ForSequenceClassification", _masked_tokens, {}),
-    "ConvBert": ("ForSequenceClassification", _masked_tokens, {"embedding_size": 48, "head_ratio": 2, "conv_kernel_size": 3}),
-    "MobileBert": ("ForSequenceClassification", _masked_tokens, {"embedding_size": 32, "intra_bottleneck_size": 48, "true_hidden_size": 48}),
+    "ConvBert": (
+        "ForSequenceClassification",
+        _masked_tokens,
+        {"embedding_size": 48, "head_ratio": 2, "conv_kernel_size": 3},
+    ),
+    "MobileBert": (
+        "ForSequenceClassification",
+        _masked_tokens,
+        {"embedding_size": 32, "intra_bottleneck_size": 48, "true_hidden_size": 48},
+    ),
     "SqueezeBert": ("ForSequenceClassification", _masked_tokens, {"embedding_size": 48}),
     "RoFormer": ("ForSequenceClassification", _masked_tokens, {"embedding_size": 48}),
     "FNet": ("ForSequenceClassification", _tokens, {}),
-    "Nystromformer": ("ForSequenceClassification", _masked_tokens, {"segment_means_seq_len": _TOKENS, "num_landmarks": 4}),
+    "Nystromformer": ("ForSequenceClassification", _tokens, {"segment_means_seq_len": _TOKENS, "num_landmarks": 4}),
     # decoders
     "GPT2": ("LMHeadModel", _tokens, {}),
     "GPTNeo": ("ForCausalLM", _tokens, {"attention_types": [[["global", "local"], 1]], "window_size": 4}),
@@ -145,14 +161,40 @@ _FAMILIES: dict[str, tuple[str, _Inputs, dict[str, Any]]] = {
     # vision
     "ViT": ("ForImageClassification", _image, _VISION),
     "Beit": ("ForImageClassification", _image, {**_VISION, "use_relative_position_bias": True}),
-    "Swin": ("ForImageClassification", _image, {"image_size": 64, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}),
+    "Swin": (
+        "ForImageClassification",
+        _image,
+        {"image_size": 64, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+    ),
     "Dinov2": ("ForImageClassification", _image, {**_VISION, "mlp_ratio": 2}),
     "ConvNextV2": ("ForImageClassification", _image, {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]}),
-    "Segformer": ("ForSemanticSegmentation", _image, {"hidden_sizes": [16, 32, 40, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 5, 8]}),
-    "MobileViT": ("ForImageClassification", _image, {"image_size": 64, "hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 12, 16, 24, 32, 40, 64]}),
-    "Levit": ("ForImageClassification", _image, {"image_size": 64, "hidden_sizes": [16, 32, 48], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}),
+    "Segformer": (
+        "ForSemanticSegmentation",
+        _image,
+        {"hidden_sizes": [16, 32, 40, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 5, 8]},
+    ),
+    "MobileViT": (
+        "ForImageClassification",
+        _image,
+        {"image_size": 64, "hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 12, 16, 24, 32, 40, 64]},
+    ),
+    "Levit": (
+        "ForImageClassification",
+        _image,
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 32, 48],
+            "num_attention_heads": [2, 3, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+        },
+    ),
     "PoolFormer": ("ForImageClassification", _image, {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1]}),
-    "RegNet": ("ForImageClassification", _image, {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "groups_width": 8}),
+    "RegNet": (
+        "ForImageClassification",
+        _image,
+        {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "groups_width": 8},
+    ),
     # image and text
     "CLIP": ("Model", _image_and_text, {"projection_dim": 32}),
     # speech
@@ -160,7 +202,11 @@ _FAMILIES: dict[str, tuple[str, _Inputs, dict[str, Any]]] = {
     "Hubert": ("ForCTC", _wave, _SPEECH),
     "WavLM": ("ForCTC", _wave, _SPEECH),
     "ASTForAudioClassification": ("", _spectrogram, {"max_length": 64, "num_mel_bins": 32, "patch_size": 16}),
-    "Whisper": ("ForConditionalGeneration", _spectrogram_and_text, {"num_mel_bins": 16, "max_source_positions": 24, "max_target_positions": 32, "decoder_start_token_id": 1}),
+    "Whisper": (
+        "ForConditionalGeneration",
+        _spectrogram_and_text,
+        {"num_mel_bins": 16, "max_source_positions": 24, "max_target_positions": 32, "decoder_start_token_id": 1},
+    ),
 }
 """Family -> ending of the class's name, inputs, and what its configuration gets beside `_WIDTHS`."""
 
@@ -173,9 +219,7 @@ def names() -> list[str]:
 def build(name: str) -> Sample:
     """Make a model with random weights, and inputs for it."""
     kind = getattr(transformers, name)
-    ending, inputs, special = next(
-        entry for family, entry in _FAMILIES.items() if family + entry[0] == name
-    )
+    _, inputs, special = next(entry for family, entry in _FAMILIES.items() if family + entry[0] == name)
     module = kind(_configuration(kind.config_class, special))
     return Sample(module, kwargs=inputs(module))
 

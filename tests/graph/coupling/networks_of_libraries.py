@@ -25,3 +25,16 @@ def packed_sequence_mask() -> nn.Module:
 
     parts = {name: nn.Linear(12, 16) for name in "qkv"}
     return Net({**parts, "o": nn.Linear(16, 24), "fc": nn.Linear(24, 10)}, forward)
+
+
+@network((8, 12))
+def fourier_mixing() -> nn.Module:
+    """Positions are mixed by transforms, channels pass; the composite spellings of arithmetic beside them."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.embed(x)
+        y = torch.subtract(y, torch.fft.fft(y, dim=1).real)
+        y = torch.multiply(y, torch.fft.irfftn(torch.fft.rfft2(y[:, None], dim=(1, 2)), dim=(1, 2))[:, 0])
+        return net.fc(net.out(F.gelu(y)).mean(1))
+
+    return Net({"embed": nn.Linear(12, 16), "out": nn.Linear(16, 20), "fc": nn.Linear(20, 10)}, forward)

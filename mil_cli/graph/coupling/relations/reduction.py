@@ -69,8 +69,27 @@ def mixing(operation: Operation) -> None:
             operation.link_all(key, output, but=(axis,))
 
 
+def fourier(operation: Operation) -> None:
+    """Freeze the axes that are transformed, of which one may be halved; relate the others."""
+    data, output = operation.input, operation.output
+    rank, several = operation.rank(data), operation.name.endswith(("n", "2"))
+    given = operation.value("dim", None if several else -1)
+    if given is None:
+        sizes = operation.value("s")
+        given = range(rank) if sizes is None else range(rank - len(sizes), rank)
+    axes = {operation.axis(data, axis) for axis in ([given] if isinstance(given, int) else given)}
+    for key in (data, output):
+        operation.freeze(key, axes, "a Fourier transform over the axis")
+    operation.link_all(data, output, but=axes)
+
+
+_TRANSFORMS = tuple(
+    f"fft_{inverse}{kind}fft{axes}" for inverse in ("", "i") for kind in ("", "r") for axes in ("", "2", "n")
+)
+
 RULES: Rules = {
     **rules_for(reduction, *SUMS, *STATISTICS),
+    **rules_for(fourier, *_TRANSFORMS),
     **rules_for(
         mixing,
         "softmax",

@@ -1,4 +1,4 @@
-"""Can any architecture be cut? Public models go through every step that a stage rests on; the page says what came of it.
+"""Can any architecture be cut? Public models go through every step that stages rest on; the page says what came of it.
 
 Of every model file of timm and torchvision the smallest model, and small random configurations of many families of
 transformers: captured, analysed, cut at random, proven, trained for a step, saved, cut again, exported. Each runs in a

@@ -58,7 +58,13 @@ _SPEECH = {
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
 }
-_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_EXPERTS = {
+    "experts_implementation": "batched_mm",
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
 
 
 def _tokens(module: Any) -> dict[str, Tensor]:

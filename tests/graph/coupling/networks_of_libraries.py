@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.graph.coupling.networks import Net, network
+from tests.graph.coupling.networks import Net, conv, network, pooled
 
 
 @network((9, 12))
@@ -38,3 +38,26 @@ def fourier_mixing() -> nn.Module:
         return net.fc(net.out(F.gelu(y)).mean(1))
 
     return Net({"embed": nn.Linear(12, 16), "out": nn.Linear(16, 20), "fc": nn.Linear(20, 10)}, forward)
+
+
+@network()
+def outer_grid() -> nn.Module:
+    """A grid of two weight vectors, each of which scales what comes out of a layer; and one of positions."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        rows, columns = torch.meshgrid(net.rows, net.columns, indexing="ij")
+        across, down = torch.meshgrid(torch.linspace(0, 1, 8), torch.linspace(-1, 1, 8), indexing="xy")
+        y = F.relu(net.a(x + across * down))
+        y = torch.einsum("bchw,cd->bdhw", y, rows * columns + rows)
+        return net.fc(pooled(net.b(y)))
+
+    return Net(
+        {
+            "a": conv(3, 12),
+            "rows": nn.Parameter(torch.randn(12)),
+            "columns": nn.Parameter(torch.randn(16)),
+            "b": conv(16, 8),
+            "fc": nn.Linear(8, 10),
+        },
+        forward,
+    )

@@ -129,6 +129,18 @@ def stack(operation: Operation) -> None:
     operation.freeze(output, new, "a stacked axis counts tensors")
 
 
+def meshgrid(operation: Operation) -> None:
+    """Every result has an axis for each vector, in their order or with the first two exchanged."""
+    vectors = operation.keys("tensors")
+    axes = list(range(len(vectors)))
+    if operation.has("indexing") and operation.argument("indexing") == "xy" and len(axes) > 1:
+        axes[:2] = 1, 0
+    for output in operation.outputs:
+        for vector, axis in zip(vectors, axes, strict=True):
+            if operation.rank(vector):
+                operation.link(vector, 0, output, axis)
+
+
 def split(operation: Operation) -> None:
     """Divide the axis's entries among the parts in order."""
     data = operation.input
@@ -307,6 +319,7 @@ RULES: Rules = {
     **rules_for(expand, "expand", "broadcast_to"),
     **rules_for(cat, "cat", "concat", "concatenate"),
     **rules_for(stack, "stack"),
+    **rules_for(meshgrid, "meshgrid"),
     **rules_for(
         split,
         "split",

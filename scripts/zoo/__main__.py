@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
     kept.parent.mkdir(parents=True, exist_ok=True)
     rows = read_rows(kept)
     wanted = [name for name in _names(arguments) if any(fnmatch(name, f"*{only}*") for only in arguments.only)]
-    missing = [name for name in wanted if name not in rows or (arguments.again and outcome(rows[name]) == "fail")]
+    missing = [name for name in wanted if name not in rows or (arguments.again and outcome(rows[name]) != "pass")]
     start = time.monotonic()
     for number, name in enumerate(missing, 1):
         row = _checked(name, arguments)
@@ -108,7 +108,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], metavar="PATTERN", help="models whose name matches")
-    parser.add_argument("--again", action="store_true", help="check failed models once more")
+    parser.add_argument("--again", action="store_true", help="check once more what did not pass")
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th model from the I-th")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one model")
     parser.add_argument("--memory", type=int, default=8, help="GiB for one model")

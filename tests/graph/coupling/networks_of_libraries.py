@@ -61,3 +61,46 @@ def outer_grid() -> nn.Module:
         },
         forward,
     )
+
+
+@network((9, 12))
+def positions_as_products() -> nn.Module:
+    """Numbers of positions become one-hot rows that a table is multiplied by, as a lookup of learned positions."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        places = F.one_hot((x.sum(-1).abs() * 3).long() % 6, 6).float()
+        y = F.relu(net.a(x)) + places @ net.table
+        return net.fc(net.b(y).mean(1))
+
+    return Net(
+        {
+            "a": nn.Linear(12, 16),
+            "table": nn.Parameter(torch.randn(6, 16)),
+            "b": nn.Linear(16, 20),
+            "fc": nn.Linear(20, 10),
+        },
+        forward,
+    )
+
+
+@network()
+def tiled() -> nn.Module:
+    """A window's embedding laid over an image, and one map repeated for every channel."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x)
+        y = y + net.whole + net.window.tile(1, 2, 2)
+        y = F.relu(y) * net.gate(x).repeat(1, 12, 1, 1)
+        return net.fc(pooled(net.b(y)))
+
+    return Net(
+        {
+            "a": conv(3, 12),
+            "whole": nn.Parameter(torch.randn(12, 8, 8)),
+            "window": nn.Parameter(torch.randn(12, 4, 4)),
+            "gate": conv(3, 1),
+            "b": conv(12, 8),
+            "fc": nn.Linear(8, 10),
+        },
+        forward,
+    )

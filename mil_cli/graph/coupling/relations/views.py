@@ -216,7 +216,7 @@ def roll(operation: Operation) -> None:
 
 
 def repeat(operation: Operation) -> None:
-    """Relate each entry to all its copies."""
+    """Relate each entry to all its copies; copies of a single entry are free, their number is rewritten."""
     data, output = operation.input, operation.output
     offset = operation.rank(output) - operation.rank(data)
     for axis, size in enumerate(operation.shape(data)):
@@ -335,7 +335,7 @@ RULES: Rules = {
     **rules_for(slice_, "slice", "narrow"),
     **rules_for(flip, "flip"),
     **rules_for(roll, "roll"),
-    **rules_for(repeat, "repeat"),
+    **rules_for(repeat, "repeat", "tile"),
     **rules_for(repeat_interleave, "repeat_interleave"),
     **rules_for(pixel_shuffle, "pixel_shuffle", "pixel_unshuffle"),
     **rules_for(im2col, "im2col"),

@@ -15,8 +15,13 @@ READY  := $(VENV)/.ready
 # One thread for each of the parallel test processes: more would only fight for the cores.
 SINGLE := OMP_NUM_THREADS=1
 
+# Libraries of public models need a torch that torchvision was built for, so they have an environment of their own.
+ZOO       ?= .venv-zoo
+ZOO_READY := $(ZOO)/.ready
+ZOO_PINS  := torch==2.14.1 torchvision==0.29.1 timm==1.0.31 transformers==5.24.0
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check sweep compress clean
+.PHONY: help setup demo test test-slow check sweep compress zoo clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +57,16 @@ compress: $(READY)  ## Run a recipe: make compress RECIPE=FILE [ARGS="key=value"
 	@test -n "$(RECIPE)" || { echo 'name a recipe: make compress RECIPE=recipes/quickstart.yaml' >&2; exit 2; }
 	$(BIN)/mil compress $(RECIPE) $(ARGS) $(if $(OUT),--out $(OUT))
 
-clean:  ## Remove .venv, builds and tool caches; runs/ and the stage cache stay.
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+$(ZOO_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ZOO)
+	grep -vi '^torch==' constraints.txt > $(ZOO)/constraints.txt
+	$(ZOO)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c $(ZOO)/constraints.txt $(ZOO_PINS) -e .
+	@touch $@
+
+zoo: $(ZOO_READY)  ## Cut and prove public models: make zoo [ARGS="--only *swin* --again"].
+	$(SINGLE) $(ZOO)/bin/python -m scripts.zoo $(ARGS)
+
+clean:  ## Remove the environments, builds and tool caches; runs/ and the stage cache stay.
+	rm -rf $(VENV) $(ZOO) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -exec rm -rf {} +

@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from mil_cli.graph.nodes import get_attribute, set_attribute
+from mil_cli.graph.nodes import get_attribute, op_name, set_attribute
 from mil_cli.graph.regions import inline_regions
 from mil_cli.graph.tree import plain_spec
 
@@ -108,6 +108,7 @@ def to_graph(program: ExportedProgram) -> tuple[GraphModule, list[str]]:
     graph._forward_pre_hooks.clear()
     graph._forward_pre_hooks_with_kwargs.clear()
     inline_regions(graph)
+    _drop_type_checks(graph)
     _forget_history(graph)
     for node in graph.graph.nodes:
         stack = node.meta.get("nn_module_stack")
@@ -133,6 +134,14 @@ def set_out_spec(graph: GraphModule, spec: pytree.TreeSpec) -> None:
     """Change the tree that a graph module's outputs are put into; the leaves stay as they are."""
     codegen: Any = graph.graph._codegen
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+    graph.recompile()
+
+
+def _drop_type_checks(graph: GraphModule) -> None:
+    """Drop the checks that the exporter puts before every conversion: they would fail on another device."""
+    for node in list(graph.graph.nodes):
+        if op_name(node) == "_assert_tensor_metadata":
+            graph.graph.erase_node(node)
     graph.recompile()
 
 

@@ -178,3 +178,27 @@ def test_float_file_has_no_integer_kernel(case: Build) -> None:
     assert coverage.integer_layers == 0
     assert len(coverage.float_layers) == 8
     assert coverage.conversions == 0
+
+
+class BiasedAttention(nn.Module):
+    """Attention with a bias: torch's exporter lays its result out in another order than the fused kernel does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+        self.bias = nn.Parameter(torch.randn(1, 2, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.project(x).view(x.shape[0], 6, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        bias = self.bias + x.mean((1, 2)).view(-1, 1, 1, 1)  # one for each sample
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+        return mixed.transpose(1, 2).reshape(x.shape[0], 6, -1)
+
+
+def test_attention_with_a_bias_can_be_written(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Model.capture(BiasedAttention().eval(), (torch.randn(2, 6, 8),))
+    path = tmp_path / "attention.onnx"
+    export_onnx(model, path)
+    assert check_parity(model, path, [((torch.randn(3, 6, 8),), {})]).max_abs_diff < 1e-5
+    assert "Identity" not in {node.op_type for node in onnx.load(path).graph.node}  # the copy costs nothing

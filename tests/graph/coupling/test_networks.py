@@ -21,6 +21,7 @@ from mil_cli.graph.coupling.cut import cut_graph, shared_cut
 from mil_cli.graph.coupling.equivalence import check_graphs
 from mil_cli.graph.coupling.selection import keep_masks
 from mil_cli.graph.model import copy_graph
+from tests.graph.coupling import networks_of_libraries as networks_of_libraries  # registers its networks
 from tests.graph.coupling.networks import NETWORKS
 
 BATCH = 5

@@ -80,9 +80,18 @@ def triangle(operation: Operation) -> None:
     operation.link_all(data, output, but=(rank - 2, rank - 1))
 
 
+def one_hot(operation: Operation) -> None:
+    """The new last axis counts numbers; the others pass."""
+    chosen, output = operation.input, operation.output
+    for axis in range(operation.rank(chosen)):
+        operation.link(chosen, axis, output, axis)
+    operation.freeze(output, operation.rank(output) - 1, "the axis counts numbers")
+
+
 RULES: Rules = {
     **rules_for(triangle, "triu", "tril", "triu_", "tril_"),
     **rules_for(index_select, "index_select"),
     **rules_for(index, "index"),
     **rules_for(gather, "gather", "take_along_dim"),
+    **rules_for(one_hot, "one_hot"),
 }

@@ -82,6 +82,20 @@ _UNTAGGED = frozenset(
         "fmod",
         "pow",
         "clip",
+        "__and__",
+        "__or__",
+        "__xor__",
+        "multiply",
+        "subtract",
+        "divide",
+        "negative",
+        "absolute",
+        "positive",
+        "greater",
+        "greater_equal",
+        "less",
+        "less_equal",
+        "not_equal",
     ]
 )
 """Ops that are pointwise but do not all carry the tag."""

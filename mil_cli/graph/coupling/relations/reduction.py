@@ -62,14 +62,34 @@ def mixing(operation: Operation) -> None:
     """Freeze the axis along which entries are compared, normalised or accumulated; relate the others."""
     data = operation.input
     axis = operation.axis(data, operation.value("dim", -1))
-    for key in [data, *operation.outputs]:
+    for key in [*operation.inputs, *operation.outputs]:
         operation.freeze(key, axis, f"{operation.name} over the axis")
     for output in operation.outputs:
-        operation.link_all(data, output, but=(axis,))
+        for key in operation.inputs:  # differences take what stands before and behind as tensors of their own
+            operation.link_all(key, output, but=(axis,))
 
+
+def fourier(operation: Operation) -> None:
+    """Freeze the axes that are transformed, of which one may be halved; relate the others."""
+    data, output = operation.input, operation.output
+    rank, several = operation.rank(data), operation.name.endswith(("n", "2"))
+    given = operation.value("dim", None if several else -1)
+    if given is None:
+        sizes = operation.value("s")
+        given = range(rank) if sizes is None else range(rank - len(sizes), rank)
+    axes = {operation.axis(data, axis) for axis in ([given] if isinstance(given, int) else given)}
+    for key in (data, output):
+        operation.freeze(key, axes, "a Fourier transform over the axis")
+    operation.link_all(data, output, but=axes)
+
+
+_TRANSFORMS = tuple(
+    f"fft_{inverse}{kind}fft{axes}" for inverse in ("", "i") for kind in ("", "r") for axes in ("", "2", "n")
+)
 
 RULES: Rules = {
     **rules_for(reduction, *SUMS, *STATISTICS),
+    **rules_for(fourier, *_TRANSFORMS),
     **rules_for(
         mixing,
         "softmax",
@@ -85,5 +105,6 @@ RULES: Rules = {
         "sort",
         "argsort",
         "topk",
+        "diff",
     ),
 }

@@ -129,6 +129,18 @@ def stack(operation: Operation) -> None:
     operation.freeze(output, new, "a stacked axis counts tensors")
 
 
+def meshgrid(operation: Operation) -> None:
+    """Every result has an axis for each vector, in their order or with the first two exchanged."""
+    vectors = operation.keys("tensors")
+    axes = list(range(len(vectors)))
+    if operation.has("indexing") and operation.argument("indexing") == "xy" and len(axes) > 1:
+        axes[:2] = 1, 0
+    for output in operation.outputs:
+        for vector, axis in zip(vectors, axes, strict=True):
+            if operation.rank(vector):
+                operation.link(vector, 0, output, axis)
+
+
 def split(operation: Operation) -> None:
     """Divide the axis's entries among the parts in order."""
     data = operation.input
@@ -204,7 +216,7 @@ def roll(operation: Operation) -> None:
 
 
 def repeat(operation: Operation) -> None:
-    """Relate each entry to all its copies."""
+    """Relate each entry to all its copies; copies of a single entry are free, their number is rewritten."""
     data, output = operation.input, operation.output
     offset = operation.rank(output) - operation.rank(data)
     for axis, size in enumerate(operation.shape(data)):
@@ -307,6 +319,7 @@ RULES: Rules = {
     **rules_for(expand, "expand", "broadcast_to"),
     **rules_for(cat, "cat", "concat", "concatenate"),
     **rules_for(stack, "stack"),
+    **rules_for(meshgrid, "meshgrid"),
     **rules_for(
         split,
         "split",
@@ -322,7 +335,7 @@ RULES: Rules = {
     **rules_for(slice_, "slice", "narrow"),
     **rules_for(flip, "flip"),
     **rules_for(roll, "roll"),
-    **rules_for(repeat, "repeat"),
+    **rules_for(repeat, "repeat", "tile"),
     **rules_for(repeat_interleave, "repeat_interleave"),
     **rules_for(pixel_shuffle, "pixel_shuffle", "pixel_unshuffle"),
     **rules_for(im2col, "im2col"),

@@ -33,6 +33,19 @@ def size(edit: Edit) -> None:
     )
 
 
+def copies(edit: Edit) -> None:
+    """Make as many copies of a single entry as the masks leave; of several entries each copy is cut alike."""
+    name = "repeats" if edit.has("repeats") else "dims"
+    old, new = edit.argument(name), list(get_argument(edit.new, name))
+    shape, rank = edit.shape(edit.key("self")), len(edit.shape(edit.output))
+    for axis in edit.masks.get(edit.output, {}):
+        position, source = axis - rank + len(old), axis - rank + len(shape)
+        if position >= 0 and (source < 0 or shape[source] == 1):
+            new[position] = edit.resized(old[position], new[position], edit.kept(edit.output, axis))
+    if edit.touched(edit.output):
+        edit.set(name, new)
+
+
 def unflatten(edit: Edit) -> None:
     """Give the parts of the divided axis their new sizes."""
     if not edit.touched(edit.output):
@@ -74,6 +87,8 @@ def attention_scale(edit: Edit) -> None:
 
 REWRITES: dict[str, Rewrite] = {
     **dict.fromkeys(SIZED, size),
+    "repeat": copies,
+    "tile": copies,
     "unflatten": unflatten,
     "layer_norm": normalized_shape,
     "rms_norm": normalized_shape,

@@ -1,0 +1,123 @@
+"""Can any architecture be cut? Public models go through every step that stages rest on; the page says what came of it.
+
+Of every model file of timm and torchvision the smallest model, and small random configurations of many families of
+transformers: captured, analysed, cut at random, proven, trained for a step, saved, cut again, exported. Each runs in a
+process of its own. Results are kept beside the page, one line a model, so that an interrupted run goes on.
+
+    make zoo
+    make zoo ARGS="--only *swin* --again"
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from scripts.zoo.pool import run
+from scripts.zoo.table import failures, outcome, page
+
+CATALOGUES = ("scripts.zoo.transformers_models", "scripts.zoo.torchvision_models", "scripts.zoo.timm_models")
+LIBRARIES = ("torch", "timm", "torchvision", "transformers", "onnxruntime")
+PRELOADED = ("torch", "timm", "torchvision", "transformers", "onnxscript")
+
+Row = dict[str, Any]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Check the models that have no row yet, then write the page; return 1 if any model fails."""
+    arguments = _arguments(words)
+    kept: Path = arguments.rows
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(kept)
+    wanted = [name for name in _names(arguments) if any(fnmatch(name, f"*{only}*") for only in arguments.only)]
+    missing = [name for name in wanted if name not in rows or (arguments.again and outcome(rows[name]) != "pass")]
+    start = time.monotonic()
+    for number, name in enumerate(missing, 1):
+        row = _checked(name, arguments)
+        rows[name] = row
+        with kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        left = (time.monotonic() - start) / number * (len(missing) - number)
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in failures(row))
+        print(f"[{number}/{len(missing)}, {left / 60:.0f} min left] {name}: {outcome(row)} {reasons}", flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(page(rows.values(), _versions()), encoding="utf-8")
+    return 1 if any(outcome(rows[name]) == "fail" for name in wanted) else 0
+
+
+def read_rows(file: Path) -> dict[str, Row]:
+    """Return the rows of a file by model; of several for one model the last counts, a half-written line is left out."""
+    rows = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["name"]] = row
+    return rows
+
+
+def _names(arguments: argparse.Namespace) -> list[str]:
+    """Return the models of this shard, from a list kept beside the rows: making it takes minutes."""
+    file = arguments.rows.with_suffix(".names.json")
+    key = [*arguments.catalogues, _versions()]
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if known.get("of") != key:
+        names = [
+            f"{module}:{name}" for module in arguments.catalogues for name in importlib.import_module(module).names()
+        ]
+        known = {"of": key, "names": names}
+        file.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    index, count = arguments.shard
+    return known["names"][index - 1 :: count]
+
+
+def _checked(name: str, arguments: argparse.Namespace) -> Row:
+    from scripts.zoo.checks import check
+
+    start = time.monotonic()
+    row = run(check, name, timeout=arguments.timeout, memory=arguments.memory * 2**30, preload=arguments.preload)
+    return {"name": name, **row, "wall_seconds": round(time.monotonic() - start, 1)}
+
+
+def _versions() -> str:
+    found = []
+    for library in LIBRARIES:
+        try:
+            found.append(f"{library} {version(library)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"a shard is i/n with i from 1 to n, not {text}")
+    return int(index), int(count)
+
+
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PATTERN", help="models whose name matches")
+    parser.add_argument("--again", action="store_true", help="check once more what did not pass")
+    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th model from the I-th")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one model")
+    parser.add_argument("--memory", type=int, default=8, help="GiB for one model")
+    parser.add_argument("--rows", type=Path, default=Path("runs/zoo.jsonl"), help="results, one line a model")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/zoo.md"), help="the page")
+    parser.add_argument("--catalogues", nargs="+", default=CATALOGUES, help=argparse.SUPPRESS)
+    parser.add_argument("--preload", nargs="*", default=PRELOADED, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""What is done to one model, step by step, and whether a step fails on the cut model alone or on the original too.
+
+A step that fails is recorded and the next are tried. Where the user's own module, or its uncut graph, fails the same
+step by torch's or onnxruntime's own doing, that is recorded apart: it says nothing about the engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import time
+import warnings
+import zlib
+from collections import Counter as Tally
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mil_cli.export.onnx import export_onnx
+from mil_cli.export.parity import check_parity
+from mil_cli.graph.coupling import Coupling, analyse, check_equivalence, cut, repair
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import get_attribute, op_name
+from scripts.zoo.sample import Sample, enliven, fresh
+
+RATIO = 0.4
+"""Share of the free classes of every space that is cut."""
+
+STEPS = ("build", "capture", "analyse", "cut", "equivalence", "batch", "backward", "archive", "second cut", "onnx")
+
+_OTHER_BATCH = 7
+_SHOWN_REASONS = 4
+
+Row = dict[str, Any]
+
+
+def check(name: str, report: Callable[[Row], None]) -> None:
+    """Do every step on one model and report the row after each.
+
+    Args:
+        name: ``catalogue module:model``.
+        report: Takes what is known so far: figures, and the steps that failed with the reason, under ``failed`` where
+            the original does not fail and under ``original`` where it does.
+    """
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    catalogue, model = name.split(":")
+    _Check(name, report).run(lambda: importlib.import_module(catalogue).build(model))
+
+
+class _Check:
+    def __init__(self, name: str, report: Callable[[Row], None]) -> None:
+        self.seed = zlib.crc32(name.encode())
+        self.row: Row = {"name": name, "failed": {}, "original": {}, "seconds": {}}
+        self._report = report
+
+    def run(self, build: Callable[[], Sample]) -> None:
+        """Do the steps; those that need what an earlier one could not give are left out."""
+        with TemporaryDirectory(prefix="zoo-") as folder:
+            sample = self._step("build", lambda: _built(build))
+            model = sample and self._step("capture", lambda: self._capture(sample), lambda: _plain_capture(sample))
+            coupling = model and self._step("analyse", lambda: self._analyse(model))
+            removed = coupling and chosen(coupling, self.seed)
+            smaller = coupling and self._step("cut", lambda: self._cut(model, coupling, removed))
+            if smaller is not None:
+                self._step("equivalence", lambda: self._equivalence(model, coupling, removed, smaller))
+                self._step("batch", lambda: _other_batch(smaller), lambda: _other_batch(model))
+                self._step("backward", lambda: _backward(smaller, sample), lambda: _backward_of_module(sample))
+                self._step(
+                    "archive", lambda: _round_trip(smaller, Path(folder)), lambda: _round_trip(model, Path(folder))
+                )
+                self._step("second cut", lambda: self._second_cut(Path(folder)))
+                self._step("onnx", lambda: _onnx(smaller, Path(folder)), lambda: _onnx(model, Path(folder)))
+        self.row.pop("step", None)
+        self._report(self.row)
+
+    def _step(self, name: str, do: Callable[[], Any], of_original: Callable[[], Any] | None = None) -> Any:
+        """Return what a step gives; None, and the reason in the row, where it fails."""
+        self.row["step"] = name
+        self._report(self.row)
+        start = time.process_time()
+        try:
+            return do()
+        except Exception as error:
+            self.row["failed"][name] = _in_words(error)
+        finally:
+            self.row["seconds"][name] = round(time.process_time() - start, 2)
+        if of_original is not None:
+            try:
+                of_original()
+            except Exception as error:
+                self.row["original"][name] = _in_words(error)
+                del self.row["failed"][name]
+        return None
+
+    def _capture(self, sample: Sample) -> Model:
+        model = Model.capture(sample.module, sample.args, sample.kwargs)
+        with torch.no_grad():
+            outputs = _floats(model, model(*model.samples[0], **model.samples[1]))
+        if not all(bool(torch.isfinite(output).all()) and float(output.abs().max()) > 0 for output in outputs):
+            raise ValueError("the outputs are not finite, or all zero: nothing could be compared")
+        self.row.update(nodes=len(model.graph.graph.nodes), macs=model.macs(), params=model.num_params())
+        self.row["notices"] = list(model.spec.notices)
+        return model
+
+    def _analyse(self, model: Model) -> Coupling:
+        coupling = analyse(model)
+        spaces = coupling.spaces
+        reasons: Tally[str] = Tally()
+        for frozen in coupling.frozen:
+            if frozen.axis == 0:
+                reasons[f"{frozen.operator}: {frozen.reason}"] += frozen.entries
+        self.row.update(
+            cuttable_share=round(coupling.cuttable_share, 4),
+            inner_share=round(inner_share(coupling), 4),
+            free=sum(bool(space.free) for space in spaces),
+            frozen=sum(not space.free for space in spaces),
+            inexact=sum(bool(space.inexact) for space in spaces if space.free),
+            unknown=[reason for _, reason, _ in coupling.unknown],
+            reasons=[f"{count} rows: {reason}" for reason, count in reasons.most_common(_SHOWN_REASONS)],
+        )
+        return coupling
+
+    def _cut(self, model: Model, coupling: Coupling, removed: dict[int, set[int]]) -> Model:
+        smaller = cut(model, coupling, removed)
+        self.row.update(macs_after=smaller.macs(), params_after=smaller.num_params())
+        return smaller
+
+    def _equivalence(self, model: Model, coupling: Coupling, removed: dict[int, set[int]], smaller: Model) -> None:
+        self.row["difference"] = _proven(model, coupling, removed, smaller, self.seed)
+
+    def _second_cut(self, folder: Path) -> None:
+        model = Model.load(folder / "model.pt2")
+        coupling = analyse(model)
+        removed = chosen(coupling, self.seed + 1)
+        smaller = cut(model, coupling, removed)
+        _proven(model, coupling, removed, smaller, self.seed)
+        if removed and smaller.num_params() >= model.num_params():
+            raise ValueError("the second cut removed no parameter")
+
+
+def inner_share(coupling: Coupling) -> float:
+    """Return the cuttable share of the rows that neither make the model's outputs nor are looked up by number."""
+    recording = coupling.recording
+    tables = {recording.key(node.args[0]) for node in coupling.graph.graph.nodes if op_name(node) == "embedding"}
+    outputs: dict[str, int] = {}
+    for frozen in coupling.frozen:
+        if frozen.axis == 0 and frozen.operator == "output":
+            outputs[frozen.parameter] = max(frozen.entries, outputs.get(frozen.parameter, 0))
+    total = inner = 0
+    for key, leaf in recording.leaves.items():
+        if recording.is_parameter(key) and leaf.ndim > 1:
+            total += leaf.shape[0]
+            inner += 0 if key in tables else leaf.shape[0] - outputs.get(recording.leaf_names[key][0], 0)
+    return coupling.cuttable_share * total / inner if inner else 1.0
+
+
+def chosen(coupling: Coupling, seed: int) -> dict[int, set[int]]:
+    """Return classes to remove: a random share of the free ones of every space, as far as no axis becomes empty."""
+    generator = np.random.default_rng(seed)
+    removed = {}
+    for number, space in enumerate(coupling.spaces):
+        count = math.floor(RATIO * len(space.free))
+        removed[number] = set(generator.choice(space.free, count, replace=False).tolist()) if count else set()
+    return repair(coupling, removed)
+
+
+def _built(build: Callable[[], Sample]) -> Sample:
+    sample = build()
+    enliven(sample)
+    return sample
+
+
+def _proven(model: Model, coupling: Coupling, removed: dict[int, set[int]], smaller: Model, seed: int) -> float:
+    report = check_equivalence(model, coupling, removed, smaller, [fresh(model.samples, seed)])
+    if not report.equivalent:
+        origins = [coupling.spaces[number].origin for number in report.failed]
+        raise ValueError(f"the outputs differ by {report.difference:.2g} by the spaces of {', '.join(origins)}")
+    return report.difference
+
+
+def _plain_capture(sample: Sample) -> None:
+    """Capture as torch does by itself, with fixed sizes."""
+    torch.export.export(copy.deepcopy(sample.module).eval(), sample.args, sample.kwargs)
+
+
+def _floats(model: Model, outputs: Any) -> list[Tensor]:
+    return [tensor for tensor in model.flatten_outputs(outputs) if tensor.is_floating_point()]
+
+
+def _other_batch(model: Model) -> None:
+    """Check that another batch runs and that each sample's result does not depend on those beside it.
+
+    Raises:
+        ValueError: The batch is fixed, or a result changes.
+    """
+    if model.spec.batch is None:
+        raise ValueError(f"the batch is fixed: {' '.join(model.spec.notices)}")
+    args, kwargs = model.batch_input(_OTHER_BATCH)
+    with torch.no_grad():
+        many = _floats(model, model(*args, **kwargs))
+        few = _floats(model, model(*model.samples[0], **model.samples[1]))
+    for whole, part in zip(many, few, strict=True):
+        shared = whole
+        for axis, size in enumerate(part.shape):
+            shared = shared.narrow(axis, 0, size)  # the first samples are the same in both
+        difference = (shared - part).abs().max()
+        if difference > 1e-4 * part.abs().max():
+            raise ValueError(f"a sample's result differs by {difference:.2g} in another batch")
+
+
+def _loss(outputs: Any) -> Tensor:
+    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.stack([tensor.square().mean() for tensor in tensors]).sum()
+
+
+def _backward(smaller: Model, sample: Sample) -> None:
+    """Check that training reaches every parameter that is left, but those that it does not reach in the original."""
+    model = smaller.clone().train()
+    _loss(model(*model.samples[0], **model.samples[1])).backward()
+    read = {str(node.target) for node in model.graph.graph.find_nodes(op="get_attr") if node.users}
+    shared = {id(get_attribute(model.graph, name)) for name in read}
+    without = {
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) in shared and parameter.requires_grad and parameter.grad is None
+    }
+    if without:
+        without -= _backward_of_module(sample)
+    if without:
+        raise ValueError(f"no gradient for {', '.join(sorted(without)[:5])}")
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            raise ValueError(f"the gradient of {name} is not finite")
+
+
+def _backward_of_module(sample: Sample) -> set[str]:
+    """Train the user's module for a step; return the parameters that get no gradient."""
+    module = copy.deepcopy(sample.module).train()
+    _loss(_leaves(module(*sample.args, **sample.kwargs))).backward()
+    return {name for name, parameter in module.named_parameters() if parameter.grad is None}
+
+
+def _leaves(outputs: Any) -> Any:
+    """Return a record as the dictionary that it is, for torch's trees do not know every record."""
+    return dict(outputs) if hasattr(outputs, "items") else outputs
+
+
+def _round_trip(model: Model, folder: Path) -> None:
+    path = folder / "model.pt2"
+    model.save(path)
+    loaded = Model.load(path)
+    with torch.no_grad():
+        before = model.flatten_outputs(model(*model.samples[0], **model.samples[1]))
+        after = loaded.flatten_outputs(loaded(*model.samples[0], **model.samples[1]))
+    weights, read = model.state_dict(), loaded.state_dict()
+    if weights.keys() != read.keys() or not all(torch.equal(value, read[name]) for name, value in weights.items()):
+        raise ValueError("the archive gives other weights")
+    if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        raise ValueError("the archive gives other outputs")
+
+
+def _onnx(model: Model, folder: Path) -> None:
+    path = folder / "model.onnx"
+    export_onnx(model, path)
+    check_parity(model, path, [fresh(model.samples, 1)])
+
+
+def _in_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:400]}" if lines else type(error).__name__

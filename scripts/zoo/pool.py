@@ -1,0 +1,76 @@
+"""Runs one job after another, each in a process of its own, which may crash, hang or run out of memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+_LAST_WORDS = 300
+"""Characters of what a process that died had printed last."""
+
+Known = dict[str, Any]
+Report = Callable[[Known], None]
+Job = Callable[[str, Report], None]
+
+
+def run(job: Job, name: str, *, timeout: float, memory: int, preload: Sequence[str] = ()) -> Known:
+    """Do a job in a fresh process; return what it reported last, with why it ended if it did not end well.
+
+    Args:
+        job: Called with the name and a function that takes what is known so far. A function of a module.
+        name: The job's name.
+        timeout: Seconds after which the process is ended.
+        memory: Bytes of data that the process may have.
+        preload: Modules that every process finds imported.
+
+    Returns:
+        The last report; under ``ended`` why the process ended early, absent if it did not.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    receiving, sending = context.Pipe(duplex=False)
+    with TemporaryDirectory(prefix="zoo-") as folder:
+        printed = Path(folder) / "printed"
+        process = context.Process(target=_child, args=(job, name, sending, printed, memory))
+        process.start()
+        sending.close()
+        try:
+            known, late = _listen(receiving, time.monotonic() + timeout)
+            if late:
+                return {**known, "ended": f"not done after {timeout:g} s"}
+            process.join()
+        finally:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        if process.exitcode:
+            said = printed.read_text(errors="replace").strip()[-_LAST_WORDS:] if printed.exists() else ""
+            known["ended"] = f"the process ended with {process.exitcode}" + (f": {said}" if said else "")
+    return known
+
+
+def _listen(receiving: Connection, deadline: float) -> tuple[Known, bool]:
+    """Return the last report before the process ended or the deadline passed, and whether it passed."""
+    known: Known = {}
+    while receiving.poll(max(0.0, deadline - time.monotonic())):
+        try:
+            known = receiving.recv()
+        except EOFError:
+            return known, False
+    return known, True
+
+
+def _child(job: Job, name: str, sending: Connection, printed: Path, memory: int) -> None:
+    words = os.open(printed, os.O_WRONLY | os.O_CREAT)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    job(name, sending.send)

@@ -150,7 +150,7 @@ class _Check:
 def inner_share(coupling: Coupling) -> float:
     """Return the cuttable share of the rows that neither make the model's outputs nor are looked up by number."""
     recording = coupling.recording
-    readers = [node for node in coupling.graph.graph.nodes if op_name(node) in ("embedding", "index")]
+    readers = [node for node in coupling.graph.graph.nodes if op_name(node) in ("embedding", "index", "index_select")]
     tables = {recording.key(node.args[0]) for node in readers}
     outputs: dict[str, int] = {}
     for frozen in coupling.frozen:

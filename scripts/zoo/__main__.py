@@ -37,7 +37,9 @@ def main(words: Sequence[str] | None = None) -> int:
     kept: Path = arguments.rows
     kept.parent.mkdir(parents=True, exist_ok=True)
     rows = read_rows(kept)
-    wanted = [name for name in _names(arguments) if any(fnmatch(name, f"*{only}*") for only in arguments.only)]
+    names = _names(arguments)
+    index, count = arguments.shard
+    wanted = [name for name in names[index - 1 :: count] if any(fnmatch(name, f"*{only}*") for only in arguments.only)]
     missing = [name for name in wanted if name not in rows or (arguments.again and outcome(rows[name]) != "pass")]
     start = time.monotonic()
     for number, name in enumerate(missing, 1):
@@ -49,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
         reasons = "; ".join(f"{step}: {reason}" for step, reason in failures(row))
         print(f"[{number}/{len(missing)}, {left / 60:.0f} min left] {name}: {outcome(row)} {reasons}", flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(page(rows.values(), _versions()), encoding="utf-8")
+    arguments.out.write_text(page(rows.values(), _versions(), total=len({*names, *rows})), encoding="utf-8")
     return 1 if any(outcome(rows[name]) == "fail" for name in wanted) else 0
 
 
@@ -66,7 +68,7 @@ def read_rows(file: Path) -> dict[str, Row]:
 
 
 def _names(arguments: argparse.Namespace) -> list[str]:
-    """Return the models of this shard, from a list kept beside the rows: making it takes minutes."""
+    """Return all models, from a list kept beside the rows: making it takes minutes."""
     file = arguments.rows.with_suffix(".names.json")
     key = [*arguments.catalogues, _versions()]
     known = json.loads(file.read_text()) if file.exists() else {}
@@ -76,8 +78,7 @@ def _names(arguments: argparse.Namespace) -> list[str]:
         ]
         known = {"of": key, "names": names}
         file.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    index, count = arguments.shard
-    return known["names"][index - 1 :: count]
+    return list(known["names"])
 
 
 def _checked(name: str, arguments: argparse.Namespace) -> Row:
@@ -110,8 +111,8 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[""], metavar="PATTERN", help="models whose name matches")
     parser.add_argument("--again", action="store_true", help="check once more what did not pass")
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th model from the I-th")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one model")
-    parser.add_argument("--memory", type=int, default=8, help="GiB for one model")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one model")
+    parser.add_argument("--memory", type=int, default=12, help="GiB for one model")
     parser.add_argument("--rows", type=Path, default=Path("runs/zoo.jsonl"), help="results, one line a model")
     parser.add_argument("--out", type=Path, default=Path("docs/results/zoo.md"), help="the page")
     parser.add_argument("--catalogues", nargs="+", default=CATALOGUES, help=argparse.SUPPRESS)

@@ -150,7 +150,8 @@ class _Check:
 def inner_share(coupling: Coupling) -> float:
     """Return the cuttable share of the rows that neither make the model's outputs nor are looked up by number."""
     recording = coupling.recording
-    tables = {recording.key(node.args[0]) for node in coupling.graph.graph.nodes if op_name(node) == "embedding"}
+    readers = [node for node in coupling.graph.graph.nodes if op_name(node) in ("embedding", "index", "index_select")]
+    tables = {recording.key(node.args[0]) for node in readers}
     outputs: dict[str, int] = {}
     for frozen in coupling.frozen:
         if frozen.axis == 0 and frozen.operator == "output":

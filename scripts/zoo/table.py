@@ -22,18 +22,19 @@ def failures(row: Row) -> list[tuple[str, str]]:
     return [*row.get("failed", {}).items(), *ended]
 
 
-def page(rows: Iterable[Row], versions: str) -> str:
+def page(rows: Iterable[Row], versions: str, *, total: int) -> str:
     """Return the results as Markdown.
 
     Args:
         rows: One for each model.
         versions: Of the libraries, in words.
+        total: How many models there are, run or not.
     """
     ordered = sorted(rows, key=lambda row: row["name"].lower())
-    return "\n".join([*_heading(ordered, versions), *_problems(ordered), *_models(ordered)]) + "\n"
+    return "\n".join([*_heading(ordered, versions, total), *_problems(ordered), *_models(ordered)]) + "\n"
 
 
-def _heading(rows: Sequence[Row], versions: str) -> list[str]:
+def _heading(rows: Sequence[Row], versions: str, total: int) -> list[str]:
     by = {kind: [row for row in rows if outcome(row) == kind] for kind in ("pass", "original", "fail")}
     judged = len(by["pass"]) + len(by["fail"])
     analysed = [row for row in rows if "cuttable_share" in row]
@@ -47,6 +48,8 @@ def _heading(rows: Sequence[Row], versions: str) -> list[str]:
         f"- {len(rows)} models: **{len(by['pass'])} pass every step**, {len(by['fail'])} fail one,"
         f" {len(by['original'])} fail a step that their original fails too (by torch or onnxruntime alone).",
     ]
+    if total > len(rows):
+        lines.append(f"- {total - len(rows)} models of the list have not been run.")
     if judged:
         lines.append(f"- Of those whose original does every step: {100 * len(by['pass']) / judged:.1f} % pass.")
     if analysed:

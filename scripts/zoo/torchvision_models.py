@@ -18,7 +18,13 @@ _GROUPS = {
 }
 _BATCH = 4
 _SHAPES = {"classification": (3, 128, 128), "segmentation": (3, 96, 96), "video": (3, 16, 64, 64)}
-_FIXED = {"vit_": (3, 224, 224), "maxvit": (3, 224, 224), "inception": (3, 160, 160), "mvit": (3, 16, 224, 224)}
+_FIXED = {
+    "vit_": (3, 224, 224),
+    "maxvit": (3, 224, 224),
+    "inception": (3, 160, 160),
+    "mvit": (3, 16, 224, 224),
+    "s3d": (3, 16, 224, 224),
+}
 """By the beginning of a model's name: what it takes where that is fixed, or smaller images vanish on the way."""
 
 

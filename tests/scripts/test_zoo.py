@@ -149,8 +149,9 @@ def test_the_page_counts_outcomes_apart() -> None:
         {"name": "b", **figures, "cuttable_share": 0.9, "original": {"onnx": "torch cannot"}},
         {"name": "c", "step": "cut", "ended": "not done after 9 s"},
     ]
-    text = page(rows, "torch 2")
+    text = page(rows, "torch 2", total=5)
     assert "3 models: **1 pass every step**, 1 fail one, 1 fail a step that their original fails too" in text
+    assert "2 models of the list have not been run" in text
     assert "50.0 % pass" in text
     assert "median 0.700, lowest 0.500" in text
     assert "| c | cut | not done after 9 s |" in text

@@ -31,6 +31,7 @@ from mil_cli.graph.nodes import get_attribute
 Key = str
 
 _LARGEST_VALUE = 4_000_000
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _VALUE_DTYPES = (torch.int64, torch.int32, torch.bool)
 
 
@@ -158,6 +159,10 @@ class _ShapeRecorder(_Recorder):
             if schema is not None and schema.is_mutable and not all(tensor.is_meta for tensor in tensors):
                 raise _NeedsValues
             args, kwargs = tree_map(self._on_meta, (args, kwargs))
+            if target.__name__.partition(".")[0] in _RECURRENT:
+                # of shapes alone torch takes them apart, time step by time step; zeros are much faster
+                result = super().call_function(target, *tree_map(_as_zeros, (args, kwargs)))
+                return tree_map(self._on_meta, result)
         return super().call_function(target, args, kwargs)
 
     def _without_floats(self, value: Any) -> Any:
@@ -174,6 +179,12 @@ class _ShapeRecorder(_Recorder):
             shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
             self._shapes[id(value)] = (value, shape)
         return self._shapes[id(value)][1]
+
+
+def _as_zeros(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return torch.zeros(value.shape, dtype=value.dtype)
+    return value
 
 
 def record(graph: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:

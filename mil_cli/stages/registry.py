@@ -31,6 +31,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("prune", "slimming"): "mil_cli.stages.prune.slimming",
     ("prune", "group_lasso"): "mil_cli.stages.prune.group_lasso",
     ("prune", "growing_reg"): "mil_cli.stages.prune.growing_reg",
+    ("prune", "soft_mask"): "mil_cli.stages.prune.soft_mask",
     ("prune", "kmeans"): "mil_cli.stages.prune.kmeans",
     ("prune", "sparse_magnitude"): "mil_cli.stages.prune.sparse_magnitude",
     ("prune", "wanda"): "mil_cli.stages.prune.wanda",

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Collection
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mil_cli.data.base import Data
+from mil_cli.data.digits import digits
 from mil_cli.device.host import resolve
 from mil_cli.events import Progress, SilentProgress
 from mil_cli.graph.model import Model
+from mil_cli.models.resnet import resnet20
 from mil_cli.stages.context import Context, Surroundings
 from mil_cli.task.classification import Classification
+from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig
 
 
@@ -53,3 +60,40 @@ def make_context(
     }
     surroundings = Surroundings(**around)
     return Context(name=name, surroundings=surroundings, progress=progress or SilentProgress(), workspace=workspace)
+
+
+@cache
+def trained_digits() -> Model:
+    """Return a small ResNet that knows the digits; it is shared, so not to be changed."""
+    torch.manual_seed(0)
+    net = Model.capture(resnet20(width=16, blocks=1).eval(), (torch.randn(2, 1, 8, 8),))
+    return make_context(digits()).finetune(net, stage=None, name="base", trainer={"epochs": 8})
+
+
+class Kill(Exception):
+    """Stands for a kill."""
+
+
+def run_through_kills(run: Callable[[], Model], monkeypatch: pytest.MonkeyPatch, saves: Collection[int]) -> Model:
+    """Run a stage that is killed right after some of its saves, counted over all runs, and return what it ends with.
+
+    Args:
+        run: Runs the stage in a workspace that stays.
+        monkeypatch: Puts the kills in.
+        saves: After which saves; the run must come to each.
+    """
+    save, count = FileSlot.save, 0
+
+    def kill(self: FileSlot, state: dict[str, Any]) -> None:
+        nonlocal count
+        save(self, copy.deepcopy(state))
+        count += 1
+        if count in saves:
+            raise Kill
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSlot, "save", kill)
+        for _ in saves:
+            with pytest.raises(Kill):
+                run()
+    return run()

@@ -44,7 +44,7 @@ class RunningCall(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Axes:
+class Axes:
     """Axes of tensors that lose the same number of entries in every cut.
 
     Attributes:
@@ -75,9 +75,9 @@ class Counter:
     _known: dict[tuple[Node, tuple[Any, ...]], int] = field(default_factory=dict)
 
     @cached_property
-    def _nodes(self) -> dict[Node, int]:
+    def counted(self) -> dict[Node, int]:
         """Nodes that count, with their multiply-accumulates before any cut."""
-        nodes = {node: self._node_macs(node, {}) for node in calls(self.coupling.graph)}
+        nodes = {node: self.macs_of_node(node, {}) for node in calls(self.coupling.graph)}
         return {node: macs for node, macs in nodes.items() if macs}
 
     @cached_property
@@ -101,7 +101,8 @@ class Counter:
         return running
 
     @cached_property
-    def _parameters(self) -> dict[Key, Shape]:
+    def parameters(self) -> dict[Key, Shape]:
+        """Parameters that something reads, with their shapes before any cut."""
         recording = self.coupling.recording
         read = {recording.key(node) for node in recording.graph.graph.nodes if node.op == "get_attr" and node.users}
         return {key: recording.shapes[key] for key in recording.leaves if recording.is_parameter(key) and key in read}
@@ -126,25 +127,27 @@ class Counter:
         return {key: frozenset(names) for key, names in readers.items()}
 
     @cached_property
-    def _node_axes(self) -> list[_Axes]:
+    def node_axes(self) -> list[Axes]:
+        """Axes of what the calls that count read and give, as far as a cut can shorten them."""
         recording = self.coupling.recording
         keys: dict[Key, None] = {}
-        for node in self._nodes:
+        for node in self.counted:
             for key in (*map(recording.key, node.all_input_nodes), recording.key(node)):
                 keys[key] = None
             keys.update(dict.fromkeys(recording.outputs.get(node.name, ())))
         return self._axes(keys)
 
     @cached_property
-    def _running_axes(self) -> list[_Axes]:
+    def _running_axes(self) -> list[Axes]:
         return self._axes(dict.fromkeys(key for _, inputs, outputs in self._running for key in (*inputs, *outputs)))
 
     @cached_property
-    def _parameter_axes(self) -> list[_Axes]:
-        return self._axes(self._parameters)
+    def parameter_axes(self) -> list[Axes]:
+        """Axes of the parameters, as far as a cut can shorten them."""
+        return self._axes(self.parameters)
 
-    def _axes(self, keys: Iterable[Key]) -> list[_Axes]:
-        found: dict[tuple[Any, ...], _Axes] = {}
+    def _axes(self, keys: Iterable[Key]) -> list[Axes]:
+        found: dict[tuple[Any, ...], Axes] = {}
         for key in keys:
             covering: dict[int, list[int]] = {}
             for number, space in enumerate(self.coupling.spaces):
@@ -157,11 +160,11 @@ class Counter:
                     entries = None
                     if len(spaces) == 1:
                         entries = np.bincount(labels[0][labels[0] >= 0], minlength=self.coupling.spaces[spaces[0]].size)
-                    found[identity] = _Axes([], len(labels[0]), tuple(spaces), labels, entries)
+                    found[identity] = Axes([], len(labels[0]), tuple(spaces), labels, entries)
                 found[identity].places.append((key, axis))
         return list(found.values())
 
-    def _kept(self, axes: Iterable[_Axes], removed: Removed) -> dict[Key, dict[int, int]]:
+    def _kept(self, axes: Iterable[Axes], removed: Removed) -> dict[Key, dict[int, int]]:
         gone = {}
         for number, classes in removed.items():
             gone[number] = np.zeros(self.coupling.spaces[number].size + 1, dtype=bool)  # the last: no class
@@ -192,7 +195,8 @@ class Counter:
             sizes[axis] = round(sizes[axis] * count / whole[axis])  # an axis may hold batch x heads
         return tuple(sizes)
 
-    def _node_macs(self, node: Node, kept: Kept) -> int:
+    def macs_of_node(self, node: Node, kept: Kept) -> int:
+        """Return the multiply-accumulates of one call where some axes have other sizes."""
         recording = self.coupling.recording
         shapes = [self._shape(recording.key(used), kept) for used in node.all_input_nodes]
         output = self._shape(recording.key(node), kept)
@@ -213,8 +217,8 @@ class Counter:
             removed: By space, the classes that the cut removes.
             dropped: Nodes that no longer run.
         """
-        kept = self._kept(self._node_axes, removed)
-        return {node.name: self._node_macs(node, kept) for node in self._nodes if node.name not in dropped}
+        kept = self._kept(self.node_axes, removed)
+        return {node.name: self.macs_of_node(node, kept) for node in self.counted if node.name not in dropped}
 
     def macs(self, removed: Removed, dropped: Dropped = _NOTHING) -> int:
         """Return the multiply-accumulates of one sample after a cut.
@@ -232,11 +236,11 @@ class Counter:
             removed: By space, the classes that the cut removes.
             dropped: Nodes that no longer run; parameters that only they read are gone.
         """
-        kept = self._kept(self._parameter_axes, removed)
+        kept = self._kept(self.parameter_axes, removed)
         gone = frozenset(dropped)
         return sum(
             math.prod(kept.get(key, {}).get(axis, size) for axis, size in enumerate(shape))
-            for key, shape in self._parameters.items()
+            for key, shape in self.parameters.items()
             if not gone or not self._readers[key] <= gone
         )
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _TIE = 1e-6
 """What energy may add to a rank: less than the smallest difference of two mean ranks."""
 
+_NUMBERS_AT_ONCE = 2**22
+"""Numbers that are decomposed at once, one sample's or channel's at least: LAPACK works on copies of them."""
+
 
 class HrankConfig(StructuredPruningConfig):
     """Settings of pruning by the rank of feature maps.
@@ -78,10 +81,22 @@ def ranks(values: Tensor, *, rtol: float) -> Tensor:
     """
     found: Tensor
     if values.ndim == 4:
-        found = torch.linalg.matrix_rank(values, rtol=rtol).double().mean(0)
+        found = _matrix_ranks(values, rtol=rtol).mean(0)
     else:
         matrices = values.reshape(*values.shape[:2], -1).transpose(0, 1)  # by channel: samples times positions
-        found = torch.linalg.matrix_rank(matrices, rtol=rtol).double() / len(values)
-    energy = values.double().square().mean([axis for axis in range(values.ndim) if axis != 1]).sqrt()
+        found = _matrix_ranks(matrices, rtol=rtol) / len(values)
+    others = [axis for axis in range(values.ndim) if axis != 1]
+    energy = torch.linalg.vector_norm(values, dim=others, dtype=torch.float64)  # a mean would copy all in float64
     found = found + _TIE * energy / energy.max().clamp(min=torch.finfo(energy.dtype).tiny)
     return found
+
+
+def _matrix_ranks(matrices: Tensor, *, rtol: float) -> Tensor:
+    """Return the rank of each of ``[first, ..., rows, columns]``, float64, taking some of the first axis at a time.
+
+    Args:
+        matrices: The matrices.
+        rtol: Smallest share of the largest singular value that counts.
+    """
+    every = max(_NUMBERS_AT_ONCE // max(matrices[0].numel(), 1), 1)
+    return torch.cat([torch.linalg.matrix_rank(part, rtol=rtol) for part in torch.split(matrices, every)]).double()

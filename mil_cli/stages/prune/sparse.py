@@ -22,6 +22,7 @@ from mil_cli.training.evaluate import fixed_batch
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
+    from mil_cli.training.loop import StepHook
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 LAYERS = ("linear", *CONVOLUTIONS)
@@ -153,23 +154,38 @@ def used_once(graph: GraphModule, node: Node) -> bool:
     return readers == [node]
 
 
-def finish(sparse: Model, masks: Mapping[str, Tensor], config: SparsityConfig, context: Context) -> Model:
-    """Train a model whose zeros are set, if the settings say so, hold them meanwhile, and note what came of it.
+def finish(
+    sparse: Model,
+    masks: Mapping[str, Tensor],
+    config: SparsityConfig,
+    context: Context,
+    *,
+    steer: Callable[[Mapping[str, str]], StepHook] | None = None,
+    complete: Callable[[Model, Mapping[str, str]], None] | None = None,
+) -> Model:
+    """Set a model's zeros, train it with these held, if the settings say so, and note what came of it.
 
     Args:
-        sparse: The model with its zeros; changed.
-        masks: By name of a weight: which of its numbers stay, bool.
+        sparse: The model; changed.
+        masks: By name of a weight: which of its numbers stay, bool; at first, where the training is steered.
         config: The settings.
         context: Gives data, training and checkpoints.
+        steer: Given the names of the masks by those of their weights, returns what changes the masks before each step.
+        complete: Changes the masks of the trained model, by the same names, once more.
 
     Returns:
         The model, in evaluation mode.
     """
+    paths = insert_masks(sparse.graph, masks)
     if config.train:
-        paths = insert_masks(sparse.graph, masks)
-        sparse = context.finetune(sparse, stage=config.recover, name="sparse", trainer=config.trainer)
-        settle_masks(sparse.graph, paths)
-    else:
+        # the best on val would be those that have the fewest zeros, where these grow
+        trainer = {**config.trainer, **({} if steer is None else {"early_stopping": None})}
+        hook = None if steer is None else steer(paths)
+        sparse = context.finetune(sparse, stage=config.recover, name="sparse", trainer=trainer, before_step=hook)
+        if complete is not None:
+            complete(sparse, paths)
+    settle_masks(sparse.graph, paths)
+    if not config.train:
         sparse = with_statistics(sparse, config, context)
     note_sparsity(sparse, masks, config, context)
     return sparse.eval()

@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mil_cli.graph.nodes import get_attribute
-from mil_cli.stages.prune.masks import insert_masks, settle_masks
-from mil_cli.stages.prune.sparse import SparsityConfig, keep_largest, note_sparsity, sparse_layers, with_statistics
+from mil_cli.stages.prune.sparse import SparsityConfig, finish, keep_largest, sparse_layers
 from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
@@ -58,21 +57,17 @@ def sparse_magnitude(model: Model, config: SparseMagnitudeConfig, context: Conte
     gradual = config.train and config.ramp > 0 and config.pattern is None
     weights = {name: get_attribute(sparse.graph, name).detach() for name in layers}
     first = 0.0 if gradual else config.sparsity
-    paths = insert_masks(
-        sparse.graph, {name: keep_largest(weight.abs(), first, config.kept_of) for name, weight in weights.items()}
+    masks = {name: keep_largest(weight.abs(), first, config.kept_of) for name, weight in weights.items()}
+    if not gradual:
+        return finish(sparse, masks, config, context)
+    return finish(
+        sparse,
+        masks,
+        config,
+        context,
+        steer=lambda paths: growing_masks(paths, config.sparsity, ramp=config.ramp, every=config.every),
+        complete=lambda trained, paths: _complete(trained, paths, config.sparsity, context),
     )
-    if config.train:
-        growing = growing_masks(paths, config.sparsity, ramp=config.ramp, every=config.every) if gradual else None
-        # the best on val would be those that have the fewest zeros
-        trainer = {**config.trainer, **({"early_stopping": None} if gradual else {})}
-        sparse = context.finetune(sparse, stage=config.recover, name="sparse", trainer=trainer, before_step=growing)
-    if gradual:
-        _complete(sparse, paths, config.sparsity, context)
-    settle_masks(sparse.graph, paths)
-    if not config.train:
-        sparse = with_statistics(sparse, config, context)
-    note_sparsity(sparse, layers, config, context)
-    return sparse.eval()
 
 
 def _complete(model: Model, paths: Mapping[str, str], sparsity: float, context: Context) -> None:

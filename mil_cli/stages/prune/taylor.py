@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -27,16 +29,17 @@ class TaylorConfig(StructuredPruningConfig):
     """Settings of pruning by Taylor expansion.
 
     Attributes:
-        samples: Training samples whose gradients are summed.
-        batch_size: How many of them at once.
+        samples: Training samples whose gradients are taken.
+        batch_size: How many of them at once: what each batch says is squared.
         normalise: Whether layers are compared by their scores over the layer's mean; otherwise by the loss alone, as
             the paper does.
     """
 
     method: ClassVar[str] = "taylor"
+    version: ClassVar[int] = 2
 
     samples: int = Field(1024, ge=1)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(32, ge=1)
     normalise: bool = True
 
 
@@ -46,8 +49,8 @@ def taylor(model: Model, config: TaylorConfig, context: Context) -> Model:
 
     Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning": a weight's importance is its gradient
     times itself. In each member of a group (a weight's axis, or a norm's scale with its shift) they are summed over the
-    class's weights and over all samples before the magnitude is taken, so that what cancels cancels (the paper squares
-    the sum of each batch); a class's score is the mean over its members.
+    class's weights and the batch; the root of the mean square over the batches is what the member says (summed over all
+    batches instead, much would cancel). A class's score is the mean over its members.
 
     Args:
         model: The model; not changed.
@@ -64,50 +67,48 @@ def taylor(model: Model, config: TaylorConfig, context: Context) -> Model:
 
 
 def first_order(model: Model, coupling: Coupling, config: TaylorConfig, context: Context) -> Scores:
-    """Return by space the absolute first-order change of the loss for each class; NaN without any weights."""
-    products = {
-        name: gradient * dict(model.named_parameters())[name].detach()
-        for name, gradient in gradients(model, context, samples=config.samples, batch_size=config.batch_size).items()
-    }
+    """Return by space the first-order change of the loss for each class, none below 0; NaN without any weights."""
     graph = model.graph
-    names = {name: known for known in products for name in _all_names(model, known)}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    names = {name: known for known in weights for name in _all_names(model, known)}
     norms = norm_parameters(graph, "weight")
+    members = [scoring_members(graph, space) for space in coupling.spaces]
+    totals: dict[tuple[int, int], NDArray[np.float64]] = {}
+    count = 0
+    for gradient in gradients(model, context, samples=config.samples, batch_size=config.batch_size):
+        products = {name: value * weights[name] for name, value in gradient.items()}
+        count += 1
+        for number, space in enumerate(coupling.spaces):
+            for place, member in enumerate(members[number]):
+                if names.get(member.parameter) not in products:
+                    continue  # no gradient reaches it
+                lines = along(member, products[names[member.parameter]])
+                shift = get_argument(norms[member.parameter], "bias") if member.parameter in norms else None
+                if shift is not None and names.get(str(shift.target)) in products:
+                    lines = lines + products[names[str(shift.target)]].double()
+                totals[number, place] = totals.get((number, place), 0.0) + class_sums(member, space.size, lines) ** 2
     found = []
-    for space in coupling.spaces:
-        rows = []
-        for member in scoring_members(graph, space):
-            if member.parameter not in names:
-                continue  # no gradient reaches it
-            lines = along(member, products[names[member.parameter]])
-            shift = get_argument(norms[member.parameter], "bias") if member.parameter in norms else None
-            if shift is not None and str(shift.target) in names:
-                lines = lines + products[names[str(shift.target)]].double()
-            rows.append(np.abs(class_sums(member, space.size, lines)))
+    for number, space in enumerate(coupling.spaces):
+        rows = [np.sqrt(totals[key] / count) for key in sorted(totals) if key[0] == number]
         found.append(mean_of_members(space.size, rows, normalise=config.normalise))
     return found
 
 
-def gradients(model: Model, context: Context, *, samples: int, batch_size: int) -> dict[str, Tensor]:
-    """Return by parameter the gradient of the task's loss, summed over batches of training samples.
+def gradients(model: Model, context: Context, *, samples: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Yield for each batch of training samples the gradient of the task's loss by parameter, where there is one.
 
     The model is in evaluation mode, so that the statistics of batch norms are those that it has.
     """
     network = model.clone().eval()
     parameters = {name: parameter.requires_grad_(True) for name, parameter in network.named_parameters()}
-    totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    reached: set[str] = set()
     size = fixed_batch(model) or batch_size
     with context.progress.work(f"{context.name}: gradients", -(-samples // size)) as bar:
         for batch in context.calibration_batches(samples=samples, batch_size=size):
             args, kwargs = context.task.inputs(batch)
             loss = context.task.loss(network(*args, **kwargs), batch)
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, found, strict=True):
-                if gradient is not None:
-                    totals[name] += gradient
-                    reached.add(name)
+            yield {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
             bar.advance()
-    return {name: totals[name] for name in totals if name in reached}
 
 
 def _all_names(model: Model, known: str) -> list[str]:

@@ -17,7 +17,7 @@ from mil_cli.graph.model import Model
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
 from mil_cli.stages.context import Context
-from mil_cli.stages.prune import bn_scale, fpgm, taylor
+from mil_cli.stages.prune import bn_scale, fpgm, hrank, taylor
 from mil_cli.stages.prune.activation import mean_magnitude, share_of_nonzero
 from mil_cli.stages.prune.hrank import ranks
 from mil_cli.stages.prune.magnitude import MagnitudeConfig
@@ -113,16 +113,21 @@ def test_taylor_is_the_first_order_change_of_the_loss(model: Model, coupling: Co
             assert scores[origin][channel] == pytest.approx(np.mean(changes), rel=0.02, abs=1e-6)
 
 
-def test_taylor_sums_before_it_takes_the_magnitude(model: Model, coupling: Coupling) -> None:
-    """Halves of the samples whose gradients cancel leave what the whole says, however they are put into batches."""
-    whole, parts = (
-        taylor.first_order(
-            model, coupling, taylor.TaylorConfig(macs=0.5, samples=64, batch_size=size, normalise=True), context()
-        )
-        for size in (64, 16)
-    )
-    for one, other in zip(whole, parts, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3)
+def test_taylor_squares_what_each_batch_says(model: Model, coupling: Coupling) -> None:
+    """Against autograd by hand: the paper's square of a batch's sum, its root mean over the batches."""
+    settings: dict[str, Any] = {"macs": 0.5, "samples": 64, "batch_size": 16, "normalise": False}
+    config = taylor.TaylorConfig(**settings)
+    scores = by_origin(coupling, taylor.first_order(model, coupling, config, context()))["second.weight"]
+    squares = []
+    for images, labels in context().calibration_batches(samples=64, batch_size=16):  # type: ignore[misc]
+        module = Net().eval()
+        module.load_state_dict(model.state_dict(), strict=False)
+        nn.functional.cross_entropy(module(images), labels).backward()
+        products = (module.second.weight.grad * module.second.weight).sum((1, 2, 3))  # type: ignore[operator]
+        readers = (module.head.weight.grad * module.head.weight).sum(0)  # type: ignore[operator]
+        squares.append(torch.stack([products, readers]).detach().double().square())
+    expected = torch.stack(squares).mean(0).sqrt().mean(0)
+    np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-4)
 
 
 def test_fpgm_is_the_sum_of_distances_to_the_other_filters(model: Model, coupling: Coupling) -> None:
@@ -213,6 +218,26 @@ def test_hrank_of_tokens_is_the_rank_over_samples_and_positions() -> None:
     tokens[:, 1] = torch.randn(4, 1) * torch.randn(1, 9)
     found = ranks(tokens, rtol=1e-4) * 4
     torch.testing.assert_close(found, torch.tensor([4.0, 1.0, 4.0], dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_hrank_decomposes_few_maps_at_a_time_and_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    maps, tokens = torch.randn(7, 5, 6, 6), torch.randn(7, 5, 9)
+    maps[:, 2, :, 3:] = 0.0
+    whole = [ranks(values, rtol=1e-4) for values in (maps, tokens)]
+    sizes: list[int] = []
+    decompose = torch.linalg.matrix_rank
+
+    def watch(matrices: Tensor, **options: Any) -> Tensor:
+        sizes.append(matrices.numel())
+        return decompose(matrices, **options)
+
+    monkeypatch.setattr(torch.linalg, "matrix_rank", watch)
+    monkeypatch.setattr(hrank, "_NUMBERS_AT_ONCE", 400)
+    assert torch.equal(ranks(maps, rtol=1e-4), whole[0])
+    assert torch.equal(ranks(tokens, rtol=1e-4), whole[1])
+    assert max(sizes) <= 400
+    assert sum(sizes) == maps.numel() + tokens.numel()
 
 
 def test_random_is_the_seeds(coupling: Coupling) -> None:

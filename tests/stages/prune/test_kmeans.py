@@ -21,7 +21,6 @@ from mil_cli.export.parity import check_parity
 from mil_cli.graph.count import count_layers
 from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.model import Model
-from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
 from mil_cli.stages.context import Context
 from mil_cli.stages.prune.kmeans import KmeansConfig, cluster_values, kmeans
@@ -29,7 +28,7 @@ from mil_cli.stages.prune.magnitude import MagnitudeConfig
 from mil_cli.stages.quantize.static import StaticConfig
 from mil_cli.stages.registry import check_order
 from mil_cli.training.config import TrainerConfig
-from tests.stages.contexts import make_context
+from tests.stages.contexts import make_context, trained_digits
 
 DATA = digits()
 
@@ -40,9 +39,7 @@ def context(**changes: Any) -> Context:
 
 @pytest.fixture(scope="module")
 def trained() -> Model:
-    torch.manual_seed(0)
-    net = Model.capture(resnet20(width=16, blocks=1).eval(), (torch.randn(2, 1, 8, 8),))
-    return context().finetune(net, stage=None, name="base", trainer={"epochs": 8, "learning_rate": 0.1})
+    return trained_digits()
 
 
 def accuracy(model: Model) -> float:

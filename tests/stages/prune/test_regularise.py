@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,14 @@ from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, group_norms
 from mil_cli.graph.coupling.groups import WeightGroups
 from mil_cli.graph.model import Model
-from mil_cli.models.resnet import resnet20
 from mil_cli.stages.prune import rounds
 from mil_cli.stages.prune.group_lasso import norm_penalty
 from mil_cli.stages.prune.growing_reg import GrowingRegConfig, growing_penalty, growing_reg
 from mil_cli.stages.prune.schedule import choose
 from mil_cli.stages.prune.slimming import sign_penalty
 from mil_cli.stages.registry import config_type, function_of
-from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig
-from tests.stages.contexts import make_context
+from tests.stages.contexts import make_context, run_through_kills, trained_digits
 
 DATA = digits()
 
@@ -133,9 +130,7 @@ def test_growing_regularisation_grows_with_the_steps_on_the_doomed_alone(
 
 @pytest.fixture(scope="module")
 def trained() -> Model:
-    torch.manual_seed(0)
-    net = Model.capture(resnet20(width=16, blocks=1).eval(), (torch.randn(2, 1, 8, 8),))
-    return make_context(DATA).finetune(net, stage=None, name="base", trainer={"epochs": 8})
+    return trained_digits()
 
 
 def loss(model: Model) -> float:
@@ -201,10 +196,6 @@ def test_what_growing_regularisation_chose_is_what_is_cut(trained: Model, monkey
     assert removed[0] == chosen
 
 
-class Kill(Exception):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize("method", ["group_lasso", "growing_reg"])
 def test_killed_and_resumed_is_bit_identical(
     method: str, trained: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -215,19 +206,9 @@ def test_killed_and_resumed_is_bit_identical(
     )
     run = function_of(config)
     whole = run(trained, config, make_context(DATA, workspace=tmp_path / "whole"))
-    save, saves = FileSlot.save, 0
-
-    def kill(self: FileSlot, state: dict[str, Any]) -> None:
-        nonlocal saves
-        save(self, copy.deepcopy(state))
-        saves += 1
-        if saves in (2, 7):
-            raise Kill
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FileSlot, "save", kill)
-        for _ in range(2):
-            with pytest.raises(Kill):
-                run(trained, config, make_context(DATA, workspace=tmp_path / "killed"))
-    resumed = run(trained, config, make_context(DATA, workspace=tmp_path / "killed"))
+    resumed = run_through_kills(
+        lambda: run(trained, config, make_context(DATA, workspace=tmp_path / "killed")),
+        monkeypatch,
+        saves=(2, 7),
+    )
     assert resumed.fingerprint() == whole.fingerprint()

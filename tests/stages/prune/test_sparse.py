@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,8 @@ from mil_cli.stages.quantize.lsq import LsqConfig
 from mil_cli.stages.quantize.static import StaticConfig
 from mil_cli.stages.registry import check_order, config_type, function_of
 from mil_cli.stages.train.supervised import SupervisedConfig
-from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig
-from tests.stages.contexts import make_context
+from tests.stages.contexts import make_context, run_through_kills, trained_digits
 
 DATA = digits()
 
@@ -52,9 +50,7 @@ def context(**changes: Any) -> Context:
 
 @pytest.fixture(scope="module")
 def trained() -> Model:
-    torch.manual_seed(0)
-    net = Model.capture(resnet20(width=16, blocks=1).eval(), (torch.randn(2, 1, 8, 8),))
-    return context().finetune(net, stage=None, name="base", trainer={"epochs": 8, "learning_rate": 0.1})
+    return trained_digits()
 
 
 def accuracy(model: Model) -> float:
@@ -237,28 +233,14 @@ def test_names_and_products_of_the_users_own_are_left_alone() -> None:
     assert sparse(torch.randn(5, 1, 8, 8)).shape == (5, 10)
 
 
-class Kill(Exception):
-    """Stands for a kill."""
-
-
 def test_killed_and_resumed_is_bit_identical(trained: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SparseMagnitudeConfig(sparsity=0.8, every=1, trainer={"epochs": 2, "checkpoint_every_seconds": 0})
     whole = sparse_magnitude(trained, config, context(workspace=tmp_path / "whole"))
-    save, saves = FileSlot.save, 0
-
-    def kill(self: FileSlot, state: dict[str, Any]) -> None:
-        nonlocal saves
-        save(self, copy.deepcopy(state))
-        saves += 1
-        if saves in (2, 7):
-            raise Kill
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FileSlot, "save", kill)
-        for _ in range(2):
-            with pytest.raises(Kill):
-                sparse_magnitude(trained, config, context(workspace=tmp_path / "killed"))
-    resumed = sparse_magnitude(trained, config, context(workspace=tmp_path / "killed"))
+    resumed = run_through_kills(
+        lambda: sparse_magnitude(trained, config, context(workspace=tmp_path / "killed")),
+        monkeypatch,
+        saves=(2, 7),
+    )
     assert resumed.fingerprint() == whole.fingerprint()
 
 

@@ -13,11 +13,10 @@ from mil_cli.data.digits import digits
 from mil_cli.data.tensors import TensorSplit
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, op_name
-from mil_cli.models.resnet import resnet20
 from mil_cli.stages.prune.sparsegpt import SparseGptConfig, input_curvature, inverse_factor, solve, sparsegpt
 from mil_cli.stages.prune.wanda import WandaConfig, wanda
 from mil_cli.training.config import TrainerConfig
-from tests.stages.contexts import make_context
+from tests.stages.contexts import make_context, trained_digits
 
 
 def correlated(samples: int, inputs: int) -> Tensor:
@@ -94,10 +93,7 @@ def test_windows_of_convolutions_give_their_outputs(layer: nn.Module) -> None:
 
 def test_a_network_stays_good_without_training_and_better_than_by_wanda() -> None:
     data = digits()
-    torch.manual_seed(0)
-    net = Model.capture(resnet20(width=16, blocks=1).eval(), (torch.randn(2, 1, 8, 8),))
-    base = make_context(data, trainer=TrainerConfig(epochs=8, learning_rate=0.1))
-    net = base.finetune(net, stage=None, name="base")
+    net = trained_digits()
     settings: dict[str, Any] = {"sparsity": 0.6, "train": False}
     used = make_context(data)
     solved = sparsegpt(net, SparseGptConfig(**settings), used)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +37,10 @@ from mil_cli.stages.quantize.static import quantize as quantize_static
 from mil_cli.stages.registry import StageConfig, config_type, function_of
 from mil_cli.stages.train.supervised import SupervisedConfig
 from mil_cli.task.classification import Classification
-from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import evaluate
 from mil_cli.training.loop import fit
+from tests.stages.contexts import run_through_kills
 
 
 class Net(nn.Module):
@@ -337,32 +336,16 @@ def test_the_named_stage_gives_the_loss(model: Model, data: Data) -> None:
     assert "original" not in used.trace.reads
 
 
-class Kill(Exception):
-    """Stands for a kill."""
-
-
 def test_killed_and_resumed_is_bit_identical(
     model: Model, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(trainer={"epochs": 2, "checkpoint_every_seconds": 0})
     whole = quantize(model, settings, context(data, workspace=tmp_path / "whole"))
-    save = FileSlot.save
-    saves = 0
-
-    def kill(self: FileSlot, state: dict[str, Any]) -> None:
-        nonlocal saves
-        save(self, copy.deepcopy(state))
-        saves += 1
-        if saves in (3, 7, 11):
-            raise Kill
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FileSlot, "save", kill)
-        for _ in range(3):
-            with pytest.raises(Kill):
-                quantize(model, settings, context(data, workspace=tmp_path / "killed"))
-    resumed = quantize(model, settings, context(data, workspace=tmp_path / "killed"))
-    assert saves == 11
+    resumed = run_through_kills(
+        lambda: quantize(model, settings, context(data, workspace=tmp_path / "killed")),
+        monkeypatch,
+        saves=(3, 7, 11),
+    )
     assert resumed.fingerprint() == whole.fingerprint()
     assert list((tmp_path / "killed").iterdir())
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from mil_cli.errors import CaptureError, did_you_mean
@@ -68,6 +69,7 @@ def capture(
     Raises:
         CaptureError: If the module does not run on its inputs or cannot be captured; names the user's line.
     """
+    _check_names(module)
     owned = _owned_copy(module)
     notices: list[str] = []
     call = _clean_call(args, kwargs or {})
@@ -253,6 +255,17 @@ def _trace_with_fallback(module: nn.Module, inputs: _Inputs, notices: list[str])
             )
         return program, _Inputs(inputs.call, inputs.names, axes)
     raise capture_error(last, "the model cannot be captured") from None
+
+
+def _check_names(module: nn.Module) -> None:
+    """Refuse parts whose name is one of a graph module's own: torch's exporter loses them."""
+    parts = [*module._modules, *module._parameters, *module._buffers]
+    taken = next((name for name in parts if name == "meta" or hasattr(GraphModule, name)), None)
+    if taken is not None:
+        raise CaptureError(
+            f"the model has a part called '{taken}', which is a name that captured graphs use themselves",
+            hint="call this attribute of the model something else",
+        )
 
 
 def _check_operators(model: Model) -> None:

@@ -161,17 +161,26 @@ def _matrix_product(left: str, right: str) -> Callable[[_Argument, Any], int]:
     return count
 
 
+def einsum_terms(equation: str) -> tuple[list[str], str]:
+    """Return the letters of each operand and of the result, which has each letter that occurs once if it names none."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:
+        once = sorted(letter for letter in set(inputs) if letter.isalpha() and inputs.count(letter) == 1)
+        result = ("..." if "..." in inputs else "") + "".join(once)
+    return inputs.split(","), result
+
+
 def _einsum(argument: _Argument, result: Any) -> int:
     operands: Sequence[Tensor] = argument("tensors")
     if len(operands) < 2:
         return 0
-    inputs, _, output = str(argument("equation")).replace(" ", "").partition("->")
+    terms, output = einsum_terms(str(argument("equation")))
     sizes: dict[str, int] = {}
-    terms = inputs.split(",")
     for term, operand in zip(terms, operands, strict=True):
-        labels = term.replace("...", "." * (operand.ndim - len(term) + 3)) if "..." in term else term
-        for position, label in enumerate(labels):
-            key = label if label != "." else f".{operand.ndim - position}"
+        before, dots, after = term.partition("...")
+        hidden = operand.ndim - len(before) - len(after) if dots else 0
+        labels = [*before, *(f".{hidden - place}" for place in range(hidden)), *after]
+        for position, key in enumerate(labels):
             sizes[key] = max(sizes.get(key, 1), operand.shape[position])
     # Pairs are contracted from the left; labels that no later term and no output needs are summed away.
     total, seen = 0, _labels(terms[0], sizes)

@@ -335,3 +335,11 @@ def test_old_weight_norms_are_copied() -> None:
     model = Model.capture(module, (torch.randn(2, 4),))
     assert set(model.state_dict()) == set(module.state_dict())
     same(model, module, torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta"])
+def test_a_part_with_a_name_of_the_graphs_own_is_refused(name: str) -> None:
+    module = nn.Sequential()
+    module.add_module(name, nn.Linear(4, 4))
+    with pytest.raises(CaptureError, match=f"'{name}'"):
+        Model.capture(module, (torch.randn(2, 4),))

@@ -59,3 +59,36 @@ def test_values_gradients_and_mode(tmp_path: Path) -> None:
     assert torch.equal(loaded(x)[0], model(x)[0])
     assert loaded.fingerprint() == model.fingerprint()
     assert model.clone().fingerprint() == model.fingerprint()
+
+
+class HalfPrecision(nn.Module):
+    """Layers, sums of two types, norms with a scale of another type, and what autocast leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.scale = nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = torch.relu(self.norm(self.first(x)))
+            y = torch.cat([self.second(y) + self.scale, y.float()], 1)
+            z = torch.einsum("bchw,bdhw->bcd", y, y)
+        return z.float().softmax(-1)
+
+
+def test_autocast_is_written_out_as_casts() -> None:
+    torch.manual_seed(0)
+    module = HalfPrecision().eval()
+    model = Model.capture(module, (torch.randn(2, 3, 8, 8),))
+    names = {op_name(node) for node in calls(model.graph)}
+    assert not any("wrap" in name for name in names)
+    assert {"conv2d", "to", "einsum"} <= names
+    x = torch.randn(3, 3, 8, 8)
+    actual, expected = model(x), module(x)
+    assert torch.equal(actual, expected)
+    (actual[..., 0] ** 2).sum().backward()
+    (expected[..., 0] ** 2).sum().backward()
+    gradients = dict(model.named_parameters())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=0.02, atol=1e-4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,16 +10,33 @@ from torch.fx import GraphModule, Node
 
 from mil_cli.graph.coupling.coupling import Coupling, Frozen, Member, Space
 from mil_cli.graph.coupling.disjoint import NO_LABEL, Labels
-from mil_cli.graph.coupling.normalise import copy_sharing_weights, inline_regions, normalise
-from mil_cli.graph.coupling.operators import argument, operator_name
+from mil_cli.graph.coupling.normalise import copy_sharing_weights, normalise
+from mil_cli.graph.coupling.operators import argument, has_argument, operator_name
 from mil_cli.graph.coupling.record import Key, Recording, record
 from mil_cli.graph.coupling.relations import relate
 from mil_cli.graph.coupling.relations.convolution import NAMES as CONVOLUTIONS
 from mil_cli.graph.coupling.space import Propagation, Reason, Seed, SplitByView
 from mil_cli.graph.coupling.table import RelationTable
 from mil_cli.graph.nodes import source_line
+from mil_cli.graph.regions import inline_regions
 
 _DEEPEST_SPLIT = 4
+
+_WEIGHTS: Mapping[str, Sequence[tuple[str, int]]] = {
+    "embedding": [("weight", 1)],
+    "embedding_bag": [("weight", 1)],
+    "matmul": [("other", -1), ("self", -2)],
+    "mm": [("mat2", -1), ("self", -2)],
+    "bmm": [("mat2", -1), ("self", -2)],
+    "addmm": [("mat2", -1), ("mat1", -2)],
+    "baddbmm": [("batch2", -1), ("batch1", -2)],
+    "mv": [("self", -2)],
+    "tensordot": [("other", -1), ("self", 0)],
+    "bilinear": [("weight", 0)],
+    "cdist": [("x2", -2), ("x1", -2)],
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), (("w_hh", 1),)),
+}
+"""Op -> its arguments that may be weights, each with the axis of what it gives."""
 
 
 def analyse_graph(
@@ -27,22 +44,32 @@ def analyse_graph(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    single: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
+    resized: Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
 ) -> Coupling:
     """Find everything that must be cut together in a captured graph; the graph is not changed.
 
+    Views are aligned by the sizes of one run, so a batch that equals another size by accident could align what does
+    not belong together. With `resized` that is excluded: the run's batch is a prime that divides no size of a single
+    sample, so that sizes agree with it only where they hold the batch.
+
     Args:
         graph: A captured graph in eval form.
-        args: Example inputs. Their batch size should be one that is no other size in the graph, a prime such as 5:
-            views are aligned by sizes.
+        args: Example inputs.
         kwargs: Example keyword inputs.
-        single: The same inputs with a batch of one, for counting operations per sample.
+        resized: Gives the inputs with any batch size, if the graph takes any: `args` and `kwargs` are not used then.
     """
     copy = copy_sharing_weights(graph)
     inline_regions(copy)
-    recording = record(copy, args, kwargs or {})
-    normalise(recording)
-    shapes = recording.shapes if single is None else record(copy, single[0], single[1]).shapes
+    if resized is None:
+        recording = record(copy, args, kwargs or {})
+        normalise(recording)
+        shapes = recording.shapes
+    else:
+        single = record(copy, *resized(1)).shapes
+        batch = _batch_unlike(single)
+        recording = record(copy, *resized(batch))
+        normalise(recording)
+        shapes = _of_one_sample(single, recording.shapes, batch)
     table = relate(recording)
     search = _Search(table)
     search.run()
@@ -56,6 +83,27 @@ def analyse_graph(
     )
 
 
+def _batch_unlike(shapes: Mapping[Key, tuple[int, ...]]) -> int:
+    """Return the smallest prime from 5 on that divides no size; 5 if there is none below 1000."""
+    sizes = {size for shape in shapes.values() for size in shape if size}
+    primes = (
+        number for number in range(5, 1000, 2) if all(number % part for part in range(3, int(number**0.5) + 1, 2))
+    )
+    return next((prime for prime in primes if all(size % prime for size in sizes)), 5)
+
+
+def _of_one_sample(
+    single: Mapping[Key, tuple[int, ...]], shapes: Mapping[Key, tuple[int, ...]], batch: int
+) -> dict[Key, tuple[int, ...]]:
+    """Return the shapes for one sample: those of its run, or a share of the whole where that has other axes."""
+    return {
+        key: single[key]
+        if len(single.get(key, ())) == len(shape) > 0
+        else tuple(size if size % batch else size // batch for size in shape)
+        for key, shape in shapes.items()
+    }
+
+
 class _Search:
     """Seeds every output axis of every weight that is not yet covered, and keeps each distinct space."""
 
@@ -64,7 +112,7 @@ class _Search:
         self._recording = table.recording
         self._computed = _computed_from_parameters(table)
         self._tried: set[tuple[Key, int, bytes]] = set()
-        self._signatures: set[frozenset[tuple[Key, int, tuple[int, ...]]]] = set()
+        self._signatures: set[frozenset[tuple[Key, int, bytes]]] = set()
         # by weight axis: whether each index has a label in some space, and whether one that is its alone
         self._labelled: dict[tuple[Key, int], np.ndarray[Any, np.dtype[np.bool_]]] = {}
         self._distinct: dict[tuple[Key, int], np.ndarray[Any, np.dtype[np.bool_]]] = {}
@@ -83,12 +131,8 @@ class _Search:
             elif name in CONVOLUTIONS:
                 transposed = "transpose" in name or bool(argument(node, "transposed", False))
                 weights = [(argument(node, "weight"), 1 if transposed else 0)]
-            elif name == "embedding":
-                weights = [(argument(node, "weight"), 1)]
-            elif name in ("matmul", "mm"):
-                weights = [(argument(node, "other") or argument(node, "mat2"), -1)]
-            elif name == "addmm":
-                weights = [(argument(node, "mat2"), 1)]
+            elif name in _WEIGHTS:
+                weights = [(argument(node, given), axis) for given, axis in _WEIGHTS[name] if has_argument(node, given)]
             elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
                 weights = [(weight, 1) for weight in argument(node, "params") or []]
             elif name == "einsum":
@@ -150,7 +194,7 @@ class _Search:
 
     def _accept(self, propagation: Propagation, seed: Seed) -> None:
         signature = frozenset(
-            (key, axis, tuple(_canonical(labels).tolist()))
+            (key, axis, _canonical(labels).tobytes())
             for key, axes in propagation.labels.items()
             if key in self._recording.leaves
             for axis, labels in axes.items()

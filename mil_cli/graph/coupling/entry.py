@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
-
 from mil_cli.graph.coupling.analysis import analyse_graph
 from mil_cli.graph.coupling.coupling import Coupling, Removed
 from mil_cli.graph.coupling.cut import cut_graph, named_tensor
 from mil_cli.graph.coupling.equivalence import TOLERANCE, Call, EquivalenceReport, check_graphs
 from mil_cli.graph.model import Model
 
-_BATCHES = (5, 7, 11, 13, 17, 19, 23)
-
 
 def analyse(model: Model) -> Coupling:
     """Find what must be cut together in a model; the model is not changed.
 
-    The graph is run once on the model's samples, with a batch size that no weight has as a size.
+    The graph is run on shapes alone, made from the model's samples.
     """
     source = model.clone().eval() if model.training else model
     if model.spec.batch is None:
         return analyse_graph(source.graph, *source.samples)
-    tensors: list[Tensor] = [*source.graph.parameters(), *source.graph.buffers()]
-    sizes = {size for tensor in tensors for size in tensor.shape}
-    batch = next((batch for batch in _BATCHES if batch not in sizes), _BATCHES[0])
-    return analyse_graph(source.graph, *source.batch_input(batch), single=source.batch_input(1))
+    return analyse_graph(source.graph, *source.samples, resized=source.batch_input)
 
 
 def cut(model: Model, coupling: Coupling, removed: Removed) -> Model:

@@ -1,9 +1,8 @@
 """Rewriting a copy of a graph into forms whose index behaviour is explicit, before it is analysed.
 
-* regions of `wrap_with_autocast` (disabled) and `wrap_with_set_grad_enabled` become plain nodes;
 * `view_as`, `reshape_as`, `expand_as` get explicit sizes, so that they no longer follow another tensor's cut shape;
-* indexing by one constant vector, `channel_shuffle`, and chains of views and transposes that only permute one axis
-  become `index_select` by a constant, so that a channel shuffle can be cut channel by channel;
+* indexing one axis by a constant (positions or a mask), `channel_shuffle`, and chains of views and transposes that
+  only permute one axis become `index_select` by a constant, so that a channel shuffle can be cut channel by channel;
 * what is selected from a fused projection becomes a slice of it (`take_apart`).
 """
 
@@ -47,63 +46,6 @@ def copy_sharing_weights(graph: GraphModule, replaced: dict[int, torch.Tensor] |
         # copying the description of the inputs' tree constructs a class that torch itself has deprecated
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         return copy.deepcopy(graph, memo)
-
-
-def inline_regions(graph: GraphModule) -> None:
-    """Inline autocast (disabled) and no-grad regions in place."""
-    changed = False
-    for node in list(graph.graph.nodes):
-        name = operator_name(node)
-        if name == "wrap_with_autocast" and not node.args[2]:
-            _inline(graph, node, node.args[4], node.args[5:])
-        elif name == "wrap_with_set_grad_enabled":
-            _inline(graph, node, node.args[1], node.args[2:])
-        else:
-            continue
-        changed = True
-    if changed:
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
-
-
-def _inline(graph: GraphModule, call: Node, region: Node, operands: tuple[Any, ...]) -> None:
-    body = get_attribute(graph, str(region.target))
-    copies: dict[Node, Any] = {}
-    remaining = iter(operands)
-    result: Any = None
-    with graph.graph.inserting_before(call):
-        for node in body.graph.nodes:
-            if node.op == "placeholder":
-                copies[node] = next(remaining)
-            elif node.op == "output":
-                result = map_arg(node.args[0], lambda used: copies[used])
-            elif node.op == "get_attr":
-                copies[node] = _lift(graph, get_attribute(body, str(node.target)), node)
-            else:
-                copies[node] = graph.graph.node_copy(node, lambda used: copies[used])
-    if isinstance(result, tuple | list):
-        for user in list(call.users):
-            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
-            graph.graph.erase_node(user)
-    else:
-        call.replace_all_uses_with(result)
-    graph.graph.erase_node(call)
-
-
-def _lift(graph: GraphModule, value: Any, node: Node) -> Node:
-    number = 0
-    while hasattr(graph, f"_region_{number}"):
-        number += 1
-    name = f"_region_{number}"
-    if isinstance(value, torch.nn.Parameter):
-        graph.register_parameter(name, value)
-    elif isinstance(value, torch.Tensor):
-        graph.register_buffer(name, value)
-    else:
-        graph.add_module(name, value)
-    lifted = graph.graph.get_attr(name)
-    lifted.meta = dict(node.meta)
-    return lifted
 
 
 def normalise(recording: Recording) -> None:
@@ -154,17 +96,39 @@ def _explicit_sizes(recording: Recording, node: Node, name: str) -> None:
 
 
 def _index_to_select(recording: Recording, node: Node) -> None:
+    """Select along one axis by a constant: a vector or a table of positions, or a mask."""
     indices = argument(node, "indices")
     positions = [position for position, tensor in enumerate(indices) if tensor is not None]
     if len(positions) != 1 or indices[positions[0]].op != "get_attr":
         return
-    value = recording.values.get(indices[positions[0]].name)
-    if value is None or value.ndim != 1 or value.dtype != torch.int64 or bool((value < 0).any()):
+    axis, index = positions[0], indices[positions[0]]
+    value = recording.values.get(index.name)
+    if value is None or value.ndim == 0 or value.numel() == 0 or (value.ndim > 1 and value.dtype == torch.bool):
         return
-    with recording.graph.graph.inserting_before(node):
-        new = recording.graph.graph.call_function(
-            aten.index_select.default, (node.args[0], positions[0], indices[positions[0]])
-        )
+    size = recording.shapes[recording.key(node.args[0])][axis]  # type: ignore[arg-type]
+    order = value.nonzero().view(-1) if value.dtype == torch.bool else value.reshape(-1).long() % size
+    if value.ndim > 1:
+        _table_to_select(recording, node, axis, order, value.shape)
+    elif torch.equal(order, value):
+        with recording.graph.graph.inserting_before(node):
+            new = recording.graph.graph.call_function(aten.index_select.default, (node.args[0], axis, index))
+        _replace(recording, node, new)
+    else:
+        _select_instead(recording, node, node.args[0], axis, order)  # type: ignore[arg-type]
+
+
+def _table_to_select(recording: Recording, node: Node, axis: int, order: torch.Tensor, shape: torch.Size) -> None:
+    """Select by the table's entries in a row, and give the axis the shape of the table."""
+    graph, whole = recording.graph, recording.shapes[node.name]
+    with graph.graph.inserting_before(node):
+        index = add_buffer(graph, graph.graph, "_order", order.clone())
+        row = graph.graph.call_function(aten.index_select.default, (node.args[0], axis, index))
+        new = graph.graph.call_function(aten.unflatten.int, (row, axis, list(shape)))
+    recording.add_leaf(str(index.target))
+    recording.values[index.name] = order
+    row.meta = {name: value for name, value in node.meta.items() if name != "val"}
+    recording.shapes[row.name] = (*whole[:axis], len(order), *whole[axis + len(shape) :])
+    recording.dtypes[row.name] = recording.dtypes[node.name]
     _replace(recording, node, new)
 
 

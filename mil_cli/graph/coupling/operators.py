@@ -29,6 +29,41 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
+def written_after(node: Node) -> bool:
+    """Return whether memory that a view may share with others is written by an operator that comes after it."""
+    first = node
+    while _shares_memory(first):
+        first = first.all_input_nodes[0]
+    family, todo = {first}, [first]
+    while todo:
+        for user in todo.pop().users:
+            if user not in family and (_shares_memory(user) or _writes(user)) and user.all_input_nodes[0] in family:
+                family.add(user)
+                todo.append(user)
+    return any(_writes(member) and node < member for member in family)
+
+
+def _shares_memory(node: Node) -> bool:
+    """Return whether an operator gives a view of its first operand, or that operand itself."""
+    schema = getattr(node.target, "_schema", None)
+    if operator_name(node) == "getitem":
+        return True
+    return (
+        schema is not None
+        and bool(node.all_input_nodes)
+        and any(result.alias_info is not None for result in schema.returns)
+    ) or operator_name(node) in _PERHAPS_VIEWS
+
+
+_PERHAPS_VIEWS = frozenset(("reshape", "contiguous", "flatten", "to", "unsafe_split", "unsafe_chunk"))
+"""Operators that give their operand itself, or a view of it, where they need not copy."""
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
 class Graphed(Protocol):
     """A module with a graph, whether or not the graph's code was generated."""
 

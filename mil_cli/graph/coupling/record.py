@@ -57,6 +57,7 @@ class Recording:
     leaf_names: dict[Key, list[str]] = field(default_factory=dict)
     outputs: dict[str, list[Key]] = field(default_factory=dict)
     _leaf_keys: dict[str, Key] = field(default_factory=dict)
+    _tensor_keys: dict[int, Key] = field(default_factory=dict)
 
     def key(self, node: Node) -> Key:
         """Return the key of the tensor that `node` stands for."""
@@ -89,9 +90,8 @@ class Recording:
         tensor = get_attribute(self.graph, path)
         if not isinstance(tensor, torch.Tensor):
             return
-        shared = next((key for key, known in self.leaves.items() if known is tensor), None)
-        key = shared or f"@{path}"
-        if shared is None:
+        key = self._tensor_keys.setdefault(id(tensor), f"@{path}")
+        if key not in self.leaves:
             self.leaves[key] = tensor
             self.shapes[key] = tuple(tensor.shape)
             self.dtypes[key] = tensor.dtype
@@ -163,7 +163,10 @@ class _ShapeRecorder(_Recorder):
                 # of shapes alone torch takes them apart, time step by time step; zeros are much faster
                 result = super().call_function(target, *tree_map(_as_zeros, (args, kwargs)))
                 return tree_map(self._on_meta, result)
-        return super().call_function(target, args, kwargs)
+        result = super().call_function(target, args, kwargs)
+        if result is NotImplemented:  # a loop whose end depends on values
+            raise _NeedsValues
+        return result
 
     def _without_floats(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dtype not in _VALUE_DTYPES:

@@ -84,11 +84,11 @@ class Propagation:
         self._settle()
 
     def _put(self, key: Key, axis: int, labels: Labels) -> None:
-        if not (labels >= 0).any():
-            return
         present = self.labels[key].get(axis)
+        if present is labels or not (labels >= 0).any():
+            return
         if present is None:
-            self.labels[key][axis] = labels.copy()
+            self.labels[key][axis] = labels  # shared by all axes that have the same labels, so never changed in place
             self._work[key] = None
             return
         meeting = (present >= 0) & (labels >= 0) & (present != labels)
@@ -99,7 +99,7 @@ class Propagation:
                 self._sets.unite(first[differing], second[differing])
         added = (present < 0) & (labels >= 0)
         if added.any():
-            present[added] = labels[added]
+            self.labels[key][axis] = np.where(added, labels, present)
             self._work[key] = None
 
     def _follow(self, link: Link, key: Key) -> None:
@@ -108,7 +108,7 @@ class Propagation:
             (link.b, link.b_axis, link.b_index, link.a, link.a_axis, link.a_index),
         ):
             labels = self.labels[source].get(source_axis) if source == key else None
-            if labels is None:
+            if labels is None or (link.one_way and source != link.a):
                 continue
             if source_index is None or target_index is None:
                 self._put(target, target_axis, labels)
@@ -186,15 +186,19 @@ class Propagation:
 
     def _settle(self) -> None:
         """Name the labels 0, 1, ... in order, everywhere."""
-        roots = {
-            key: {axis: self._sets.roots(v) for axis, v in axes.items()} for key, axes in self.labels.items() if axes
-        }
-        used = np.unique(np.concatenate([v for axes in roots.values() for v in axes.values()]))
+        distinct = {id(labels): labels for axes in self.labels.values() for labels in axes.values()}
+        roots = {identity: self._sets.roots(labels) for identity, labels in distinct.items()}
+        used = np.unique(np.concatenate(list(roots.values())))
         used = used[used >= 0]
         names = self._sets.names()
         renamed = np.full(len(names) + 1, NO_LABEL)  # the last entry stands for no label
         renamed[used] = np.arange(len(used))
-        self.labels = {key: {axis: renamed[v] for axis, v in axes.items()} for key, axes in roots.items()}
+        settled = {identity: renamed[labels] for identity, labels in roots.items()}
+        self.labels = {
+            key: {axis: settled[id(labels)] for axis, labels in axes.items()}
+            for key, axes in self.labels.items()
+            if axes
+        }
         frozen: dict[int, Reason] = {}
         for label, reason in self.frozen.items():
             frozen.setdefault(int(renamed[names[label]]), reason)

@@ -34,6 +34,7 @@ class Link:
     """Entry ``a_index[i]`` of an axis of `a` stands or falls with entry ``b_index[i]`` of an axis of `b`.
 
     Both indices None: the axes correspond entry by entry. Several entries may correspond to one.
+    One way: labels pass from `a` to `b` only, for what passes back follows from other relations.
     """
 
     a: Key
@@ -42,6 +43,7 @@ class Link:
     b_axis: int
     a_index: Indices | None = None
     b_index: Indices | None = None
+    one_way: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,6 +217,8 @@ class Operation:
         b_axis: int,
         a_index: Indices | None = None,
         b_index: Indices | None = None,
+        *,
+        one_way: bool = False,
     ) -> None:
         """Relate two axes, entry by entry or by indices; axes of size 1 against 1 carry nothing."""
         a_axis, b_axis = self.axis(a, a_axis), self.axis(b, b_axis)
@@ -224,7 +228,7 @@ class Operation:
                 raise UnsupportedForm(f"axes of size {sizes[0]} and {sizes[1]} do not correspond")
             if sizes[0] == 1:
                 return
-        self._table.add(Link(a, a_axis, b, b_axis, a_index, b_index))
+        self._table.add(Link(a, a_axis, b, b_axis, a_index, b_index, one_way))
 
     def link_all(self, a: Key, b: Key, *, but: Iterable[int] = ()) -> None:
         """Relate all axes of two tensors of the same rank, except some."""

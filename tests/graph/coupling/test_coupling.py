@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from mil_cli.errors import ModelError
 from mil_cli.graph.coupling import Counter, Coupling, analyse, check_equivalence, cut, macs_of, relations, repair
+from mil_cli.graph.coupling.analysis import analyse_graph
+from mil_cli.graph.coupling.cut import cut_graph
 from mil_cli.graph.coupling.relations import pointwise
 from mil_cli.graph.coupling.selection import keep_masks
 from mil_cli.graph.coupling.table import rules_for
 from mil_cli.graph.model import Model
 
 
-class Frequencies(nn.Module):
+class Renormed(nn.Module):
     """Uses an operator that has no rule, an axis taken apart, and an embedding's vocabulary."""
 
     def __init__(self) -> None:
@@ -31,11 +33,11 @@ class Frequencies(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.first(x))
-        x = torch.fft.fft(self.second(x)).real  # the line that is reported
+        x = torch.renorm(self.second(x), 2, 1, 0.5)  # the line that is reported
         return self.third(x)
 
 
-FFT_LINE = inspect.getsourcelines(Frequencies.forward)[1] + 2
+RENORM_LINE = inspect.getsourcelines(Renormed.forward)[1] + 2
 
 
 class Tower(nn.Module):
@@ -65,15 +67,15 @@ def number_of(coupling: Coupling, parameter: str) -> int:
 
 
 def test_unknown_operators_are_frozen_and_reported_with_the_users_line() -> None:
-    coupling = analyse(Model.capture(Frequencies().eval(), (torch.randn(2, 6),)))
-    assert [reason for _, reason, _ in coupling.unknown] == ["no rule for the operator fft_fft"]
-    assert coupling.unknown[0][2] == f"{__file__}:{FFT_LINE}"
+    coupling = analyse(Model.capture(Renormed().eval(), (torch.randn(2, 6),)))
+    assert [reason for _, reason, _ in coupling.unknown] == ["no rule for the operator renorm"]
+    assert coupling.unknown[0][2] == f"{__file__}:{RENORM_LINE}"
     assert len(coupling.spaces[number_of(coupling, "first.weight")].free) == 12
     frozen = {(entry.parameter, entry.axis): entry for entry in coupling.frozen}
     entry = frozen["second.weight", 0]
-    assert (entry.entries, entry.size, entry.operator) == (8, 8, "fft_fft")
-    assert entry.reason == "no rule for the operator fft_fft"
-    assert entry.source_line == f"{__file__}:{FFT_LINE}"
+    assert (entry.entries, entry.size, entry.operator) == (8, 8, "renorm")
+    assert entry.reason == "no rule for the operator renorm"
+    assert entry.source_line == f"{__file__}:{RENORM_LINE}"
     assert frozen["third.weight", 0].reason == "an output of the model"
 
 
@@ -315,3 +317,86 @@ def test_a_padded_transformer_with_dicts_is_cut_in_every_way() -> None:
     assert macs_of(coupling, removed) == result.macs() < 0.5 * model.macs()
     outputs = result({"tokens": torch.randint(0, 30, (6, 7))}, scale=torch.ones(6, 1))
     assert outputs["logits"].shape == (6, 4)
+
+
+class Rows(nn.Module):
+    """Five rows of the features of all samples: of five samples, and of no other number, a row is a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 20), nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.second(x) * torch.tanh(x.reshape(5, -1)).sum(1).mean()
+
+
+def test_a_batch_that_equals_another_size_aligns_nothing() -> None:
+    torch.manual_seed(0)
+    module = Rows().eval()
+    program = torch.export.export(module, (torch.randn(3, 6),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    graph = program.module(check_guards=False)
+    by_accident = analyse_graph(graph, (torch.randn(5, 6),))
+    assert [len(space.free) for space in by_accident.spaces] == [20, 0]
+    with pytest.raises(RuntimeError):
+        cut_graph(by_accident, {0: {3}})(torch.randn(3, 6))
+    coupling = analyse_graph(graph, (), resized=lambda size: ((torch.randn(size, 6),), {}))
+    assert coupling.recording.shapes["linear"] == (7, 20)
+    assert coupling.single["linear"] == (1, 20)
+    assert [len(space.free) for space in coupling.spaces] == [4, 0]
+    number = number_of(coupling, coupling.spaces[0].origin)
+    classes = {member.parameter: member.classes.tolist() for member in coupling.spaces[number].members}
+    assert classes["first.bias"] == [0, 1, 2, 3] * 5
+    result, x = cut_graph(coupling, {number: {1}}), torch.randn(3, 6)
+    with torch.no_grad():
+        module.first.weight[1::4], module.first.bias[1::4] = 0, 0
+    torch.testing.assert_close(result(x), module(x))
+
+
+def test_the_batch_of_the_run_divides_no_size() -> None:
+    layers = [nn.Linear(6, 35), nn.ReLU(), nn.Linear(35, 22), nn.ReLU(), nn.Linear(22, 3)]
+    coupling = analyse(Model.capture(nn.Sequential(*layers).eval(), (torch.randn(2, 6),)))
+    assert coupling.recording.shapes["linear_1"] == (13, 22)
+
+
+class Written(nn.Module):
+    """A slice with a step is written in place, before or after it is read."""
+
+    def __init__(self, *, before: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.before = nn.Linear(6, 12), nn.Linear(12, 4), before
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x)) * 2
+        if self.before:
+            y.add_(1)
+        part = y[:, ::3]
+        if not self.before:
+            part.mul_(2)
+        return self.second(y) + part.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_slice_with_a_step_is_cut_only_if_nothing_is_written_through_it(before: bool) -> None:
+    coupling = analyse(Model.capture(Written(before=before).eval(), (torch.randn(2, 6),)))
+    space = coupling.spaces[number_of(coupling, "first.weight")]
+    assert len(space.free) == (12 if before else 0)
+    assert before or all("shares memory that is written later" in reason for reason in space.frozen.values())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_axis_that_a_cut_leaves_one_entry_is_not_squeezed(size: int) -> None:
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(x)).squeeze(1)
+            return self.second(x.mean(2, keepdim=True)).squeeze()
+
+    model = Model.capture(Squeezed().eval(), (torch.randn(2, 3, 5),))
+    coupling = analyse(model)
+    number = number_of(coupling, "first.weight")
+    result = cut(model, coupling, {number: set(range(6 - size))})
+    assert check_equivalence(model, coupling, {number: set(range(6 - size))}, result, [model.batch_input(3)]).equivalent

@@ -19,13 +19,13 @@ from tests.graph.coupling.test_networks import BATCH, captured, warmed
 # By network: rows and classes of each space that has any: groups x channels, heads x head size.
 ROWS = {
     "attention_with_weights": [(3, 8), (3, 8)],  # queries with keys, and values
-    "channel_shuffle_module": [(3, 4)],
+    "channel_shuffle_module": [(3, 4), (3, 4)],
     "enabled_gqa": [(2, 8), (2, 8)],  # the heads of keys
     "encoder": [(4, 8)] * 4,
     "explicit_attention": [(4, 6), (4, 6)],
-    "grouped": [(2, 2), (4, 4)],
+    "grouped": [(2, 2), (2, 6), (4, 4), (4, 6)],
     "group_norm": [(4, 4)],
-    "grouped_transposed": [(4, 6)],
+    "grouped_transposed": [(4, 4), (4, 6)],
     "shifted_windows": [(3, 8), (3, 8)],
     "vision_transformer": [(4, 8), (4, 8)],
     "flatten_then_linear": [],  # a class has entries at several places of an image, but one filter makes them

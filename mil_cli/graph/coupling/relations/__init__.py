@@ -18,6 +18,7 @@ from mil_cli.graph.coupling.relations import (
     recurrent,
     reduction,
     spatial,
+    spectral,
     views,
 )
 from mil_cli.graph.coupling.table import Operation, RelationTable, Rule, Rules, UnsupportedForm
@@ -33,6 +34,7 @@ RULES: Rules = MappingProxyType(
         **recurrent.RULES,
         **reduction.RULES,
         **spatial.RULES,
+        **spectral.RULES,
         **indexing.RULES,
     }
 )

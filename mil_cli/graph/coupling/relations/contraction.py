@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import pairwise
 
+from mil_cli.graph.count import einsum_terms
 from mil_cli.graph.coupling.record import Key
 from mil_cli.graph.coupling.table import Operation, Rules, UnsupportedForm, rules_for
 
@@ -55,7 +56,8 @@ def matmul(operation: Operation) -> None:
 
 def dot(operation: Operation) -> None:
     """Contract two vectors."""
-    operation.link(operation.need("self"), 0, operation.need("tensor"), 0)
+    right = "tensor" if operation.has("tensor") else "other"
+    operation.link(operation.need("self"), 0, operation.need(right), 0)
 
 
 def addmm(operation: Operation) -> None:
@@ -69,10 +71,7 @@ def addmm(operation: Operation) -> None:
 
 def einsum(operation: Operation) -> None:
     """Axes of the same letter correspond; an ellipsis stands for batch axes aligned at the right."""
-    equation = operation.argument("equation").replace(" ", "")
-    if "->" not in equation:
-        raise UnsupportedForm("the result's letters are not given")
-    inputs, result = equation.split("->")
+    terms, result = einsum_terms(operation.argument("equation"))
     places: dict[str, list[tuple[Key, int]]] = defaultdict(list)
 
     def place(key: Key, letters: str) -> None:
@@ -88,13 +87,58 @@ def einsum(operation: Operation) -> None:
         for axis, name in enumerate(names):
             places[name].append((key, axis))
 
-    for key, letters in zip(operation.keys("tensors"), inputs.split(","), strict=True):
+    for key, letters in zip(operation.keys("tensors"), terms, strict=True):
         place(key, letters)
     place(operation.output, result)
     for found in places.values():
         for (a, a_axis), (b, b_axis) in pairwise(found):
             if operation.shape(a)[a_axis] == operation.shape(b)[b_axis]:
                 operation.link(a, a_axis, b, b_axis)
+
+
+def tensordot(operation: Operation) -> None:
+    """Contract several pairs of axes; the others of both follow each other in the result."""
+    left, right, output = operation.need("self"), operation.need("other"), operation.output
+    contracted = []
+    for key, name in ((left, "dims_self"), (right, "dims_other")):
+        contracted.append([operation.axis(key, axis) for axis in operation.value(name)])
+    for left_axis, right_axis in zip(*contracted, strict=True):
+        operation.link(left, left_axis, right, right_axis)
+    rest = [
+        (key, axis)
+        for key, gone in zip((left, right), contracted, strict=True)
+        for axis in range(operation.rank(key))
+        if axis not in gone
+    ]
+    for target, (key, axis) in enumerate(rest):
+        operation.link(key, axis, output, target)
+
+
+def bilinear(operation: Operation) -> None:
+    """x(..., I) y(..., J) W(O, I, J) b(O) -> (..., O)."""
+    weight, output = operation.need("weight"), operation.output
+    for number, name in enumerate(("input1", "input2"), start=1):
+        data = operation.need(name)
+        operation.link(data, -1, weight, number)
+        for axis in range(operation.rank(data) - 1):
+            operation.link(data, axis, output, axis)
+    operation.link(weight, 0, output, -1)
+    bias = operation.key("bias")
+    if bias is not None:
+        operation.link(bias, 0, output, -1)
+
+
+def distance(operation: Operation) -> None:
+    """x(..., P, M) y(..., R, M) -> (..., P, R): features that are zero in both add nothing."""
+    left, right, output = operation.need("x1"), operation.need("x2"), operation.output
+    operation.link(left, -1, right, -1)
+    operation.link(left, -2, output, -2)
+    operation.link(right, -2, output, -1)
+    for key in (left, right):
+        offset = operation.rank(output) - operation.rank(key)
+        for axis in range(operation.rank(key) - 2):
+            if operation.shape(key)[axis] == operation.shape(output)[axis + offset]:
+                operation.link(key, axis, output, axis + offset)
 
 
 def outer(operation: Operation) -> None:
@@ -112,11 +156,23 @@ def embedding(operation: Operation) -> None:
         operation.link(indices, axis, output, axis)
 
 
+def embedding_bag(operation: Operation) -> None:
+    """Rows chosen by number are summed or averaged into bags; the features correspond."""
+    weight = operation.need("weight")
+    operation.freeze(weight, 0, "the rows are looked up by number (a vocabulary)")
+    operation.link(weight, 1, operation.outputs[0], 1)
+    operation.freeze_all([key for key in operation.inputs if key != weight], "counts and numbers of rows")
+
+
 RULES: Rules = {
     **rules_for(linear, "linear"),
     **rules_for(matmul, "matmul", "mm", "bmm", "mv"),
-    **rules_for(dot, "dot"),
+    **rules_for(tensordot, "tensordot"),
+    **rules_for(bilinear, "bilinear"),
+    **rules_for(distance, "cdist"),
+    **rules_for(embedding_bag, "embedding_bag"),
     **rules_for(addmm, "addmm", "baddbmm", "addmv"),
+    **rules_for(dot, "dot", "vdot"),
     **rules_for(einsum, "einsum"),
     **rules_for(outer, "outer", "ger"),
     **rules_for(embedding, "embedding"),

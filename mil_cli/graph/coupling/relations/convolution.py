@@ -58,7 +58,7 @@ def convolution(operation: Operation) -> None:
     operation.link(part, 1, weight, 1)
     # Follows from the links above; said at once, it tells which rows of the weight read which group's channels.
     rows = np.arange(operation.shape(weight)[0])
-    operation.link(part, 0, weight, 0, rows // (len(rows) // groups), rows)
+    operation.link(part, 0, weight, 0, rows // (len(rows) // groups), rows, one_way=True)
 
 
 def _spatial(operation: Operation, data: Key, weight: Key, output: Key, channel: int, *, transposed: bool) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from mil_cli.graph.coupling.record import Key
 from mil_cli.graph.coupling.table import Operation, Rules, UnsupportedForm, rules_for
 
 _INDEXED = "the axis is indexed by a tensor"
@@ -29,27 +30,86 @@ def index_select(operation: Operation) -> None:
 def index(operation: Operation) -> None:
     """Freeze the indexed axes; relate the others, which stand around the result's index axes."""
     data, output = operation.need("self"), operation.output
-    given = list(operation.argument("indices"))
-    positions = [position for position, tensor in enumerate(given) if tensor is not None]
+    kept, first, indexed = _indexed_axes(operation, data)
+    for axis, target in kept.items():
+        operation.link(data, axis, output, target)
+    operation.freeze(output, range(first, first + indexed), _INDEXED)
+
+
+def _indexed_axes(operation: Operation, data: Key) -> tuple[dict[int, int], int, int]:
+    """Freeze the axes of `data` that ``indices`` take, and the indices themselves.
+
+    Integers take one axis each and are broadcast; a mask takes as many axes as it has, and gives one.
+
+    Returns:
+        The axis of the result for each axis that is left, then the first axis of the result that the indices make, and
+        how many they make.
+    """
+    given = [None if tensor is None else operation.key_of(tensor) for tensor in operation.argument("indices")]
+    positions = [position for position, key in enumerate(given) if key is not None]
     if not positions:
         raise UnsupportedForm("no index")
-    keys = {position: operation.key_of(given[position]) for position in positions}
-    if any(operation.dtype(key) in (torch.bool, torch.uint8) for key in keys.values()):
-        raise UnsupportedForm("indexed by a mask")
-    broadcast = np.broadcast_shapes(*(operation.shape(key) for key in keys.values()))
-    together = positions == list(range(positions[0], positions[-1] + 1))
-    first = positions[0] if together else 0
-    target = 0 if together else len(broadcast)
+    taken: list[int] = []
+    ranks: list[int] = []
+    axis = start = 0
+    for position, key in enumerate(given):
+        start = axis if position == positions[0] else start
+        masked = key is not None and operation.dtype(key) in (torch.bool, torch.uint8)
+        width = operation.rank(key) if key is not None and masked else 1
+        if key is not None:
+            taken.extend(range(axis, axis + width))
+            ranks.append(1 if masked else operation.rank(key))
+        axis += width
+    indexed = max(ranks)
+    first = start if positions == list(range(positions[0], positions[-1] + 1)) else 0
+    operation.freeze(data, taken, _INDEXED)
+    operation.freeze_all([key for key in given if key is not None], _INDEXED)
+    rest = [axis for axis in range(operation.rank(data)) if axis not in taken]
+    kept = {axis: number + (indexed if number >= first else 0) for number, axis in enumerate(rest)}
+    return kept, first, indexed
+
+
+def index_put(operation: Operation) -> None:
+    """Freeze the indexed axes; what is written stands or falls with the rest of what it is written into."""
+    data, output, values = operation.need("self"), operation.output, operation.need("values")
+    kept, _, indexed = _indexed_axes(operation, data)
+    for axis in kept:
+        operation.link(data, axis, output, axis)
+    offset = operation.rank(values) - len(kept) - indexed
+    for axis, target in kept.items():
+        if target + offset >= 0 and operation.shape(values)[target + offset] == operation.shape(data)[axis]:
+            operation.link(values, target + offset, data, axis)
+
+
+def scatter(operation: Operation) -> None:
+    """Freeze the axis along which entries find their place by an index; relate the others."""
+    data, output = operation.need("self"), operation.output
+    axis = operation.axis(data, operation.value("dim"))
+    reason = f"{operation.name} places entries by an index"
+    spread = operation.name in ("index_add", "index_copy", "index_fill", "index_add_", "index_copy_", "index_fill_")
+    index = operation.need("index")
+    if spread:
+        operation.freeze_all([index], reason)
+    for key in [data, output, *(key for key in operation.inputs if key not in ((data, index) if spread else (data,)))]:
+        if operation.rank(key) != operation.rank(data):
+            operation.freeze_all([key], reason)
+            continue
+        operation.freeze(key, axis, reason)
+        for other in range(operation.rank(data)):
+            if other == axis:
+                continue
+            if operation.shape(key)[other] == operation.shape(output)[other]:
+                operation.link(key, other, output, other)
+            else:
+                operation.freeze(output, other, reason)
+
+
+def one_hot(operation: Operation) -> None:
+    """Relate the axes of the numbers; the new axis counts classes."""
+    data, output = operation.input, operation.output
     for axis in range(operation.rank(data)):
-        if together and axis == first:
-            target += len(broadcast)
-        if axis in keys:
-            operation.freeze(data, axis, _INDEXED)
-        else:
-            operation.link(data, axis, output, target)
-            target += 1
-    operation.freeze_all(keys.values(), _INDEXED)
-    operation.freeze(output, range(first, first + len(broadcast)), _INDEXED)
+        operation.link(data, axis, output, axis)
+    operation.freeze(output, -1, "the axis counts classes")
 
 
 def gather(operation: Operation) -> None:
@@ -80,18 +140,19 @@ def triangle(operation: Operation) -> None:
     operation.link_all(data, output, but=(rank - 2, rank - 1))
 
 
-def one_hot(operation: Operation) -> None:
-    """The new last axis counts numbers; the others pass."""
-    chosen, output = operation.input, operation.output
-    for axis in range(operation.rank(chosen)):
-        operation.link(chosen, axis, output, axis)
-    operation.freeze(output, operation.rank(output) - 1, "the axis counts numbers")
-
-
 RULES: Rules = {
     **rules_for(triangle, "triu", "tril", "triu_", "tril_"),
     **rules_for(index_select, "index_select"),
     **rules_for(index, "index"),
+    **rules_for(index_put, "index_put", "index_put_"),
     **rules_for(gather, "gather", "take_along_dim"),
+    **rules_for(
+        scatter,
+        *(
+            f"{name}{suffix}"
+            for suffix in ("", "_")
+            for name in ("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill")
+        ),
+    ),
     **rules_for(one_hot, "one_hot"),
 }

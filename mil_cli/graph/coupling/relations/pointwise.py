@@ -55,6 +55,8 @@ _UNTAGGED = frozenset(
         "rsub",
         "requires_grad",
         "_conj",
+        "complex",
+        "polar",
         "log_sigmoid",
         "celu",
         "rrelu",

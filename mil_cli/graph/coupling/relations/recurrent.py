@@ -52,4 +52,27 @@ def recurrent(operation: Operation) -> None:
         operation.freeze(state, range(operation.rank(state) - 1), "layers and batch of a recurrent layer")
 
 
-RULES: Rules = rules_for(recurrent, "lstm", "gru", "rnn_tanh", "rnn_relu")
+def cell(operation: Operation) -> None:
+    """One step of one layer: x(N, I) h(N, H) -> h(N, H), with weights of gates x hidden rows."""
+    data, recurrence = operation.need("input"), operation.need("w_hh")
+    gates = _GATES.get(operation.name.removesuffix("_cell"), 1)
+    hidden = operation.shape(recurrence)[1]
+    for name in ("w_ih", "w_hh", "b_ih", "b_hh"):
+        weight = operation.key(name)
+        if weight is not None:
+            gated = operation.virtual(name, (gates, hidden))
+            operation.regroup(weight, [0], gated, [0, 1])
+            operation.link(gated, 1, recurrence, 1)
+            operation.freeze(gated, 0, "the number of gates")
+    operation.link(data, -1, operation.need("w_ih"), 1)
+    states = operation.keys("hx") if isinstance(operation.argument("hx"), list | tuple) else [operation.need("hx")]
+    for state in [*states, *operation.outputs]:
+        operation.link(state, -1, recurrence, 1)
+        for axis in range(operation.rank(state) - 1):
+            operation.link(state, axis, data, axis)
+
+
+RULES: Rules = {
+    **rules_for(recurrent, "lstm", "gru", "rnn_tanh", "rnn_relu"),
+    **rules_for(cell, "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+}

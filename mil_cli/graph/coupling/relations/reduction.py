@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mil_cli.graph.coupling.relations.pointwise import pointwise
 from mil_cli.graph.coupling.table import Operation, Rules, UnsupportedForm, rules_for
 
-SUMS = ("sum", "linalg_vector_norm", "norm", "frobenius_norm", "nansum")
+SUMS = ("sum", "linalg_vector_norm", "norm", "frobenius_norm", "nansum", "count_nonzero")
 """Reductions to which an entry of zero adds nothing: exact once removed entries are zero."""
 
 STATISTICS = (
@@ -26,7 +28,14 @@ STATISTICS = (
     "var_mean",
     "std_mean",
     "median",
+    "nanmedian",
+    "nanmean",
+    "mode",
+    "kthvalue",
 )
+
+_WITHOUT_POSITIONS = ("aminmax", "var_mean", "std_mean")
+"""Reductions that give several tensors of which none holds positions."""
 
 
 def reduction(operation: Operation) -> None:
@@ -54,7 +63,8 @@ def reduction(operation: Operation) -> None:
                 target += 1
     if operation.name not in SUMS:
         operation.inexact(data, reduced, f"{operation.name} over the axis")
-    if operation.name in ("argmax", "argmin") or (len(operation.outputs) > 1 and operation.name in ("max", "min")):
+    several = len(operation.outputs) > 1 and operation.name not in _WITHOUT_POSITIONS
+    if several or operation.name in ("argmax", "argmin"):
         operation.freeze(data, reduced, f"{operation.name} gives positions on the axis")
 
 
@@ -69,27 +79,22 @@ def mixing(operation: Operation) -> None:
             operation.link_all(key, output, but=(axis,))
 
 
-def fourier(operation: Operation) -> None:
-    """Freeze the axes that are transformed, of which one may be halved; relate the others."""
-    data, output = operation.input, operation.output
-    rank, several = operation.rank(data), operation.name.endswith(("n", "2"))
-    given = operation.value("dim", None if several else -1)
-    if given is None:
-        sizes = operation.value("s")
-        given = range(rank) if sizes is None else range(rank - len(sizes), rank)
-    axes = {operation.axis(data, axis) for axis in ([given] if isinstance(given, int) else given)}
-    for key in (data, output):
-        operation.freeze(key, axes, "a Fourier transform over the axis")
-    operation.link_all(data, output, but=axes)
+def likeness(operation: Operation) -> None:
+    """Contract two tensors over one axis: features that are zero in both add nothing."""
+    left, right, output = operation.need("x1"), operation.need("x2"), operation.output
+    rank = operation.rank(output) + 1
+    gone = operation.value("dim") % rank
+    whole = operation.virtual("pairs", np.broadcast_shapes(operation.shape(left), operation.shape(right)))
+    for key in (left, right):
+        operation.link_broadcast(key, whole)
+    for axis in range(rank):
+        if axis != gone:
+            operation.link(whole, axis, output, axis - (axis > gone))
 
-
-_TRANSFORMS = tuple(
-    f"fft_{inverse}{kind}fft{axes}" for inverse in ("", "i") for kind in ("", "r") for axes in ("", "2", "n")
-)
 
 RULES: Rules = {
+    **rules_for(likeness, "cosine_similarity"),
     **rules_for(reduction, *SUMS, *STATISTICS),
-    **rules_for(fourier, *_TRANSFORMS),
     **rules_for(
         mixing,
         "softmax",

@@ -54,7 +54,16 @@ def grid_sample(operation: Operation) -> None:
         operation.freeze(key, range(start, operation.rank(key)), "resampled")
 
 
+def affine_grid(operation: Operation) -> None:
+    """Relate the batch; everything else counts positions."""
+    theta, output = operation.need("theta"), operation.output
+    operation.link(theta, 0, output, 0)
+    for key in (theta, output):
+        operation.freeze(key, range(1, operation.rank(key)), "the axis counts positions")
+
+
 RULES: Rules = {
+    **rules_for(affine_grid, "affine_grid_generator"),
     **rules_for(pool, *_POOLS),
     **rules_for(resample, *_RESAMPLES),
     **rules_for(grid_sample, "grid_sampler", "grid_sampler_2d", "grid_sampler_3d"),

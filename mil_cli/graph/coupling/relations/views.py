@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from mil_cli.graph.coupling.operators import written_after
 from mil_cli.graph.coupling.table import Indices, Operation, Rules, UnsupportedForm, rules_for
 
 VIEWS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten")
@@ -186,6 +187,9 @@ def slice_(operation: Operation) -> None:
     else:
         window = slice(operation.value("start"), operation.value("end"), operation.value("step", 1))
         chosen = np.arange(size)[window]
+        if window.step not in (None, 1) and written_after(operation.node):
+            # once the axis is cut, what is left of the slice is gathered: a copy, that no longer shares memory
+            operation.freeze(data, axis, "a slice with a step shares memory that is written later")
     operation.link(data, axis, output, axis, chosen, np.arange(len(chosen)))
     operation.link_all(data, output, but=(axis,))
 
@@ -283,7 +287,7 @@ def unfold(operation: Operation) -> None:
 
 
 def pad(operation: Operation) -> None:
-    """Relate the entries inside the padding; padding that copies or crops freezes its axes."""
+    """Relate the entries inside the padding, or what cropping leaves; padding that copies freezes its axes."""
     data, output = operation.input, operation.output
     widths = operation.value("pad" if operation.has("pad") else "padding")
     constant = operation.name == "constant_pad_nd" or operation.value("mode") == "constant"
@@ -293,8 +297,9 @@ def pad(operation: Operation) -> None:
         before, after = (widths[at], widths[at + 1]) if at + 1 < len(widths) else (0, 0)
         if before == after == 0:
             operation.link(data, axis, output, axis)
-        elif constant and before >= 0 and after >= 0:
-            operation.link(data, axis, output, axis, np.arange(size), np.arange(before, before + size))
+        elif constant:  # negative widths crop
+            inside = np.arange(max(-before, 0), size - max(-after, 0))
+            operation.link(data, axis, output, axis, inside, inside + before)
         else:
             operation.freeze(data, axis, "the padding depends on the neighbours")
             operation.freeze(output, axis, "the padding depends on the neighbours")

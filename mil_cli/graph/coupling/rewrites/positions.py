@@ -7,6 +7,7 @@ import torch
 from torch.fx import Node
 
 from mil_cli.graph.coupling.rewrites.edit import Edit, Rewrite
+from mil_cli.graph.coupling.selection import Mask
 from mil_cli.graph.nodes import get_argument
 
 aten = torch.ops.aten
@@ -105,18 +106,25 @@ def index_select(edit: Edit) -> None:
 
 
 def pad(edit: Edit) -> None:
-    """Keep as much padding as the masks leave before and after the data."""
+    """Keep as much padding as the masks leave before and after the data, and crop as much as they leave to crop."""
     key, _ = _data(edit)
     name = "pad" if edit.has("pad") else "padding"
     rank = len(edit.shape(key))
-    widths, before = list(get_argument(edit.new, name)), edit.value(name)
-    for axis, mask in edit.masks.get(edit.output, {}).items():
+    widths, given = list(get_argument(edit.new, name)), edit.value(name)
+    for axis, size in enumerate(edit.shape(key)):
         at = (rank - 1 - axis) * 2
-        if at + 1 < len(before) and (before[at] or before[at + 1]):
-            widths[at] = int(mask[: before[at]].sum())
-            widths[at + 1] = int(mask[before[at] + edit.shape(key)[axis] :].sum())
-    if edit.touched(edit.output):
+        if at + 1 < len(given) and (edit.mask(key, axis) is not None or edit.mask(edit.output, axis) is not None):
+            before, after = given[at], given[at + 1]
+            cropped = _or_all(edit.mask(key, axis), size)
+            padded = _or_all(edit.mask(edit.output, axis), size + before + after)
+            widths[at] = int(padded[:before].sum()) if before > 0 else -int(cropped[:-before].sum())
+            widths[at + 1] = int(padded[before + size :].sum()) if after > 0 else -int(cropped[size + after :].sum())
+    if edit.touched(key) or edit.touched(edit.output):
         edit.set(name, widths)
+
+
+def _or_all(mask: Mask | None, size: int) -> Mask:
+    return np.ones(size, dtype=bool) if mask is None else mask
 
 
 REWRITES: dict[str, Rewrite] = {

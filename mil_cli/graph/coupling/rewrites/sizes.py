@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from mil_cli.graph.coupling.rewrites.edit import Edit, Rewrite
 from mil_cli.graph.nodes import get_argument
 
@@ -61,6 +63,17 @@ def unflatten(edit: Edit) -> None:
     )
 
 
+def squeeze(edit: Edit) -> None:
+    """Squeeze the axes that had size 1 before the cut, not those that have it since."""
+    data = edit.key("self")
+    shape = edit.shape(data)
+    if any(shape[axis] > 1 and mask.sum() == 1 for axis, mask in edit.masks.get(data, {}).items()):
+        given = edit.value("dim", range(len(shape)))
+        axes = [edit.axis(data, axis) for axis in ([given] if isinstance(given, int) else given)]
+        source = edit.new.args[0]
+        edit.replace_target(torch.ops.aten.squeeze.dims, source, [axis for axis in axes if shape[axis] == 1])
+
+
 def normalized_shape(edit: Edit) -> None:
     """Give layer norm the sizes of the axes that it normalises."""
     data = edit.key("input")
@@ -90,6 +103,7 @@ REWRITES: dict[str, Rewrite] = {
     "repeat": copies,
     "tile": copies,
     "unflatten": unflatten,
+    "squeeze": squeeze,
     "layer_norm": normalized_shape,
     "rms_norm": normalized_shape,
     "_fused_rms_norm": normalized_shape,

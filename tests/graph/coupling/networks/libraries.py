@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.graph.coupling.networks import Net, conv, network, pooled
+from tests.graph.coupling.networks.base import Net, conv, network, pooled
 
 
 @network((9, 12))

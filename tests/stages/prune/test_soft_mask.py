@@ -85,14 +85,15 @@ def test_gates_lie_on_what_layers_read_and_else_on_everything() -> None:
         members = scaling_members(coupling, space)
         assert {member.axis for member in members} == {1}
     coupling = analyse(captured(NETS["vit"]()))
-    heads, inner = (
+    heads, queries, values = (
         {member.parameter for member in scaling_members(coupling, space)}
         for space in coupling.spaces
         if "qkv" in space.origin and space.free
     )
     assert heads == {"blocks.0.attention.out.weight"}
     # queries and keys meet in a product
-    assert inner == {f"blocks.0.attention.{name}" for name in ("qkv.weight", "qkv.bias", "out.weight")}
+    assert queries == {f"blocks.0.attention.{name}" for name in ("qkv.weight", "qkv.bias")}
+    assert values == {"blocks.0.attention.out.weight"}
 
 
 @pytest.mark.parametrize(

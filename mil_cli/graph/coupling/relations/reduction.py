@@ -79,6 +79,13 @@ def mixing(operation: Operation) -> None:
             operation.link_all(key, output, but=(axis,))
 
 
+def softmax(operation: Operation) -> None:
+    """Relate all axes; what is left of the normalised one shares the whole."""
+    data, output = operation.input, operation.output
+    operation.inexact(data, operation.value("dim", -1), f"{operation.name} over the axis")
+    operation.link_all(data, output)
+
+
 def likeness(operation: Operation) -> None:
     """Contract two tensors over one axis: features that are zero in both add nothing."""
     left, right, output = operation.need("x1"), operation.need("x2"), operation.output
@@ -95,13 +102,9 @@ def likeness(operation: Operation) -> None:
 RULES: Rules = {
     **rules_for(likeness, "cosine_similarity"),
     **rules_for(reduction, *SUMS, *STATISTICS),
+    **rules_for(softmax, "softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax"),
     **rules_for(
         mixing,
-        "softmax",
-        "log_softmax",
-        "_softmax",
-        "_log_softmax",
-        "_safe_softmax",
         "cumsum",
         "cumprod",
         "cummax",

@@ -223,14 +223,14 @@ def queries_of_its_own() -> nn.Module:
     )
 
 
-@trick((9, 24), share=0.3, frozen="softmax over the axis")
+@trick((9, 24), share=0.9)
 def attention_between_channels() -> nn.Module:
-    """El-Nouby et al. 2021, "XCiT": features attend to features, so a head's size stays; heads can go."""
+    """El-Nouby et al. 2021, "XCiT": features attend to features, and share the attention of those that are left."""
 
     def forward(net: Net, x: Tensor) -> Tensor:
         q, k, v = net.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 4, 1)
         weights = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * net.heat
-        y = weights.softmax(-1) @ v  # frozen
+        y = weights.softmax(-1) @ v
         return net.fc(net.o(y.permute(0, 3, 1, 2).flatten(2)).mean(1))
 
     return Net(

@@ -123,10 +123,10 @@ def response_norm() -> nn.Module:
     return Net({"a": conv(3, 8), "norm": nn.LocalResponseNorm(3), "b": conv(8, 16), "fc": nn.Linear(16, 10)}, forward)
 
 
-@trick(share=0.4, frozen="softmax over the axis")
+@trick(share=0.9)
 def softmax_over_channels() -> nn.Module:
     def forward(net: Net, x: Tensor) -> Tensor:
-        x = net.a(x).softmax(1)  # frozen
+        x = net.a(x).softmax(1)
         return net.fc(pooled(net.b(x)))
 
     return Net({"a": conv(3, 8), "b": conv(8, 16), "fc": nn.Linear(16, 10)}, forward)

@@ -12,7 +12,7 @@ from mil_cli.graph.coupling import Coupling, analyse, cut
 from mil_cli.stages.prune.amount import Amount
 from mil_cli.stages.prune.rounds import Rounds, Scored
 from mil_cli.stages.prune.selection import Scores, describe_widths
-from mil_cli.stages.prune.settings import StructuredPruningConfig
+from mil_cli.stages.prune.settings import CutConfig, StructuredPruningConfig
 from mil_cli.stages.targets import width_multiple
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import NotFiniteError, fixed_batch
@@ -65,9 +65,7 @@ def prune(
     amount = Amount(config, context, state["table"] or known)
     start = amount.measure(coupling)({})
     goal = config.kept.resolve(start)
-    if config.kept.absolute and goal >= start:
-        has, allowed = amount.shown(start), amount.shown(goal)
-        context.progress.notice(f"{context.name}: the model has {has}, the target allows {allowed}: nothing is cut")
+    tell_if_met(config, context, amount, start)
     current = _resumed(current, state)
     rounds = Rounds(config, context, amount=amount, multiple=multiple, shapes=shapes)
 
@@ -92,12 +90,12 @@ def prune(
             state["facts"].append({"step": step + 1, **made.facts})
             recover = config.recover is not None and (not last or config.recover_last)
             compares = step == 0 and config.compare_samples > 0 and config.method != "random"
-            fresh = made.model if recover and not compares else _recalibrated(made.model, config, context)
+            fresh = made.model if recover and not compares else recalibrated(made.model, config, context)
             if compares:
                 drawn = rounds.cut(_drawn(scored, context), made.facts["left"], must_reach=False).model
                 state["compared"] = {
                     "quality_after_the_first_cut": _quality(fresh, config, context),
-                    "quality_after_a_random_cut": _quality(_recalibrated(drawn, config, context), config, context),
+                    "quality_after_a_random_cut": _quality(recalibrated(drawn, config, context), config, context),
                 }
             current = fresh
             if recover:
@@ -166,6 +164,14 @@ def check_finite(model: Model, context: Context) -> None:
         )
 
 
+def tell_if_met(config: CutConfig, context: Context, amount: Amount, start: float) -> None:
+    """Say so where a model has no more than an absolute target allows."""
+    goal = config.kept.resolve(start)
+    if config.kept.absolute and goal >= start:
+        has, allowed = amount.shown(start), amount.shown(goal)
+        context.progress.notice(f"{context.name}: the model has {has}, the target allows {allowed}: nothing is cut")
+
+
 def random_scores(coupling: Coupling, generator: torch.Generator) -> Scores:
     """Return by space a random number for each class."""
     return [torch.rand(space.size, generator=generator, dtype=torch.float64).numpy() for space in coupling.spaces]
@@ -203,7 +209,8 @@ def _drawn(scored: Scored, context: Context) -> Scored:
     return Scored(scored.model, scored.coupling, scores, scored.facts)
 
 
-def _recalibrated(model: Model, config: StructuredPruningConfig, context: Context) -> Model:
+def recalibrated(model: Model, config: CutConfig, context: Context) -> Model:
+    """Return a cut model with the statistics of its batch norms taken anew, if the settings say so."""
     if not config.recalibrate_samples:
         return model
     size = fixed_batch(model) or _CALIBRATION_BATCH

@@ -60,14 +60,37 @@ def taylor(model: Model, config: TaylorConfig, context: Context) -> Model:
     Raises:
         StageError: The target cannot be met, or nothing can be cut.
     """
-    return prune(model, config, context, lambda current, coupling: first_order(current, coupling, config, context))
+    return prune(
+        model,
+        config,
+        context,
+        lambda current, coupling: first_order(
+            current,
+            coupling,
+            context,
+            samples=config.samples,
+            batch_size=config.batch_size,
+            normalise=config.normalise,
+        ),
+    )
 
 
-def first_order(model: Model, coupling: Coupling, config: TaylorConfig, context: Context) -> Scores:
-    """Return by space the absolute first-order change of the loss for each class; NaN without any weights."""
+def first_order(
+    model: Model, coupling: Coupling, context: Context, *, samples: int, batch_size: int, normalise: bool
+) -> Scores:
+    """Return by space the absolute first-order change of the loss for each class; NaN without any weights.
+
+    Args:
+        model: The model.
+        coupling: Its analysis.
+        context: Gives training samples.
+        samples: How many of them.
+        batch_size: How many at once.
+        normalise: Whether to divide a member's scores by their mean.
+    """
     products = {
         name: gradient * dict(model.named_parameters())[name].detach()
-        for name, gradient in gradients(model, context, samples=config.samples, batch_size=config.batch_size).items()
+        for name, gradient in gradients(model, context, samples=samples, batch_size=batch_size).items()
     }
     graph = model.graph
     names = {name: known for known in products for name in _all_names(model, known)}
@@ -83,7 +106,7 @@ def first_order(model: Model, coupling: Coupling, config: TaylorConfig, context:
             if shift is not None and str(shift.target) in names:
                 lines = lines + products[names[str(shift.target)]].double()
             rows.append(np.abs(class_sums(member, space.size, lines)))
-        found.append(mean_of_members(space.size, rows, normalise=config.normalise))
+        found.append(mean_of_members(space.size, rows, normalise=normalise))
     return found
 
 

@@ -88,8 +88,8 @@ def loss(model: Model, images: Tensor, labels: Tensor) -> float:
 
 def test_taylor_is_the_first_order_change_of_the_loss(model: Model, coupling: Coupling) -> None:
     """By finite differences: all that a channel has in one member is scaled down a little."""
-    config = taylor.TaylorConfig(macs=0.5, samples=64, batch_size=64, normalise=False)
-    scores = by_origin(coupling, taylor.first_order(model, coupling, config, context()))
+    found = taylor.first_order(model, coupling, context(), samples=64, batch_size=64, normalise=False)
+    scores = by_origin(coupling, found)
     images, labels = next(iter(data().train.batches(64)))
     members = {
         "first.weight": [["first.weight"], ["norm.weight", "norm.bias"], ["second.weight"]],
@@ -116,10 +116,7 @@ def test_taylor_is_the_first_order_change_of_the_loss(model: Model, coupling: Co
 def test_taylor_sums_before_it_takes_the_magnitude(model: Model, coupling: Coupling) -> None:
     """Halves of the samples whose gradients cancel leave what the whole says, however they are put into batches."""
     whole, parts = (
-        taylor.first_order(
-            model, coupling, taylor.TaylorConfig(macs=0.5, samples=64, batch_size=size, normalise=True), context()
-        )
-        for size in (64, 16)
+        taylor.first_order(model, coupling, context(), samples=64, batch_size=size, normalise=True) for size in (64, 16)
     )
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3)

@@ -117,7 +117,7 @@ class BoundedStructures:
         return self._structures.smallest
 
     def even(self) -> Candidate:
-        """Return the structure that keeps all branches and the same part of every width, as much as the bound allows."""
+        """Return what keeps all branches and the same part of every width, as much as the bound allows."""
         structures = self._structures
         levels = 100
         for level in range(levels + 1):

@@ -182,13 +182,17 @@ def _score(
     context: Context,
     state: dict[str, Any],
 ) -> None:
-    """Train and score the proposals that are not scored yet; the state keeps their qualities and the best's weights."""
+    """Train and score the proposals that are not scored yet; the state keeps their qualities and the best's weights.
+
+    A proposal's checkpoint goes once its score is kept: there may be hundreds.
+    """
     iteration = len(state["iterations"])
     higher = context.task.higher_is_better
+    names = [f"iteration{iteration}-{place}" for place in range(len(proposals))]
+    for name in names[: len(state["scored"])]:  # an interruption may have come between keeping a score and this
+        context.slot(f"{name}-fit").clear()
     for place in range(len(state["scored"]), len(proposals)):
-        candidate = proposals[place]
-        small = search.fresh(structures, candidate)
-        name = f"iteration{iteration}-{place}"
+        name, small = names[place], search.fresh(structures, proposals[place])
         if config.finetune_steps:
             small = context.finetune(
                 small, stage=config.finetune, name=name, trainer=config.trainer, steps=config.finetune_steps

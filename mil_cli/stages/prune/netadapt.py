@@ -10,8 +10,10 @@ from pydantic import Field
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import analyse, cut
 from mil_cli.graph.residual import remove_branches, residual_chains
+from mil_cli.stages.prune.schedule import weights_of
 from mil_cli.stages.prune.searching import Search, SearchConfig
-from mil_cli.stages.prune.structures import Structures, by_space, with_choice
+from mil_cli.stages.prune.selection import by_space
+from mil_cli.stages.prune.structures import Structures, with_choice
 from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
@@ -200,8 +202,7 @@ def _score(
         quality = search.quality(small)
         best = state["best"]
         if best is None or (quality > best["quality"] if higher else quality < best["quality"]):
-            weights = {key: tensor.detach().clone() for key, tensor in small.state_dict().items()}
-            state["best"] = {"place": place, "quality": quality, "weights": weights}
+            state["best"] = {"place": place, "quality": quality, "weights": weights_of(small)}
         state["scored"].append(quality)
         state["table"] = search.amount.table
         context.slot("iterations").save(state)

@@ -83,7 +83,7 @@ def sensitivity(model: Model, config: SensitivityConfig, context: Context) -> Mo
             cuts = ((structures.removed(one), structures.dropped(one)) for one in candidates)
             search.amount.prepare(structures.coupling, cuts)
 
-        state["chosen"] = list(choose_structure(structures, curves, search.goal, prepare))
+        state["chosen"] = list(structures.canonical(choose_structure(structures, curves, search.goal, prepare)))
         keep()
     chosen = tuple(state["chosen"])
     _, check = search.proven(structures, chosen)

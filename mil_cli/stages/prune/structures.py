@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -180,8 +180,3 @@ class Structures:
 def with_choice(candidate: Candidate, place: int, choice: int) -> Candidate:
     """Return a candidate with another choice at one place."""
     return (*candidate[:place], choice, *candidate[place + 1 :])
-
-
-def by_space(removed: Mapping[int, Collection[int]]) -> dict[int, list[int]]:
-    """Return removed classes in the form that a checkpoint keeps."""
-    return {number: sorted(classes) for number, classes in removed.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch import nn
 
 from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
+from mil_cli.models.mobilenet import mobilenet
+from mil_cli.models.resnet import resnet20
+from mil_cli.models.vit import vit
 from mil_cli.stages.prune.evolution import EvolutionConfig
 from mil_cli.stages.prune.searching import Search
 from mil_cli.stages.prune.structures import Limit, Structures, with_choice
@@ -60,6 +64,28 @@ def test_a_model_without_a_block_equals_one_built_without_it(model: Model) -> No
     assert cut.num_params() == sum(parameter.numel() for parameter in by_hand.parameters())
     assert not any(name.startswith("blocks.1.") for name, _ in cut.named_parameters())
     assert check["difference"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: vit(image_size=8, patch=2, dim=16, depth=2, heads=4),
+        lambda: mobilenet(widths=(8, 16), blocks=(2, 2), expansion=2, last=32),
+        lambda: resnet20(widths=(8, 16, 16)),
+    ],
+    ids=["vit", "mobilenet", "resnet"],
+)
+def test_structures_of_other_networks_are_cut_and_proven(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Model.capture(build().eval(), (torch.randn(2, 1, 8, 8),))
+    search, structures = found(model, max_per_chain=1.0, macs=0.9)
+    assert structures.branches
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        draws = tuple(int(torch.randint(most + 1, (), generator=generator)) for most in structures.last)
+        cut, check = search.proven(structures, structures.canonical(draws))
+        assert check["difference"] < 1e-4
+        assert cut.macs() == structures.cost(draws) == structures.cost(structures.canonical(draws))
 
 
 def test_a_branch_that_is_wrongly_left_out_is_noticed(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,6 @@ def netadapt(model: Model, config: NetadaptConfig, context: Context) -> Model:
     with context.progress.work(f"{context.name}: adapting", 100, done=_share(search.start - left, whole)) as bar:
         while left > search.goal:
             structures = search.structures(current, gone)
-            # A measured table gives an operator the same seconds, whichever model it is in.
             step = config.reduction * config.decay ** len(facts) * search.start
             proposals = _proposals(structures, search, max(search.goal, left - step), left)
             _score(proposals, structures, search, config, context, state)
@@ -83,22 +82,13 @@ def netadapt(model: Model, config: NetadaptConfig, context: Context) -> Model:
             current, check = search.proven(structures, chosen)
             current.load_state_dict(state["best"]["weights"])
             before, left = left, structures.cost(chosen)
-            branches = [branch.addition for branch in structures.left_out(chosen)]
-            gone.extend(branches)
-            facts.append(
-                {
-                    "removed": by_space(structures.removed(chosen)),
-                    "branches": branches,
-                    "chosen": _name(structures, chosen),
-                    "left": left,
-                    "quality": state["best"]["quality"],
-                    "check": check,
-                    "proposals": [
-                        {"name": _name(structures, proposal), "quality": quality}
-                        for proposal, quality in zip(proposals, state["scored"], strict=True)
-                    ],
-                }
-            )
+            scored = [
+                {"name": _name(structures, proposal), "quality": quality}
+                for proposal, quality in zip(proposals, state["scored"], strict=True)
+            ]
+            done = {"left": left, "quality": state["best"]["quality"], "check": check, "proposals": scored}
+            facts.append({**_made(structures, chosen), **done})
+            gone.extend(facts[-1]["branches"])
             state.update(weights=state["best"]["weights"], scored=[], best=None)
             slot.save(state)
             bar.advance(
@@ -118,6 +108,15 @@ def _share(saved: float, whole: float) -> int:
 def _name(structures: Structures, candidate: Candidate) -> str:
     """Return the name of the one axis that a proposal changes."""
     return next(name for name, choice in zip(structures.names, candidate, strict=True) if choice)
+
+
+def _made(structures: Structures, candidate: Candidate) -> dict[str, Any]:
+    """Return what a proposal changes, so that it can be made again."""
+    return {
+        "chosen": _name(structures, candidate),
+        "removed": by_space(structures.removed(candidate)),
+        "branches": [branch.addition for branch in structures.left_out(candidate)],
+    }
 
 
 def _check_reach(config: NetadaptConfig, context: Context, search: Search) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mil_cli.errors import StageError
+from mil_cli.graph.coupling import analyse
 from mil_cli.graph.model import Model
 from mil_cli.models.mobilenet import mobilenet
 from mil_cli.models.resnet import resnet20
@@ -17,6 +18,7 @@ from mil_cli.models.vit import vit
 from mil_cli.stages.prune.evolution import EvolutionConfig
 from mil_cli.stages.prune.searching import Search
 from mil_cli.stages.prune.structures import Limit, Structures, with_choice
+from mil_cli.stages.registry import config_type, function_of
 from tests.stages.prune import blocks
 
 
@@ -138,3 +140,20 @@ def test_the_least_important_classes_go_first(model: Model, importance: str) -> 
         assert first == {2, 5}
     assert width.kept(2) == 6
     assert width.kept(len(width.chunks)) == 2  # max_per_layer
+
+
+@pytest.mark.parametrize("method", ["sensitivity", "evolution", "netadapt"])
+def test_a_latency_is_met_by_its_table(method: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)]
+    model = Model.capture(nn.Sequential(*layers).eval(), (torch.randn(2, 1, 8, 8),))
+    quick = {"sensitivity": {"points": 2}, "evolution": {"evaluations": 3}, "netadapt": {"finetune_steps": 1}}
+    config = config_type("prune", method).model_validate(
+        blocks.settings(latency="60%", round_to=16, search_samples=64, **quick[method])
+    )
+    around = blocks.context()
+    result = function_of(config)(model, config, around)
+    assert around.notes["left"] <= around.notes["target"]  # type: ignore[operator]
+    assert around.notes["latency_table"]
+    assert result.macs() < model.macs()
+    assert all(space.size % 16 == 0 for space in analyse(result).spaces if space.free)

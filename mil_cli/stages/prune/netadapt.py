@@ -28,7 +28,8 @@ class NetadaptConfig(SearchConfig):
     """Settings of NetAdapt.
 
     Attributes:
-        reduction: What the first iteration must save, as a part of what the model has at first.
+        reduction: What the first iteration must save, as a part of what the model has at first. No more than single
+            layers can save: else only the widths that run through whole stages are left to choose from.
         decay: What that is multiplied by from one iteration to the next.
         finetune_steps: Steps of the optimizer for which every candidate is trained before it is scored; 0 trains none.
         finetune: Key of a train or distill stage of the recipe that does it; None trains on the task's loss.
@@ -37,8 +38,8 @@ class NetadaptConfig(SearchConfig):
 
     method: ClassVar[str] = "netadapt"
 
-    reduction: float = Field(0.1, gt=0, lt=1)
-    decay: float = Field(0.96, gt=0, le=1)
+    reduction: float = Field(0.03, gt=0, lt=1)
+    decay: float = Field(0.98, gt=0, le=1)
     finetune_steps: int = Field(30, ge=0)
     finetune: str | None = None
     trainer: dict[str, Any] = Field(default_factory=lambda: {"learning_rate": 0.01})

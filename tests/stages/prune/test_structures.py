@@ -147,7 +147,11 @@ def test_a_latency_is_met_by_its_table(method: str) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)]
     model = Model.capture(nn.Sequential(*layers).eval(), (torch.randn(2, 1, 8, 8),))
-    quick = {"sensitivity": {"points": 2}, "evolution": {"evaluations": 3}, "netadapt": {"finetune_steps": 1}}
+    quick = {
+        "sensitivity": {"points": 2},
+        "evolution": {"evaluations": 3},
+        "netadapt": {"finetune_steps": 1, "reduction": 0.2},
+    }
     config = config_type("prune", method).model_validate(
         blocks.settings(latency="60%", round_to=16, search_samples=64, **quick[method])
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 
@@ -109,6 +110,28 @@ def remove_branches(graph: GraphModule, branches: Sequence[ResidualBranch]) -> N
         delattr(graph.get_submodule(owner), leaf)
     graph.graph.lint()
     graph.recompile()
+
+
+class Shortcuts(Interpreter):
+    """Runs a graph as it is, but where a branch joins its shortcut the shortcut alone goes on.
+
+    What `remove_branches` leaves must give the same outputs: this reads no more of a branch than the name of its ends.
+
+    Args:
+        graph: The graph with its branches.
+        branches: Those without which the outputs are asked for.
+    """
+
+    def __init__(self, graph: GraphModule, branches: Iterable[ResidualBranch]) -> None:
+        super().__init__(graph)
+        self._shortcuts = {branch.addition: branch.shortcut for branch in branches}
+        self._nodes = {node.name: node for node in graph.graph.nodes}
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node, or pass the shortcut on in its place."""
+        if n.name in self._shortcuts:
+            return self.env[self._nodes[self._shortcuts[n.name]]]
+        return super().run_node(n)
 
 
 class _Ancestors:

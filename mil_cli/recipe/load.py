@@ -218,7 +218,7 @@ def _check_recovery(stages: Mapping[str, StageConfig], keys: Iterable[str], prob
     """Check that the stage by which another one recovers, or whose loss it trains on, exists and trains."""
     known = set(keys)
     for key, stage in stages.items():
-        for field in ("recover", "distill", "regularise"):
+        for field in ("recover", "distill", "regularise", "finetune"):
             name = getattr(stage, field, None)
             if not isinstance(name, str):
                 continue

@@ -215,6 +215,7 @@ class Context:
         self._on_checkpoint = on_checkpoint
         self._prefix = ""
         self._before_step: StepHook | None = None
+        self._steps: int | None = None
 
     def _record(self, read: str) -> None:
         if read not in self.trace.reads:
@@ -315,6 +316,7 @@ class Context:
             objective=objective,
             bind=bind,
             before_step=self._before_step,
+            steps=self._steps,
             checkpoint=self.slot(slot),
             progress=self.progress,
             description=f"{self.name}: {doing}",
@@ -330,6 +332,7 @@ class Context:
         name: str,
         trainer: Mapping[str, Any] | None = None,
         before_step: StepHook | None = None,
+        steps: int | None = None,
     ) -> Model:
         """Train `model` by another stage of the recipe, or plainly on the task.
 
@@ -339,6 +342,7 @@ class Context:
             name: Tells this call from others of the same stage, so that each has its own checkpoint.
             trainer: Overrides merged over that stage's own trainer settings.
             before_step: Called before each step of the optimizer: may change gradients; see `fit`.
+            steps: Train for so many steps, without evaluations, whatever number of epochs is set; see `fit`.
 
         Raises:
             StageError: There is no such stage, or it does not train.
@@ -356,12 +360,12 @@ class Context:
             raise StageError(f"stage '{stage}' does not train", where=f"stages.{self.name}", hint=hint)
         merged = {**getattr(config, "trainer", {}), **(trainer or {})}
         config = config.model_copy(update={"trainer": merged})
-        outer = self._prefix, self._before_step
-        self._prefix, self._before_step = f"{self._prefix}{name}-", before_step
+        outer = self._prefix, self._before_step, self._steps
+        self._prefix, self._before_step, self._steps = f"{self._prefix}{name}-", before_step, steps
         try:
             return function_of(config)(model, config, self)
         finally:
-            self._prefix, self._before_step = outer
+            self._prefix, self._before_step, self._steps = outer
 
     def evaluate(self, model: Model, *, limit: int | None = None) -> Quality:
         """Return the quality of `model` on the first `limit` samples (all by default) of `val`."""

@@ -89,6 +89,7 @@ def fit(
     objective: Objective | None = None,
     bind: Binding | None = None,
     before_step: StepHook | None = None,
+    steps: int | None = None,
     checkpoint: CheckpointSlot | None = None,
     progress: Progress | None = None,
     description: str = "training",
@@ -111,6 +112,8 @@ def fit(
             follow from the number of steps, so that a resumed training draws the same.
         before_step: Called after each backward pass and clipping, before the optimizer's step: may change gradients. It
             must keep nothing from step to step, so that a resumed training goes on alike.
+        steps: Train for so many steps, whatever the settings' `epochs`, and do not evaluate; passes over more than an
+            epoch are of equal length, so that there may be a few more. None: as the settings say.
         checkpoint: Where to keep checkpoints; the last one stays there, so that a finished training is not repeated.
         progress: Where to report.
         description: What progress calls this training.
@@ -135,6 +138,7 @@ def fit(
             seed=seed,
             bind=bind if bind is not None else lambda running: objective if objective is not None else task.loss,
             before_step=before_step,
+            steps=steps,
             slot=checkpoint if checkpoint is not None else NullSlot(),
             progress=progress if progress is not None else SilentProgress(),
             description=description,
@@ -170,6 +174,7 @@ class _Loop:
         seed: int,
         bind: Binding,
         before_step: StepHook | None,
+        steps: int | None,
         slot: CheckpointSlot,
         progress: Progress,
         description: str,
@@ -185,6 +190,11 @@ class _Loop:
         self._batch_size = self._choose_batch_size()
         self._drop_last = len(data.train) >= self._batch_size
         self._steps = batch_count(len(data.train), self._batch_size, drop_last=self._drop_last)
+        self._evaluates = steps is None
+        if steps is not None:
+            epochs = -(-steps // self._steps)
+            self._settings = settings = settings.model_copy(update={"epochs": epochs, "early_stopping": None})
+            self._steps = -(-steps // epochs)
         optimizer = build_optimizer(settings, self._model.named_parameters())
         self._scheduler: LRScheduler
         self._scheduler, self._interval = build_scheduler(
@@ -241,6 +251,8 @@ class _Loop:
             position.step += 1
             self._unsaved = True
             unshown += 1
+            if position.step == self._steps:
+                break
             if position.step % guard == 0 and not math.isfinite(self._loss_sum.item()):
                 break
             now = clock()
@@ -294,7 +306,9 @@ class _Loop:
             self._diverge(f"the loss became {mean} in epoch {position.epoch + 1}")
         elif settings.divergence is not None and mean > settings.divergence * abs(first) and position.epoch > 0:
             self._diverge(f"the loss grew from {first:.4g} to {mean:.4g} by epoch {position.epoch + 1}")
-        elif (position.epoch + 1) % settings.evaluate_every == 0 or position.epoch + 1 == settings.epochs:
+        elif self._evaluates and (
+            (position.epoch + 1) % settings.evaluate_every == 0 or position.epoch + 1 == settings.epochs
+        ):
             self._evaluate(entry)
         position.epoch += 1
         position.step = 0

@@ -94,6 +94,10 @@ OVERRIDES = {
         ["stage/quantize@stages.quantize=lsq", "stages.quantize.distill=prune"],
         ["stages.quantize.distill", "train or distill"],
     ),
+    "short training by no stage": (
+        ["stage/prune@stages.prune=netadapt", "stages.prune.finetune=recovr"],
+        ["stages.prune.finetune", "did you mean 'recover'?"],
+    ),
     "two targets": (["stages.prune.params=0.5"], ["stages.prune", "exactly one"]),
     "empty chain": (["chain=[]"], ["chain", "empty"]),
     "wrong order": (["chain=[quantize,prune]"], ["chain", "'prune'", "before"]),

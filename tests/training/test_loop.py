@@ -170,6 +170,29 @@ def test_killed_many_times(tiny: Model, patterns: Data, task: Classification) ->
     assert _equal(resumed.model, whole.model)
 
 
+@pytest.mark.parametrize("wanted", [1, 3, 30])
+def test_a_number_of_steps_can_take_the_place_of_epochs(
+    wanted: int, tiny: Model, patterns: Data, task: Classification
+) -> None:
+    """Up to an epoch, that many; above, whole passes of equal length. Nothing is evaluated."""
+    made: list[tuple[int, int]] = []
+
+    def watched(model: Model, steps: int, total: int) -> None:
+        made.append((steps, total))
+
+    settings = _settings(scheduler="constant", early_stopping=1)
+    short = fit(tiny, task=task, data=patterns, settings=settings, seed=3, steps=wanted, before_step=watched)
+    total = len(made)
+    assert made == [(number, total) for number in range(total)]
+    assert wanted <= total <= wanted + len(short.history) - 1
+    assert all("val" not in entry for entry in short.history)
+    slot = Slot(1)
+    with pytest.raises(Killed):
+        fit(tiny, task=task, data=patterns, settings=settings, seed=3, steps=wanted, checkpoint=slot)
+    resumed = fit(tiny, task=task, data=patterns, settings=settings, seed=3, steps=wanted, checkpoint=slot)
+    assert _equal(resumed.model, short.model)
+
+
 def test_a_finished_training_is_not_repeated(tiny: Model, patterns: Data, task: Classification) -> None:
     slot, settings = Slot(), _settings()
     first = fit(tiny, task=task, data=patterns, settings=settings, seed=3, checkpoint=slot)

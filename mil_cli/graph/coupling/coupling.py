@@ -156,6 +156,16 @@ class Coupling:
             covered += int(free.sum())
         return covered / total if total else 0.0
 
+    def readers(self, number: int) -> frozenset[str]:
+        """Return the names of the calls that read a parameter which a space labels."""
+        recording, labels = self.recording, self.spaces[number].labels
+        return frozenset(
+            user.name
+            for node in recording.graph.graph.find_nodes(op="get_attr")
+            if recording.key(node) in labels and recording.is_parameter(recording.key(node))
+            for user in node.users
+        )
+
     def freeze(self, spaces: Sequence[int], reason: str) -> Coupling:
         """Return this coupling with every class of some spaces frozen, as after a failed check.
 

@@ -9,7 +9,8 @@ from mil_cli.device.profile import DeviceProfile
 from mil_cli.events import Progress
 from mil_cli.graph.coupling import Counter, Dropped, Removed
 from mil_cli.measure.operators import OperatorLister, OperatorTable
-from mil_cli.stages.nas.space import Candidate, ElasticSpace
+from mil_cli.stages.breeding import Candidate
+from mil_cli.stages.nas.space import ElasticSpace
 from mil_cli.stages.nas.supernet import random_pool
 from mil_cli.stages.targets import Kernels
 

@@ -14,9 +14,9 @@ from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, group_norms, reorder, shared_cut
 from mil_cli.graph.model import Model
 from mil_cli.graph.residual import ResidualBranch, leave_out, residual_chains
+from mil_cli.stages.breeding import Candidate, Scored, evolve, from_state, ranked, to_state
 from mil_cli.stages.nas.cost import CandidateCost, Quantity
-from mil_cli.stages.nas.search import Scored, evolve, from_state, ranked, to_state
-from mil_cli.stages.nas.space import Candidate, ElasticSpace, depths_of, widths_of
+from mil_cli.stages.nas.space import ElasticSpace, depths_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, sandwich
 from mil_cli.stages.registry import StageConfig, stage
 from mil_cli.stages.targets import Kernels, LatencyTarget, RoundTo, Target, parse_latency, width_multiple

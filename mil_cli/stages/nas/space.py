@@ -1,7 +1,8 @@
 """The elastic space of a captured model: how far each width and each chain of residual branches can shrink.
 
-A candidate says for every width how many of its coupled classes it keeps, and for every chain how many branches. In
-each the most important come first, so that a candidate is a prefix of the whole model everywhere.
+A candidate says for every width how many of its coupled classes it keeps, and for every chain how many branches, as
+indices into the choices; 0 keeps everything. In each the most important come first, so that a candidate is a prefix of
+the whole model everywhere.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ import torch
 
 from mil_cli.graph.coupling import Coupling, repair, step_of
 from mil_cli.graph.residual import ResidualBranch
-
-Candidate = tuple[int, ...]
-"""By axis of the space: the index into its choices; 0 keeps everything."""
+from mil_cli.stages.breeding import Candidate
 
 _SPREAD = 0.35
 """How far, as a share of an axis's choices, a random candidate strays from its common level."""
@@ -90,18 +89,7 @@ class ElasticSpace:
     @cached_property
     def _readers(self) -> list[frozenset[str]]:
         """By width: the calls that read a weight of it."""
-        recording = self.coupling.recording
-        found = []
-        for width in self.widths:
-            keys = self.coupling.spaces[width.space].labels
-            readers = {
-                user.name
-                for node in recording.graph.graph.find_nodes(op="get_attr")
-                if recording.key(node) in keys and recording.is_parameter(recording.key(node))
-                for user in node.users
-            }
-            found.append(frozenset(readers))
-        return found
+        return [self.coupling.readers(width.space) for width in self.widths]
 
     def branches(self, candidate: Candidate) -> list[ResidualBranch]:
         """Return the branches that a candidate leaves out."""

@@ -15,7 +15,8 @@ from mil_cli.graph.mode import switch_nodes
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import schema_index, set_argument
 from mil_cli.graph.residual import leave_out, remove_branches
-from mil_cli.stages.nas.space import Candidate, ElasticSpace
+from mil_cli.stages.breeding import Candidate
+from mil_cli.stages.nas.space import ElasticSpace
 from mil_cli.task.base import Task
 from mil_cli.training.loop import Binding, Objective, Running
 

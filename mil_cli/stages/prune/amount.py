@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
-from mil_cli.graph.coupling import Counter, Coupling
+from mil_cli.graph.coupling import Counter, Coupling, Dropped, Removed
 from mil_cli.measure.operators import OperatorLister, OperatorTable
-from mil_cli.stages.prune.settings import StructuredPruningConfig
+from mil_cli.stages.prune.settings import CutConfig
 
 if TYPE_CHECKING:
     from mil_cli.stages.context import Context
 
-Measure = Callable[[Mapping[int, set[int]]], float]
-"""By space the classes that are removed -> what is left of the quantity."""
+
+class Measure(Protocol):
+    """Tells what a cut of one model leaves of a quantity."""
+
+    def __call__(self, removed: Removed, dropped: Dropped = ..., /) -> float:
+        """Return what is left without the removed classes, by space, and without the nodes that are dropped."""
 
 
 class Amount:
@@ -25,9 +29,7 @@ class Amount:
         known: What `table` gave before an interruption.
     """
 
-    def __init__(
-        self, config: StructuredPruningConfig, context: Context, known: Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self, config: CutConfig, context: Context, known: Mapping[str, float] | None = None) -> None:
         self._config = config
         self._context = context
         self._table = OperatorTable(context.device, known, context.progress) if config.quantity == "latency" else None
@@ -35,14 +37,29 @@ class Amount:
     def measure(self, coupling: Coupling) -> Measure:
         """Return what tells the quantity of each cut of an analysed model."""
         counter = Counter(coupling)
-        if self._table is not None:
-            lister, table = (
-                OperatorLister(counter, self._config.multiple, self._context.device.int8.policy),
-                self._table,
-            )
-            return lambda removed: table.seconds(lister.operators(removed, frozenset()))
-        counts: dict[str, Measure] = {"macs": counter.macs, "params": counter.params, "channels": counter.channels}
+        table = self._table
+        if table is not None:
+            lister = self._lister(counter)
+            return lambda removed, dropped=frozenset(): table.seconds(lister.operators(removed, dropped))
+        counts: dict[str, Measure] = {
+            "macs": counter.macs,
+            "params": counter.params,
+            "channels": lambda removed, dropped=frozenset(): counter.channels(removed),
+        }
         return counts[self._config.quantity]
+
+    def prepare(self, coupling: Coupling, cuts: Iterable[tuple[Removed, Dropped]]) -> None:
+        """Measure the operators of some cuts in one go, since each go starts a process; does nothing for counts.
+
+        Raises:
+            MeasureError: The runtime cannot even run an empty model.
+        """
+        if self._table is not None:
+            lister = self._lister(Counter(coupling))
+            self._table.measure(operator for cut in cuts for operator in lister.operators(*cut))
+
+    def _lister(self, counter: Counter) -> OperatorLister:
+        return OperatorLister(counter, self._config.multiple, self._context.device.int8.policy)
 
     @property
     def table(self) -> dict[str, float]:

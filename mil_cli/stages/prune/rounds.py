@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mil_cli.errors import StageError
-from mil_cli.graph.coupling import Coupling, analyse, check_equivalence, cut
+from mil_cli.graph.coupling import Coupling, EquivalenceReport, Removed, analyse, check_equivalence, cut
 from mil_cli.stages.measured import latency_ratio
 from mil_cli.stages.prune.amount import Amount
 from mil_cli.stages.prune.arrange import Importance, arranged
 from mil_cli.stages.prune.selection import Scores, Selection, least_classes, select
-from mil_cli.stages.prune.settings import StructuredPruningConfig
+from mil_cli.stages.prune.settings import CutConfig
 from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Rounds:
 
     def __init__(
         self,
-        config: StructuredPruningConfig,
+        config: CutConfig,
         context: Context,
         *,
         amount: Amount,
@@ -134,27 +134,38 @@ class Rounds:
             chosen = self._choose(coupling, scored.scores, target)
             if must_reach and not chosen.reached:
                 raise self.unreachable(coupling, chosen.left, failed=len(failed))
-            result = cut(model, coupling, chosen.removed)
-            size = fixed_batch(model) or self._config.check_samples
-            calls = list(self._context.calibration(samples=self._config.check_samples, batch_size=size))
-            report = check_equivalence(model, coupling, chosen.removed, result, calls)
+            result, report = self.proven(model, coupling, chosen.removed)
             if report.equivalent:
                 break
-            names = [coupling.spaces[number].origin for number in report.failed]
-            failed.extend(names)
-            self._context.progress.notice(
-                f"{self._context.name}: a cut of {', '.join(names)} changes more than it should "
-                f"(difference {report.difference:.1e}); left as it is"
-            )
-            coupling = coupling.freeze(report.failed, "the cut did not pass the comparison with the uncut model")
+            failed.extend(coupling.spaces[number].origin for number in report.failed)
+            coupling = self.without_failed(coupling, report)
         facts = {
             "target": target,
             "left": chosen.left,
-            "check": {"difference": report.difference, "calls": report.samples, "compacted": list(report.compacted)},
+            "check": check_facts(report),
             "failed": failed,
             **scored.facts,
         }
         return Round(result, chosen.removed, facts)
+
+    def proven(self, model: Model, coupling: Coupling, removed: Removed) -> tuple[Model, EquivalenceReport]:
+        """Return a cut, and how it compares with the uncut model on training samples."""
+        result = cut(model, coupling, removed)
+        return result, check_equivalence(model, coupling, removed, result, self.check_calls(model))
+
+    def check_calls(self, model: Model) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Return the training samples on which cuts are compared, as (args, kwargs)."""
+        size = fixed_batch(model) or self._config.check_samples
+        return list(self._context.calibration(samples=self._config.check_samples, batch_size=size))
+
+    def without_failed(self, coupling: Coupling, report: EquivalenceReport) -> Coupling:
+        """Return an analysis with the spaces frozen that failed a comparison; says so."""
+        names = [coupling.spaces[number].origin for number in report.failed]
+        self._context.progress.notice(
+            f"{self._context.name}: a cut of {', '.join(names)} changes more than it should "
+            f"(difference {report.difference:.1e}); left as it is"
+        )
+        return coupling.freeze(report.failed, "the cut did not pass the comparison with the uncut model")
 
     def cut_to_measured(
         self,
@@ -236,6 +247,11 @@ class Rounds:
             value=getattr(config, config.quantity),
             hint="keep more, raise max_per_layer, or lower round_to",
         )
+
+
+def check_facts(report: EquivalenceReport) -> dict[str, Any]:
+    """Return what a report says of a comparison; JSON-able."""
+    return {"difference": report.difference, "calls": report.samples, "compacted": list(report.compacted)}
 
 
 def _why_nothing(coupling: Coupling) -> str:

@@ -10,9 +10,9 @@ import torch
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, cut
 from mil_cli.stages.prune.amount import Amount
-from mil_cli.stages.prune.rounds import Rounds, Scored
-from mil_cli.stages.prune.selection import Scores, describe_widths
-from mil_cli.stages.prune.settings import StructuredPruningConfig
+from mil_cli.stages.prune.rounds import Round, Rounds, Scored
+from mil_cli.stages.prune.selection import Scores, by_space, describe_widths
+from mil_cli.stages.prune.settings import CutConfig, StructuredPruningConfig
 from mil_cli.stages.targets import width_multiple
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import NotFiniteError, fixed_batch
@@ -65,9 +65,7 @@ def prune(
     amount = Amount(config, context, state["table"] or known)
     start = amount.measure(coupling)({})
     goal = config.kept.resolve(start)
-    if config.kept.absolute and goal >= start:
-        has, allowed = amount.shown(start), amount.shown(goal)
-        context.progress.notice(f"{context.name}: the model has {has}, the target allows {allowed}: nothing is cut")
+    tell_if_met(config, context, amount, start)
     current = _resumed(current, state)
     rounds = Rounds(config, context, amount=amount, multiple=multiple, shapes=shapes)
 
@@ -92,20 +90,16 @@ def prune(
             state["facts"].append({"step": step + 1, **made.facts})
             recover = config.recover is not None and (not last or config.recover_last)
             compares = step == 0 and config.compare_samples > 0 and config.method != "random"
-            fresh = made.model if recover and not compares else _recalibrated(made.model, config, context)
+            fresh = made.model if recover and not compares else recalibrated(made.model, config, context)
             if compares:
-                drawn = rounds.cut(_drawn(scored, context), made.facts["left"], must_reach=False).model
-                state["compared"] = {
-                    "quality_after_the_first_cut": _quality(fresh, config, context),
-                    "quality_after_a_random_cut": _quality(_recalibrated(drawn, config, context), config, context),
-                }
+                state["compared"] = _compared(fresh, scored, made, rounds, config, context)
             current = fresh
             if recover:
                 current = context.finetune(
                     made.model, stage=config.recover, name=f"step{step + 1}", trainer=config.recover_trainer
                 )
-            state["cuts"].append({number: sorted(classes) for number, classes in made.removed.items()})
-            state["weights"] = {name: tensor.detach().clone() for name, tensor in current.state_dict().items()}
+            state["cuts"].append(by_space(made.removed))
+            state["weights"] = weights_of(current)
             slot.save(state)
             bar.advance(note=f"{config.quantity} {made.facts['left'] / start:.1%}")
     after = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
@@ -147,7 +141,7 @@ def choose(
     multiple = width_multiple(config.round_to, config.multiple, context.device)
     rounds = Rounds(config, context, amount=amount, multiple=multiple, shapes=shapes)
     removed = rounds.choose(Scored(model, coupling, scores, {}))
-    slot.save({"removed": {number: sorted(classes) for number, classes in removed.items()}, "table": amount.table})
+    slot.save({"removed": by_space(removed), "table": amount.table})
     return removed, amount.table
 
 
@@ -164,6 +158,14 @@ def check_finite(model: Model, context: Context) -> None:
             where=f"stages.{context.name}",
             hint="train the model again, with a lower learning rate, before it is pruned",
         )
+
+
+def tell_if_met(config: CutConfig, context: Context, amount: Amount, start: float) -> None:
+    """Say so where a model has no more than an absolute target allows."""
+    goal = config.kept.resolve(start)
+    if config.kept.absolute and goal >= start:
+        has, allowed = amount.shown(start), amount.shown(goal)
+        context.progress.notice(f"{context.name}: the model has {has}, the target allows {allowed}: nothing is cut")
 
 
 def random_scores(coupling: Coupling, generator: torch.Generator) -> Scores:
@@ -188,6 +190,11 @@ def frozen_facts(coupling: Coupling) -> list[dict[str, Any]]:
     return facts[:_SHOWN_REASONS]
 
 
+def weights_of(model: Model) -> dict[str, torch.Tensor]:
+    """Return a model's weights and statistics in the form that a checkpoint keeps."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
 def _resumed(model: Model, state: Mapping[str, Any]) -> Model:
     """Return the model as an interruption left it: the same cuts, then the weights as they were."""
     for removed in state["cuts"]:
@@ -197,13 +204,21 @@ def _resumed(model: Model, state: Mapping[str, Any]) -> Model:
     return model
 
 
-def _drawn(scored: Scored, context: Context) -> Scored:
-    """Return the same model with classes judged at random."""
+def _compared(
+    fresh: Model, scored: Scored, made: Round, rounds: Rounds, config: StructuredPruningConfig, context: Context
+) -> dict[str, float | None]:
+    """Return the quality after a cut, and after one of the same size whose classes are judged at random."""
     scores = random_scores(scored.coupling, context.generator("random"))
-    return Scored(scored.model, scored.coupling, scores, scored.facts)
+    judged = Scored(scored.model, scored.coupling, scores, scored.facts)
+    drawn = rounds.cut(judged, made.facts["left"], must_reach=False).model
+    return {
+        "quality_after_the_first_cut": _quality(fresh, config, context),
+        "quality_after_a_random_cut": _quality(recalibrated(drawn, config, context), config, context),
+    }
 
 
-def _recalibrated(model: Model, config: StructuredPruningConfig, context: Context) -> Model:
+def recalibrated(model: Model, config: CutConfig, context: Context) -> Model:
+    """Return a cut model with the statistics of its batch norms taken anew, if the settings say so."""
     if not config.recalibrate_samples:
         return model
     size = fixed_batch(model) or _CALIBRATION_BATCH

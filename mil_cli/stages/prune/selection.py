@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,3 +181,8 @@ def describe_widths(before: Mapping[str, Sequence[int]], after: Mapping[str, Seq
         for name, shape in after.items()
         if name in before and len(shape) > 1 and tuple(before[name]) != tuple(shape)
     ]
+
+
+def by_space(removed: Mapping[int, Iterable[int]]) -> dict[int, list[int]]:
+    """Return removed classes in the form that a checkpoint keeps."""
+    return {number: sorted(classes) for number, classes in removed.items()}

@@ -63,11 +63,34 @@ def taylor(model: Model, config: TaylorConfig, context: Context) -> Model:
     Raises:
         StageError: The target cannot be met, or nothing can be cut.
     """
-    return prune(model, config, context, lambda current, coupling: first_order(current, coupling, config, context))
+    return prune(
+        model,
+        config,
+        context,
+        lambda current, coupling: first_order(
+            current,
+            coupling,
+            context,
+            samples=config.samples,
+            batch_size=config.batch_size,
+            normalise=config.normalise,
+        ),
+    )
 
 
-def first_order(model: Model, coupling: Coupling, config: TaylorConfig, context: Context) -> Scores:
-    """Return by space the first-order change of the loss for each class, none below 0; NaN without any weights."""
+def first_order(
+    model: Model, coupling: Coupling, context: Context, *, samples: int, batch_size: int, normalise: bool
+) -> Scores:
+    """Return by space the first-order change of the loss for each class, none below 0; NaN without any weights.
+
+    Args:
+        model: The model.
+        coupling: Its analysis.
+        context: Gives training samples.
+        samples: How many of them.
+        batch_size: How many at once.
+        normalise: Whether to divide a member's scores by their mean.
+    """
     graph = model.graph
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     names = {name: known for known in weights for name in _all_names(model, known)}
@@ -75,7 +98,7 @@ def first_order(model: Model, coupling: Coupling, config: TaylorConfig, context:
     members = [scoring_members(graph, space) for space in coupling.spaces]
     totals: dict[tuple[int, int], NDArray[np.float64]] = {}
     count = 0
-    for gradient in gradients(model, context, samples=config.samples, batch_size=config.batch_size):
+    for gradient in gradients(model, context, samples=samples, batch_size=batch_size):
         products = {name: value * weights[name] for name, value in gradient.items()}
         count += 1
         for number, space in enumerate(coupling.spaces):
@@ -90,7 +113,7 @@ def first_order(model: Model, coupling: Coupling, config: TaylorConfig, context:
     found = []
     for number, space in enumerate(coupling.spaces):
         rows = [np.sqrt(totals[key] / count) for key in sorted(totals) if key[0] == number]
-        found.append(mean_of_members(space.size, rows, normalise=config.normalise))
+        found.append(mean_of_members(space.size, rows, normalise=normalise))
     return found
 
 

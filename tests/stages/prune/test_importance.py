@@ -88,8 +88,8 @@ def loss(model: Model, images: Tensor, labels: Tensor) -> float:
 
 def test_taylor_is_the_first_order_change_of_the_loss(model: Model, coupling: Coupling) -> None:
     """By finite differences: all that a channel has in one member is scaled down a little."""
-    config = taylor.TaylorConfig(macs=0.5, samples=64, batch_size=64, normalise=False)
-    scores = by_origin(coupling, taylor.first_order(model, coupling, config, context()))
+    found = taylor.first_order(model, coupling, context(), samples=64, batch_size=64, normalise=False)
+    scores = by_origin(coupling, found)
     images, labels = next(iter(data().train.batches(64)))
     members = {
         "first.weight": [["first.weight"], ["norm.weight", "norm.bias"], ["second.weight"]],
@@ -115,9 +115,8 @@ def test_taylor_is_the_first_order_change_of_the_loss(model: Model, coupling: Co
 
 def test_taylor_squares_what_each_batch_says(model: Model, coupling: Coupling) -> None:
     """Against autograd by hand: the paper's square of a batch's sum, its root mean over the batches."""
-    settings: dict[str, Any] = {"macs": 0.5, "samples": 64, "batch_size": 16, "normalise": False}
-    config = taylor.TaylorConfig(**settings)
-    scores = by_origin(coupling, taylor.first_order(model, coupling, config, context()))["second.weight"]
+    found = taylor.first_order(model, coupling, context(), samples=64, batch_size=16, normalise=False)
+    scores = by_origin(coupling, found)["second.weight"]
     squares = []
     for images, labels in context().calibration_batches(samples=64, batch_size=16):  # type: ignore[misc]
         module = Net().eval()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mil_cli.stages.nas.search import Scored, evolve, from_state, ranked, to_state
-from mil_cli.stages.nas.space import Candidate, ElasticSpace, Width
+from mil_cli.stages.breeding import Candidate, Scored, evolve, from_state, ranked, to_state
+from mil_cli.stages.nas.space import ElasticSpace, Width
 
 AXES, CHOICES = 7, 5
 GAINS = torch.rand(AXES, generator=torch.Generator().manual_seed(1)).tolist()

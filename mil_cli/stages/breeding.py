@@ -8,11 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from mil_cli.stages.nas.space import Candidate, ElasticSpace
+Candidate = tuple[int, ...]
+"""What a search chooses: by axis of its space, the index of a choice."""
+
+
+class Breedable(Protocol):
+    """A space whose candidates can be drawn, changed and crossed."""
+
+    @property
+    def smallest(self) -> Candidate:
+        """The candidate that costs least."""
+        ...
+
+    def sample(self, generator: torch.Generator) -> Candidate:
+        """Draw a candidate."""
+        ...
+
+    def mutate(self, candidate: Candidate, generator: torch.Generator, *, probability: float) -> Candidate:
+        """Return a candidate with some axes drawn anew, each with the probability given, at least one."""
+        ...
+
+    def cross(self, first: Candidate, second: Candidate, generator: torch.Generator) -> Candidate:
+        """Return a candidate that has each axis from one of two."""
+        ...
+
 
 _TRIES = 100
 """Draws for one candidate within the bound before the lower limit on its cost is given up, and again to give up."""
@@ -40,7 +63,7 @@ class Scored:
 
 
 def evolve(
-    space: ElasticSpace,
+    space: Breedable,
     *,
     cost: Callable[[Candidate], float],
     bound: float,
@@ -49,6 +72,7 @@ def evolve(
     evaluations: int,
     population: int,
     generator: Callable[[str], torch.Generator],
+    first: Sequence[Candidate] = (),
     known: Sequence[Scored] = (),
     on_scored: Callable[[list[Scored]], None] = lambda scored: None,
 ) -> list[Scored]:
@@ -67,6 +91,7 @@ def evolve(
         evaluations: How many candidates are scored in all.
         population: How many of them are drawn at random first, and how many each generation breeds.
         generator: Gives a random generator for a purpose; the same one each time.
+        first: Candidates of the first generation, before it is filled with random ones.
         known: What an interrupted search had scored, in its order.
         on_scored: Called after each score with all so far, in their order.
 
@@ -82,7 +107,8 @@ def evolve(
         size = min(population, evaluations - len(in_order))
         breed = _Breeder(space, cost, bound, generator(f"generation {generation}"))
         if generation == 0:
-            children = breed.random(size, seen)
+            children = breed.given(first, size, seen)
+            children += breed.random(size - len(children), seen) if len(children) < size else []
         else:
             parents = ranked(in_order, higher_is_better)[: max(2, round(_PARENTS * population))]
             children = breed.children([parent.candidate for parent in parents], size, seen)
@@ -116,12 +142,18 @@ class _Breeder:
     """
 
     def __init__(
-        self, space: ElasticSpace, cost: Callable[[Candidate], float], bound: float, generator: torch.Generator
+        self, space: Breedable, cost: Callable[[Candidate], float], bound: float, generator: torch.Generator
     ) -> None:
         self._space = space
         self._cost = cost
         self._bound = bound
         self._generator = generator
+
+    def given(self, candidates: Sequence[Candidate], size: int, seen: set[Candidate]) -> list[Candidate]:
+        """Return those of some candidates that are within the bound, each once."""
+        found = [one for one in dict.fromkeys(candidates) if one not in seen and self._cost(one) <= self._bound][:size]
+        seen.update(found)
+        return found
 
     def random(self, size: int, seen: set[Candidate]) -> list[Candidate]:
         """Return new random candidates; the smallest one too, if it alone fits."""

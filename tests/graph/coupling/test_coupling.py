@@ -20,7 +20,7 @@ from mil_cli.graph.coupling.table import rules_for
 from mil_cli.graph.model import Model
 
 
-class Frequencies(nn.Module):
+class Renormed(nn.Module):
     """Uses an operator that has no rule, an axis taken apart, and an embedding's vocabulary."""
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class Frequencies(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.first(x))
-        x = torch.fft.fft(self.second(x)).real  # the line that is reported
+        x = torch.renorm(self.second(x), 2, 0, 1.0)  # the line that is reported
         return self.third(x)
 
 
-FFT_LINE = inspect.getsourcelines(Frequencies.forward)[1] + 2
+RENORM_LINE = inspect.getsourcelines(Renormed.forward)[1] + 2
 
 
 class Tower(nn.Module):
@@ -65,15 +65,15 @@ def number_of(coupling: Coupling, parameter: str) -> int:
 
 
 def test_unknown_operators_are_frozen_and_reported_with_the_users_line() -> None:
-    coupling = analyse(Model.capture(Frequencies().eval(), (torch.randn(2, 6),)))
-    assert [reason for _, reason, _ in coupling.unknown] == ["no rule for the operator fft_fft"]
-    assert coupling.unknown[0][2] == f"{__file__}:{FFT_LINE}"
+    coupling = analyse(Model.capture(Renormed().eval(), (torch.randn(2, 6),)))
+    assert [reason for _, reason, _ in coupling.unknown] == ["no rule for the operator renorm"]
+    assert coupling.unknown[0][2] == f"{__file__}:{RENORM_LINE}"
     assert len(coupling.spaces[number_of(coupling, "first.weight")].free) == 12
     frozen = {(entry.parameter, entry.axis): entry for entry in coupling.frozen}
     entry = frozen["second.weight", 0]
-    assert (entry.entries, entry.size, entry.operator) == (8, 8, "fft_fft")
-    assert entry.reason == "no rule for the operator fft_fft"
-    assert entry.source_line == f"{__file__}:{FFT_LINE}"
+    assert (entry.entries, entry.size, entry.operator) == (8, 8, "renorm")
+    assert entry.reason == "no rule for the operator renorm"
+    assert entry.source_line == f"{__file__}:{RENORM_LINE}"
     assert frozen["third.weight", 0].reason == "an output of the model"
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mil_cli.graph.coupling import cut
+from mil_cli.graph.model import Model
 from scripts.zoo import __main__ as zoo
-from scripts.zoo.checks import STEPS, check
+from scripts.zoo.checks import STEPS, check, in_double_precision
 from scripts.zoo.sample import Sample, enliven, fresh
 from scripts.zoo.table import outcome, page
 
@@ -68,6 +70,29 @@ def test_a_sound_model_passes_every_step() -> None:
     assert row["inner_share"] == 1.0
     assert row["params_after"] < row["params"]
     assert row["difference"] < 1e-5
+
+
+def test_double_precision_is_the_same_model() -> None:
+    sample = build("good")
+    enliven(sample)
+    model = Model.capture(sample.module, sample.args)
+    whole = in_double_precision(model)
+    with torch.no_grad():
+        single, double = model(*model.samples[0]), whole(*whole.samples[0])
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single)
+    assert single.dtype == torch.float32
+
+
+def test_a_wrong_cut_is_found_in_double_precision_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(*given: Any) -> Model:
+        smaller = cut(*given)
+        with torch.no_grad():
+            smaller.graph.get_parameter("head.weight").mul_(1.01)
+        return smaller
+
+    monkeypatch.setattr("scripts.zoo.checks.cut", spoilt)
+    assert "the outputs differ by" in checked("good")["failed"]["equivalence"]
 
 
 def test_what_torch_itself_cannot_do_is_the_originals_failure() -> None:

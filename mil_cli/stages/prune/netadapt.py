@@ -166,7 +166,7 @@ def _proposals(structures: Structures, search: Search, bound: float, left: float
         if found:
             return list(found.values())
         bound = (bound + left) / 2
-    raise search.unreachable(structures.coupling, left)
+    raise search.unreachable(structures.measure, left)
 
 
 def _single(structures: Structures) -> Iterator[Candidate]:

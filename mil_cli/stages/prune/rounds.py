@@ -11,7 +11,7 @@ import numpy as np
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, EquivalenceReport, Removed, analyse, check_equivalence, cut
 from mil_cli.stages.measured import latency_ratio
-from mil_cli.stages.prune.amount import Amount
+from mil_cli.stages.prune.amount import Amount, Measure
 from mil_cli.stages.prune.arrange import Importance, arranged
 from mil_cli.stages.prune.selection import Scores, Selection, least_classes, select
 from mil_cli.stages.prune.settings import CutConfig
@@ -37,12 +37,14 @@ class Scored:
         model: The model, its channels arranged by importance within groups and heads.
         coupling: Its analysis; classes without a score are frozen.
         scores: Importance, by space and class.
+        measure: Tells what a cut leaves of the quantity that the target bounds.
         facts: For the report.
     """
 
     model: Model
     coupling: Coupling
     scores: Scores
+    measure: Measure
     facts: Mapping[str, Any]
 
 
@@ -114,8 +116,9 @@ class Rounds:
             "independent": [coupling.spaces[number].origin for number in independent],
             "unscored": [coupling.spaces[number].origin for number, classes in unscored.items() if classes],
         }
+        measure = self._amount.measure(coupling)  # before the freeze: what has no score is counted like all else
         coupling = coupling.freeze_classes(unscored, f"prune/{config.method} has no score for it")
-        return Scored(model, coupling, scores, facts)
+        return Scored(model, coupling, scores, measure, facts)
 
     def cut(self, scored: Scored, target: float, *, must_reach: bool) -> Round:
         """Remove the least important classes, and prove the cut; groups that fail the proof are kept.
@@ -131,9 +134,9 @@ class Rounds:
         model, coupling = scored.model, scored.coupling
         failed: list[str] = []
         while True:
-            chosen = self._choose(coupling, scored.scores, target)
+            chosen = self._choose(coupling, scored, target)
             if must_reach and not chosen.reached:
-                raise self.unreachable(coupling, chosen.left, failed=len(failed))
+                raise self.unreachable(scored.measure, chosen.left, failed=len(failed))
             result, report = self.proven(model, coupling, chosen.removed)
             if report.equivalent:
                 break
@@ -218,27 +221,27 @@ class Rounds:
         Raises:
             StageError: The target cannot be met.
         """
-        goal = self._config.kept.resolve(self._amount.measure(scored.coupling)({}))
-        chosen = self._choose(scored.coupling, scored.scores, goal)
+        goal = self._config.kept.resolve(scored.measure({}))
+        chosen = self._choose(scored.coupling, scored, goal)
         if not chosen.reached:
-            raise self.unreachable(scored.coupling, chosen.left)
+            raise self.unreachable(scored.measure, chosen.left)
         return chosen.removed
 
-    def _choose(self, coupling: Coupling, scores: Scores, target: float) -> Selection:
+    def _choose(self, coupling: Coupling, scored: Scored, target: float) -> Selection:
         return select(
             coupling,
-            scores,
+            scored.scores,
             target=target,
-            measure=self._amount.measure(coupling),
+            measure=scored.measure,
             multiple=self._multiple,
             least=least_classes(coupling, self._shapes, max_per_layer=self._config.max_per_layer),
             returns=self._amount.returns,
         )
 
-    def unreachable(self, coupling: Coupling, least: float, *, failed: int = 0) -> StageError:
+    def unreachable(self, measure: Measure, least: float, *, failed: int = 0) -> StageError:
         """Return the error of a target that cannot be met."""
         config, shown = self._config, self._amount.shown
-        start = shown(self._amount.measure(coupling)({}))
+        start = shown(measure({}))
         frozen = f" and {failed} groups that failed the check" if failed else ""
         return StageError(
             f"the smallest that can be kept of {start} is {shown(least)}, with max_per_layer "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,7 +141,7 @@ def choose(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     multiple = width_multiple(config.round_to, config.multiple, context.device)
     rounds = Rounds(config, context, amount=amount, multiple=multiple, shapes=shapes)
-    removed = rounds.choose(Scored(model, coupling, scores, {}))
+    removed = rounds.choose(Scored(model, coupling, scores, amount.measure(coupling), {}))
     slot.save({"removed": by_space(removed), "table": amount.table})
     return removed, amount.table
 
@@ -209,7 +210,7 @@ def _compared(
 ) -> dict[str, float | None]:
     """Return the quality after a cut, and after one of the same size whose classes are judged at random."""
     scores = random_scores(scored.coupling, context.generator("random"))
-    judged = Scored(scored.model, scored.coupling, scores, scored.facts)
+    judged = replace(scored, scores=scores)
     drawn = rounds.cut(judged, made.facts["left"], must_reach=False).model
     return {
         "quality_after_the_first_cut": _quality(fresh, config, context),

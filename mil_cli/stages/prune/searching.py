@@ -15,7 +15,7 @@ from mil_cli.graph.coupling.equivalence import TOLERANCE, relative_difference
 from mil_cli.graph.coupling.record import flat_inputs
 from mil_cli.graph.residual import Shortcuts, remove_branches, residual_chains
 from mil_cli.stages.prune.activation import mean_magnitude
-from mil_cli.stages.prune.amount import Amount
+from mil_cli.stages.prune.amount import Amount, Measure
 from mil_cli.stages.prune.fpgm import distances
 from mil_cli.stages.prune.rounds import Rounds, Scored, check_facts
 from mil_cli.stages.prune.schedule import check_finite, frozen_facts, recalibrated, tell_if_met
@@ -109,10 +109,10 @@ class Search:
         branches = tuple(
             branch for chain in residual_chains(coupling.graph) for branch in chain if branch.addition in may_go
         )
-        found = Structures(scored.model, coupling, widths, branches, limits, self.amount.measure(coupling))
+        found = Structures(scored.model, coupling, widths, branches, limits, scored.measure)
         least = found.cost(found.smallest)
         if least > self.goal and model is self.model:
-            raise self.unreachable(coupling, least)
+            raise self.unreachable(scored.measure, least)
         return found
 
     def _widths(self, scored: Scored, coupling: Coupling) -> tuple[Width, ...]:
@@ -186,9 +186,9 @@ class Search:
             )
         return result, {**check_facts(report), "difference": difference}
 
-    def unreachable(self, coupling: Coupling, least: float) -> StageError:
+    def unreachable(self, measure: Measure, least: float) -> StageError:
         """Return the error of a target that cannot be met."""
-        error = self._rounds.unreachable(coupling, least)
+        error = self._rounds.unreachable(measure, least)
         return StageError(
             f"{error.what}, and max_per_chain {self._config.max_per_chain}",
             where=error.where,

@@ -35,7 +35,7 @@ from mil_cli.run.surroundings import build_surroundings
 from mil_cli.stages.context import Context
 from mil_cli.training.evaluate import evaluate
 
-OURS = ("magnitude", "taylor", "fpgm", "hrank", "activation", "bn_scale", "random")
+OURS = ("magnitude", "taylor", "fpgm", "hrank", "activation", "bn_scale", "sensitivity", "random")
 PEERS = ("tp_magnitude", "tp_taylor", "tp_bn_scale")
 PEER_VERSION = "1.6.1"
 BISECTIONS = 14

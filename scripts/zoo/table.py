@@ -45,7 +45,7 @@ def _heading(rows: Sequence[Row], versions: str, total: int) -> list[str]:
         "Each model: capture, analysis, cut, proof against the masked original, another batch size, backward with a",
         "gradient on every parameter, exact `.pt2` round trip, a second cut from the archive, ONNX with parity.",
         "A row is of the run in which its model was last checked, which may be of an earlier state of the code.",
-        "Mixtures of experts of transformers run as `batched_mm`: by default they use an operator of transformers' own,",
+        "Mixtures of experts of transformers run as `batched_mm`: their default is an operator of transformers' own,",
         "which capture refuses.",
         "",
         f"- {len(rows)} models: **{len(by['pass'])} pass every step**, {len(by['fail'])} fail one,"

@@ -44,12 +44,15 @@ def _heading(rows: Sequence[Row], versions: str, total: int) -> list[str]:
         f"`make zoo`; {versions}. Random weights; 40 % of the free classes of every space cut at random.",
         "Each model: capture, analysis, cut, proof against the masked original, another batch size, backward with a",
         "gradient on every parameter, exact `.pt2` round trip, a second cut from the archive, ONNX with parity.",
+        "A row is of the run in which its model was last checked, which may be of an earlier state of the code.",
+        "Mixtures of experts of transformers run as `batched_mm`: their default is an operator of transformers' own,",
+        "which capture refuses.",
         "",
         f"- {len(rows)} models: **{len(by['pass'])} pass every step**, {len(by['fail'])} fail one,"
         f" {len(by['original'])} fail a step that their original fails too (by torch or onnxruntime alone).",
     ]
     if total > len(rows):
-        lines.append(f"- {total - len(rows)} models of the list have not been run.")
+        lines.append(f"- {total - len(rows)} models of the list have not been run; totals say nothing about them.")
     if judged:
         lines.append(f"- Of those whose original does every step: {100 * len(by['pass']) / judged:.1f} % pass.")
     if analysed:

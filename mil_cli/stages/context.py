@@ -368,7 +368,7 @@ class Context:
             self._prefix, self._before_step, self._steps = outer
 
     def evaluate(self, model: Model, *, limit: int | None = None) -> Quality:
-        """Return the quality of `model` on the first `limit` samples (all by default) of `val`."""
+        """Return the quality of `model` on `limit` samples of `val`, always the same ones; all by default."""
         return evaluate(model, task=self.task, split=self.data.val, split_name="val", limit=limit)
 
     def calibration(self, *, samples: int, batch_size: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

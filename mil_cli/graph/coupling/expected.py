@@ -23,8 +23,8 @@ class ExpectedCount:
     to the power that doubling it shows. That is the exact expectation where the axes belong to different spaces, as
     those of most layers do. Where one space lies on both axes of a weight (a convolution from a residual stream into
     itself) ``E[n]^2`` stands for ``E[n^2]``, too little by the variance of n, and where a call is a sum of products
-    (attention whose queries and values are cut apart) the power stands for the sum; both errors vanish as
-    probabilities come to 0 or 1, and a cut is counted by `Counter`.
+    (attention whose queries and values are cut apart) the power stands for the sum. The first error vanishes as
+    probabilities come to 0 or 1, the second does not; a cut is counted by `Counter`.
 
     Args:
         counter: Counts the network.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
-from mil_cli.graph.coupling.operators import operator_name
+from mil_cli.graph.coupling.operators import operator_name, written_after
 from mil_cli.graph.coupling.record import Recording
 from mil_cli.graph.coupling.relations.views import VIEWS
 
@@ -48,15 +48,19 @@ def _rewrite(recording: Recording, part: Node, taken: Node) -> None:
     shape = recording.shapes.get(recording.key(source))
     if shape is None or not any(operator_name(node) in VIEWS for node in chain):
         return
+    copied = any(operator_name(node) in _COPYING for node in chain)
+    if copied and any(written_after(node) for node in (source, *chain)):
+        return  # a copy keeps what was there before the write; a slice of the source would not
     whole = torch.empty(shape, dtype=torch.uint8)  # only its strides are looked at
     lies = _followed(recording, source, chain, whole)
     lies = lies[int(part.args[1])] if part is not taken and lies is not None else lies  # type: ignore[arg-type]
     if not isinstance(lies, torch.Tensor) or lies.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
         return
     found = _segment(whole, lies)
-    if found is not None:
+    noted = getattr(source.meta.get("val"), "shape", shape)
+    if found is not None and isinstance(noted[found[0]], int):  # a batch has no constant place to be sliced at
         result = _sliced(recording, part, source, *found, lies)
-        if any(operator_name(node) in _COPYING for node in chain):  # what follows may rely on it
+        if copied:  # what follows may rely on it
             with recording.graph.graph.inserting_before(part):
                 result = _call(recording, part, aten.contiguous.default, result)
         part.replace_all_uses_with(result)
@@ -75,7 +79,7 @@ def _followed(recording: Recording, source: Node, chain: list[Node], whole: torc
             continue
         try:
             values[node] = node.target(*map_arg(node.args, known), **map_arg(node.kwargs, known))  # type: ignore[operator]
-        except KeyError:
+        except (KeyError, RuntimeError):  # a size that is not known, or a view as another type
             return None
     return values[chain[0]]
 

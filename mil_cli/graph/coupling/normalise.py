@@ -105,16 +105,21 @@ def _index_to_select(recording: Recording, node: Node) -> None:
     value = recording.values.get(index.name)
     if value is None or value.ndim == 0 or value.numel() == 0 or (value.ndim > 1 and value.dtype == torch.bool):
         return
-    size = recording.shapes[recording.key(node.args[0])][axis]  # type: ignore[arg-type]
+    data = node.args[0]
+    assert isinstance(data, Node)
+    size = recording.shapes[recording.key(data)][axis]
+    noted = getattr(data.meta.get("val"), "shape", {axis: size})[axis]
+    if not isinstance(noted, int) and value.dtype != torch.bool and bool((value < 0).any()):
+        return  # counted from the end of a batch, which may be of any size
     order = value.nonzero().view(-1) if value.dtype == torch.bool else value.reshape(-1).long() % size
     if value.ndim > 1:
         _table_to_select(recording, node, axis, order, value.shape)
     elif torch.equal(order, value):
         with recording.graph.graph.inserting_before(node):
-            new = recording.graph.graph.call_function(aten.index_select.default, (node.args[0], axis, index))
+            new = recording.graph.graph.call_function(aten.index_select.default, (data, axis, index))
         _replace(recording, node, new)
     else:
-        _select_instead(recording, node, node.args[0], axis, order)  # type: ignore[arg-type]
+        _select_instead(recording, node, data, axis, order)
 
 
 def _table_to_select(recording: Recording, node: Node, axis: int, order: torch.Tensor, shape: torch.Size) -> None:

@@ -74,8 +74,10 @@ def arrange(
         The spaces that were arranged; others would not have given the old outputs, and are left as they are.
     """
     moves = {}
+    kept = set(graph.state_dict())  # what is not in it, a checkpoint would not bring back
     for number, found in rows.items():
-        if not _owned(graph, coupling, coupling.spaces[number]):
+        space = coupling.spaces[number]
+        if not _owned(graph, coupling, space) or not all(kept & set(member.names) for member in space.members):
             continue
         moved = np.arange(found.size)
         moved[found.entries] = np.take_along_axis(found.entries, orders[number], axis=1)

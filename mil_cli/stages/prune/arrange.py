@@ -52,6 +52,10 @@ def arranged(
     calls = context.calibration(samples=samples, batch_size=fixed_batch(model) or samples)
     done = arrange(result.graph, coupling, {number: rows[number] for number in orders}, orders, calls)
     for number in done:
+        free = list(coupling.spaces[number].free)
+        sorted_ = np.sort(by_row[number], axis=1).mean(axis=0)
+        # single entries may score on another scale than whole classes, which other spaces are compared by
+        scale = scores[number][free].mean() / sorted_.mean() if sorted_.mean() > 0 else 1.0
         scores[number] = scores[number].copy()
-        scores[number][list(coupling.spaces[number].free)] = np.sort(by_row[number], axis=1).mean(axis=0)
+        scores[number][free] = sorted_ * scale
     return result, scores, done

@@ -62,7 +62,7 @@ def growing_reg(model: Model, config: GrowingRegConfig, context: Context) -> Mod
 
     return train_and_prune(
         model,
-        config,
+        config.model_copy(update={"independent": False}),  # what was shrunk goes, at the same places in all groups
         context,
         lambda current, coupling: group_norms(current.graph, coupling),
         growing_penalty(groups, doomed, ceiling=config.strength, growth=config.growth, every=config.every),

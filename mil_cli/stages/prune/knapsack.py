@@ -33,10 +33,11 @@ def choose(
     loss, saving = np.concatenate(list(losses)), np.concatenate(list(savings))
     allowed = np.isfinite(loss)
     loss = np.where(allowed, loss, 0.0)
+    unit = float(np.abs(saving).max()) or 1.0  # seconds may be fewer than the solver tells from 0
     one = lil_array((len(sizes), len(loss)))
     for axis, (start, end) in enumerate(pairwise(ends)):
         one[axis, start:end] = 1
-    constraints = [LinearConstraint(one.tocsr(), 1, 1), LinearConstraint(saving[None, :], needed, np.inf)]
+    constraints = [LinearConstraint(one.tocsr(), 1, 1), LinearConstraint(saving[None, :] / unit, needed / unit, np.inf)]
     for axes, most in limits:
         second = np.zeros((1, len(loss)))
         second[0, [ends[axis] + 1 for axis in axes]] = 1

@@ -98,6 +98,14 @@ class Rounds:
             raise StageError(
                 "nothing of this model can be cut", where=f"stages.{context.name}", hint=_why_nothing(coupling)
             )
+        report = check_equivalence(model, coupling, {}, model, self.check_calls(model))
+        if not report.equivalent:  # the analysis rewrites some nodes; that must change nothing
+            raise StageError(
+                f"the analysed model differs from the model (difference {report.difference:.1e}): either it does not "
+                "give the same outputs twice, or the analysis misunderstands it",
+                where=f"stages.{context.name}",
+                hint="take random numbers out of what it does in evaluation; else report this model",
+            )
         if config.independent:
             model, scores, independent = arranged(model, coupling, importance, context, samples=config.check_samples)
         else:
@@ -212,6 +220,12 @@ class Rounds:
                 break
             target *= _AIM * goal / seconds
         within = [pair for pair in tried if pair[0] <= goal]
+        if not within:
+            fastest, allowed = (self._amount.shown(seconds) for seconds in (min(tried)[0], goal))
+            self._context.progress.notice(
+                f"{self._context.name}: measured, none of {len(tried)} choices keeps {allowed}; the fastest takes "
+                f"{fastest}"
+            )
         chosen = max(within, key=lambda pair: pair[0]) if within else min(tried, key=lambda pair: pair[0])
         return chosen[1]
 

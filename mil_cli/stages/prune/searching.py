@@ -25,7 +25,7 @@ from mil_cli.stages.prune.structures import Structures, Width, limits_of
 from mil_cli.stages.prune.taylor import first_order
 from mil_cli.stages.prune.values import score_values
 from mil_cli.stages.targets import width_multiple
-from mil_cli.training.evaluate import NotFiniteError
+from mil_cli.training.evaluate import NotFiniteError, fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -74,6 +74,13 @@ class Search:
         self._config, self._context = config, context
         self.model = model.clone().eval()
         check_finite(self.model, context)
+        size = fixed_batch(self.model)
+        if size is not None and size > len(context.data.val):
+            raise StageError(
+                f"the model takes batches of {size}, and val has {len(context.data.val)} samples",
+                where=f"stages.{context.name}",
+                hint="capture the model with a free or smaller batch, or give val more samples",
+            )
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters()}
         self._multiple = width_multiple(config.round_to, config.multiple, context.device)
         self.amount = Amount(config, context, known)

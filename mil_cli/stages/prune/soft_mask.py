@@ -108,7 +108,8 @@ def soft_mask(model: Model, config: SoftMaskConfig, context: Context) -> Model:
         gates=gates.count,
         gates_closed=int((hard_concrete(odds, False) == 0).sum()),
     )
-    return prune(folded, config, context, lambda _, current: _scores(current, gates, odds), known=table)
+    together = config.model_copy(update={"independent": False})  # a class has one gate, whatever groups it lies in
+    return prune(folded, together, context, lambda _, current: _scores(current, gates, odds), known=table)
 
 
 def _target(

@@ -159,7 +159,8 @@ class Structures:
             return candidate
         dropped = self.dropped(candidate)
         widths = (
-            0 if readers <= dropped else choice for readers, choice in zip(self._readers, candidate, strict=False)
+            0 if readers and readers <= dropped else choice
+            for readers, choice in zip(self._readers, candidate, strict=False)
         )
         branches = (
             int(bool(gone) and not any(outer.holds(branch) for outer in left_out))

@@ -98,14 +98,6 @@ class Rounds:
             raise StageError(
                 "nothing of this model can be cut", where=f"stages.{context.name}", hint=_why_nothing(coupling)
             )
-        report = check_equivalence(model, coupling, {}, model, self.check_calls(model))
-        if not report.equivalent:  # the analysis rewrites some nodes; that must change nothing
-            raise StageError(
-                f"the analysed model differs from the model (difference {report.difference:.1e}): either it does not "
-                "give the same outputs twice, or the analysis misunderstands it",
-                where=f"stages.{context.name}",
-                hint="take random numbers out of what it does in evaluation; else report this model",
-            )
         if config.independent:
             model, scores, independent = arranged(model, coupling, importance, context, samples=config.check_samples)
         else:
@@ -120,6 +112,7 @@ class Rounds:
                 where=f"stages.{context.name}.method",
                 hint="take another method: prune/magnitude scores every channel",
             )
+        self._check_analysis(model, coupling)
         facts = {
             "independent": [coupling.spaces[number].origin for number in independent],
             "unscored": [coupling.spaces[number].origin for number, classes in unscored.items() if classes],
@@ -127,6 +120,21 @@ class Rounds:
         measure = self._amount.measure(coupling)  # before the freeze: what has no score is counted like all else
         coupling = coupling.freeze_classes(unscored, f"prune/{config.method} has no score for it")
         return Scored(model, coupling, scores, measure, facts)
+
+    def _check_analysis(self, model: Model, coupling: Coupling) -> None:
+        """Check that the nodes that the analysis rewrote change nothing.
+
+        Raises:
+            StageError: They do, or the model has no fixed outputs.
+        """
+        report = check_equivalence(model, coupling, {}, model, self.check_calls(model))
+        if not report.equivalent:
+            raise StageError(
+                f"the analysed model differs from the model (difference {report.difference:.1e}): either it does not "
+                "give the same outputs twice, or the analysis misunderstands it",
+                where=f"stages.{self._context.name}",
+                hint="take random numbers out of what it does in evaluation; else report this model",
+            )
 
     def cut(self, scored: Scored, target: float, *, must_reach: bool) -> Round:
         """Remove the least important classes, and prove the cut; groups that fail the proof are kept.

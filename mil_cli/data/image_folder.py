@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 
 from mil_cli.data.base import Data
 from mil_cli.data.datasets import DatasetSplit
+from mil_cli.data.images import SUFFIXES, images_below, need_pillow, read_image
 from mil_cli.errors import DataError
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _SPLIT_SEED = 0
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -57,7 +57,7 @@ def image_folder(
     Raises:
         DataError: The folder is missing or holds no classes, the splits' classes differ, or a setting is out of range.
     """
-    _need_pillow()
+    need_pillow("image folders")
     folder = Path(root)
     if not folder.is_dir():
         raise DataError(
@@ -131,19 +131,10 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Decode one image: float32 of shape (channels, size, size), and its class index."""
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         path, label = self._files[index]
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert(self._mode)
-        except (OSError, UnidentifiedImageError) as problem:
-            raise DataError(
-                f"an image cannot be read: {problem}",
-                where="data.root",
-                value=str(path),
-                hint="replace or remove the file",
-            ) from problem
+        image = read_image(path, self._mode)
         square = image.resize((self._size, self._size), Image.Resampling.BILINEAR, box=self._box(*image.size))
         pixels = torch.from_numpy(np.asarray(square, dtype=np.float32).copy() / 255.0)
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
@@ -173,13 +164,6 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
         return left, top, left + side, top + side
 
 
-def _need_pillow() -> None:
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError as problem:
-        raise DataError("image folders need Pillow", where="data", hint="pip install pillow") from problem
-
-
 def _find_splits(folder: Path, fractions: dict[str, float]) -> tuple[list[str], dict[str, list[tuple[Path, int]]]]:
     given = {
         name: next((folder / alias for alias in aliases if (folder / alias).is_dir()), None)
@@ -204,7 +188,7 @@ def _find_splits(folder: Path, fractions: dict[str, float]) -> tuple[list[str], 
     files: dict[str, list[tuple[Path, int]]] = {"train": _list_images(train_folder, classes)}
     if not files["train"]:
         raise DataError(
-            f"no images ({', '.join(sorted(_SUFFIXES))})",
+            f"no images ({', '.join(sorted(SUFFIXES))})",
             where="data.root",
             value=str(train_folder),
             hint="lay the images out as <class>/<image>.png",
@@ -231,9 +215,4 @@ def _find_splits(folder: Path, fractions: dict[str, float]) -> tuple[list[str], 
 
 
 def _list_images(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    return [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in _SUFFIXES and path.is_file()
-    ]
+    return [(path, label) for label, name in enumerate(classes) for path in images_below(folder / name)]

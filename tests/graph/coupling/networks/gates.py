@@ -186,8 +186,10 @@ def mixture_of_experts() -> nn.Module:
     return Net({"a": nn.Linear(12, 16), "gate": nn.Linear(16, 4), **experts, "fc": nn.Linear(14, 10)}, forward)
 
 
-@trick((9, 12), share=0.4)
+@trick((9, 12), share=0.4, counted=False)
 def experts_in_one_weight() -> nn.Module:
+    """Where one expert is left, torch weights it by a product entry by entry, which its counter leaves out."""
+
     def forward(net: Net, x: Tensor) -> Tensor:
         x = F.relu(net.a(x))
         weights = net.gate(x).softmax(-1)

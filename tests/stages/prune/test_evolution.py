@@ -113,7 +113,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("kill_at", [1, 4, 8])
+@pytest.mark.parametrize("kill_at", [4])
 def test_a_killed_run_goes_on_to_the_same_weights(
     kill_at: int, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,7 @@ def test_planted_useless_channels_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(classes) == 16
 
 
+@pytest.mark.slow
 def test_a_latency_is_trained_for_as_operations_and_met() -> None:
     used = make_context(DATA, name="prune")
     config = SoftMaskConfig(latency=0.8, **{**QUICK, "trainer": {"epochs": 1}})

@@ -170,6 +170,18 @@ def einsum_terms(equation: str) -> tuple[list[str], str]:
     return inputs.split(","), result
 
 
+def einsum_axes(term: str, rank: int) -> list[str]:
+    """Return a name for each axis of an operand: its letters, and for an ellipsis the axes' places from the right.
+
+    Args:
+        term: The operand's letters.
+        rank: Its number of axes; where letters do not name as many, the list is of another length.
+    """
+    before, dots, after = term.partition("...")
+    hidden = rank - len(before) - len(after) if dots else 0
+    return [*before, *(f".{hidden - place}" for place in range(hidden)), *after]
+
+
 def _einsum(argument: _Argument, result: Any) -> int:
     operands: Sequence[Tensor] = argument("tensors")
     if len(operands) < 2:
@@ -177,10 +189,7 @@ def _einsum(argument: _Argument, result: Any) -> int:
     terms, output = einsum_terms(str(argument("equation")))
     sizes: dict[str, int] = {}
     for term, operand in zip(terms, operands, strict=True):
-        before, dots, after = term.partition("...")
-        hidden = operand.ndim - len(before) - len(after) if dots else 0
-        labels = [*before, *(f".{hidden - place}" for place in range(hidden)), *after]
-        for position, key in enumerate(labels):
+        for position, key in enumerate(einsum_axes(term, operand.ndim)):
             sizes[key] = max(sizes.get(key, 1), operand.shape[position])
     # Pairs are contracted from the left; labels that no later term and no output needs are summed away.
     total, seen = 0, _labels(terms[0], sizes)

@@ -229,11 +229,6 @@ def mark_transient(graph: GraphModule, names: Sequence[str]) -> None:
     _restore_persistence(graph)
 
 
-def transient_names(graph: GraphModule) -> list[str]:
-    """Return the names of the buffers that stay out of the state dict."""
-    return list(graph.meta.get(_TRANSIENT, ()))
-
-
 def _restore_persistence(graph: GraphModule) -> None:
     """Deep copies of a graph module make every tensor a persistent buffer; undo that."""
     for name in graph.meta.get(_TRANSIENT, ()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,6 @@ class Sample:
     module: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-class Catalogue(Protocol):
-    """A Python module that knows the models of one library."""
-
-    def names(self) -> list[str]:
-        """Return the names of the models to check."""
-
-    def build(self, name: str) -> Sample:
-        """Make one of them, with random weights."""
 
 
 def enliven(sample: Sample) -> None:

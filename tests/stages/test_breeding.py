@@ -11,6 +11,7 @@ import torch
 
 from mil_cli.stages.breeding import Candidate, Scored, evolve, from_state, ranked, to_state
 from mil_cli.stages.nas.space import ElasticSpace, Width
+from tests.stages.contexts import Kill
 
 AXES, CHOICES = 7, 5
 GAINS = torch.rand(AXES, generator=torch.Generator().manual_seed(1)).tolist()
@@ -94,10 +95,6 @@ def test_a_lower_metric_can_be_the_better_one() -> None:
     assert [entry.candidate for entry in low] == [entry.candidate for entry in high]
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("kill_at", [1, 19, 20, 33, 110])
 def test_going_on_after_a_kill_ends_alike(kill_at: int) -> None:
     kept: list[Any] = []
@@ -107,13 +104,13 @@ def test_going_on_after_a_kill_ends_alike(kill_at: int) -> None:
         nonlocal calls
         calls += 1
         if calls == kill_at + 1:
-            raise Killed
+            raise Kill
         return quality(candidate)
 
     def keep(scored: list[Scored]) -> None:
         kept[:] = to_state(scored)
 
-    with pytest.raises(Killed):
+    with pytest.raises(Kill):
         search(generator=generator(3), score=failing, on_scored=keep, evaluations=120)
     assert len(kept) == kill_at
     scores = []

@@ -124,7 +124,10 @@ class _Entries:
                         self._places[key][axis] = self._united_over(labels, relation.axis)
 
     def _carry(self, key: Key, axis: int, other: Key, relations: list[Relation]) -> None:
-        """Carry the labels along one axis of a tensor to another tensor that is related to it."""
+        """Carry the labels along one axis of a tensor to another tensor that is related to it.
+
+        Links of one way are followed back too: that can only unite labels, and leave fewer rows.
+        """
         for relation in relations:
             axes, others = _axes(relation, key)
             if axis not in axes:

@@ -15,13 +15,13 @@ from mil_cli.graph.coupling import Coupling, analyse, group_norms, reorder, shar
 from mil_cli.graph.model import Model
 from mil_cli.graph.residual import ResidualBranch, leave_out, residual_chains
 from mil_cli.stages.breeding import Candidate, Scored, evolve, from_state, ranked, to_state
+from mil_cli.stages.judging import quality_or_worst, with_fresh_statistics
 from mil_cli.stages.nas.cost import CandidateCost, Quantity
 from mil_cli.stages.nas.space import ElasticSpace, depths_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, sandwich
 from mil_cli.stages.registry import StageConfig, stage
 from mil_cli.stages.targets import Kernels, LatencyTarget, RoundTo, Target, parse_latency, width_multiple
-from mil_cli.training.batch_norm import recalibrate
-from mil_cli.training.evaluate import NotFiniteError, fixed_batch
+from mil_cli.training.evaluate import fixed_batch
 from mil_cli.units import Kept, parse_kept
 
 if TYPE_CHECKING:
@@ -185,7 +185,6 @@ class _Search:
         )
         self.whole = self.cost(space.largest)
         self.bound = config.bound(self.whole)
-        self._samples = min(config.search_samples, len(context.data.val))
         least = self.cost(space.smallest)
         if least > self.bound:
             raise self._too_small(f"the smallest candidate has {least:,.6g} of {self.whole:,.6g} {config.quantity}")
@@ -232,10 +231,7 @@ class _Search:
 
     def _score(self, candidate: Candidate) -> float:
         model = candidate_model(self.supernet, self._space, candidate, self._config, self._context)
-        try:
-            return self._context.evaluate(model, limit=self._samples).value
-        except NotFiniteError:  # one bad net is no reason to stop the search
-            return -math.inf if self._context.task.higher_is_better else math.inf
+        return quality_or_worst(model, self._context, samples=self._config.search_samples)
 
     def _too_small(self, problem: str) -> StageError:
         quantity = self._config.quantity
@@ -312,10 +308,7 @@ def candidate_model(
 ) -> Model:
     """Return a candidate as a model of its own, with its own statistics of batch norms."""
     model = cut_candidate(space, candidate, supernet)
-    if not config.recalibrate_samples:
-        return model
-    size = fixed_batch(model) or _BATCH
-    return recalibrate(model, context.calibration(samples=config.recalibrate_samples, batch_size=size))
+    return with_fresh_statistics(model, context, samples=config.recalibrate_samples)
 
 
 def _plan(config: ElasticConfig, score: Callable[[], float]) -> dict[str, int]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mil_cli.graph.coupling import Coupling, arrange, entry_spaces, find_rows
-from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
+    from mil_cli.graph.coupling.equivalence import Call
     from mil_cli.graph.model import Model
-    from mil_cli.stages.context import Context
     from mil_cli.stages.prune.selection import Scores
 
 Importance = Callable[["Model", Coupling], "Scores"]
@@ -21,7 +20,7 @@ Importance = Callable[["Model", Coupling], "Scores"]
 
 
 def arranged(
-    model: Model, coupling: Coupling, importance: Importance, context: Context, *, samples: int
+    model: Model, coupling: Coupling, importance: Importance, calls: Iterable[Call]
 ) -> tuple[Model, Scores, list[int]]:
     """Permute the channels of each convolution group, and of each head, by importance, and score all classes.
 
@@ -32,8 +31,7 @@ def arranged(
         model: The model; not changed.
         coupling: Its analysis, which holds for what is returned too.
         importance: Scores of a model's classes.
-        context: Gives training samples, on which the outputs are compared.
-        samples: How many.
+        calls: Inputs, as (args, kwargs), on which the outputs are compared.
 
     Returns:
         The model, which computes the same; the scores by space, those of a class in groups being the mean over what
@@ -49,7 +47,6 @@ def arranged(
         return model, scores, []
     orders = {number: np.argsort(lines, axis=1, kind="stable") for number, lines in by_row.items()}
     result = model.clone()
-    calls = context.calibration(samples=samples, batch_size=fixed_batch(model) or samples)
     done = arrange(result.graph, coupling, {number: rows[number] for number in orders}, orders, calls)
     for number in done:
         free = list(coupling.spaces[number].free)

@@ -17,19 +17,40 @@ if TYPE_CHECKING:
     from mil_cli.training.loop import StepHook
 
 
-class RegularisedPruningConfig(StructuredPruningConfig):
+class TrainedPruningConfig(StructuredPruningConfig):
+    """Settings of a method that trains before it cuts.
+
+    Attributes:
+        regularise: Key of a train or distill stage of the recipe that the training is done by; None trains on the
+            task's loss.
+        trainer: Trainer settings for that, over that stage's own.
+    """
+
+    regularise: str | None = None
+    trainer: dict[str, Any] = Field(default_factory=dict)
+
+
+class RegularisedPruningConfig(TrainedPruningConfig):
     """Settings of a method that trains with a penalty before it cuts.
 
     Attributes:
         strength: Weight of the penalty's gradient.
-        regularise: Key of a train or distill stage of the recipe that the penalised training is done by; None trains on
-            the task's loss.
-        trainer: Trainer settings for that, over that stage's own.
     """
 
     strength: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    regularise: str | None = None
-    trainer: dict[str, Any] = Field(default_factory=dict)
+
+
+def trained_before(model: Model, config: TrainedPruningConfig, context: Context, before_step: StepHook) -> Model:
+    """Return a model after the training that goes before its cut.
+
+    Args:
+        model: The model; not changed.
+        config: The settings.
+        context: Gives data, training and checkpoints.
+        before_step: Called before each step of the optimizer.
+    """
+    trainer = {**config.trainer, "early_stopping": None}  # the best on val would be those that were changed least
+    return context.finetune(model, stage=config.regularise, name="regularise", trainer=trainer, before_step=before_step)
 
 
 def train_and_prune(
@@ -55,7 +76,6 @@ def train_and_prune(
         The smaller model, in evaluation mode.
     """
     before = context.evaluate(model).value
-    trainer = {**config.trainer, "early_stopping": None}  # the best on val would be those that are shrunk least
-    trained = context.finetune(model, stage=config.regularise, name="regularise", trainer=trainer, before_step=penalty)
+    trained = trained_before(model, config, context, penalty)
     context.note(quality_before_training=before, quality_after_training=context.evaluate(trained).value)
     return prune(trained, config, context, importance, known=known)

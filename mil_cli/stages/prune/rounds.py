@@ -99,7 +99,7 @@ class Rounds:
                 "nothing of this model can be cut", where=f"stages.{context.name}", hint=_why_nothing(coupling)
             )
         if config.independent:
-            model, scores, independent = arranged(model, coupling, importance, context, samples=config.check_samples)
+            model, scores, independent = arranged(model, coupling, importance, self.check_calls(model))
         else:
             scores, independent = importance(model, coupling), []
         unscored = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,20 +11,18 @@ import torch
 
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, cut
+from mil_cli.stages.judging import quality_or_worst, with_fresh_statistics
 from mil_cli.stages.prune.amount import Amount
 from mil_cli.stages.prune.rounds import Round, Rounds, Scored
 from mil_cli.stages.prune.selection import Scores, by_space, describe_widths
 from mil_cli.stages.prune.settings import CutConfig, StructuredPruningConfig
 from mil_cli.stages.targets import width_multiple
-from mil_cli.training.batch_norm import recalibrate
-from mil_cli.training.evaluate import NotFiniteError, fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
     from mil_cli.stages.prune.arrange import Importance
 
-_CALIBRATION_BATCH = 64
 _SHOWN_REASONS = 50
 
 
@@ -91,7 +90,7 @@ def prune(
             state["facts"].append({"step": step + 1, **made.facts})
             recover = config.recover is not None and (not last or config.recover_last)
             compares = step == 0 and config.compare_samples > 0 and config.method != "random"
-            fresh = made.model if recover and not compares else recalibrated(made.model, config, context)
+            fresh = made.model if recover and not compares else _fresh(made.model, config, context)
             if compares:
                 state["compared"] = _compared(fresh, scored, made, rounds, config, context)
             current = fresh
@@ -214,21 +213,15 @@ def _compared(
     drawn = rounds.cut(judged, made.facts["left"], must_reach=False).model
     return {
         "quality_after_the_first_cut": _quality(fresh, config, context),
-        "quality_after_a_random_cut": _quality(recalibrated(drawn, config, context), config, context),
+        "quality_after_a_random_cut": _quality(_fresh(drawn, config, context), config, context),
     }
 
 
-def recalibrated(model: Model, config: CutConfig, context: Context) -> Model:
-    """Return a cut model with the statistics of its batch norms taken anew, if the settings say so."""
-    if not config.recalibrate_samples:
-        return model
-    size = fixed_batch(model) or _CALIBRATION_BATCH
-    return recalibrate(model, context.calibration(samples=config.recalibrate_samples, batch_size=size))
+def _fresh(model: Model, config: StructuredPruningConfig, context: Context) -> Model:
+    return with_fresh_statistics(model, context, samples=config.recalibrate_samples)
 
 
 def _quality(model: Model, config: StructuredPruningConfig, context: Context) -> float | None:
     """Return the quality of a cut model on some of val before anything trains it; None if outputs are not finite."""
-    try:
-        return context.evaluate(model, limit=min(config.compare_samples, len(context.data.val))).value
-    except NotFiniteError:
-        return None
+    found = quality_or_worst(model, context, samples=config.compare_samples)
+    return found if math.isfinite(found) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,18 +13,19 @@ from mil_cli.graph.coupling import Coupling, analyse, cut, group_norms, repair, 
 from mil_cli.graph.coupling.equivalence import TOLERANCE, relative_difference
 from mil_cli.graph.coupling.record import flat_inputs
 from mil_cli.graph.residual import Shortcuts, remove_branches, residual_chains
+from mil_cli.stages.judging import quality_or_worst, with_fresh_statistics
 from mil_cli.stages.prune.activation import mean_magnitude
 from mil_cli.stages.prune.amount import Amount, Measure
 from mil_cli.stages.prune.fpgm import distances
 from mil_cli.stages.prune.rounds import Rounds, Scored, check_facts
-from mil_cli.stages.prune.schedule import check_finite, frozen_facts, recalibrated, tell_if_met
+from mil_cli.stages.prune.schedule import check_finite, frozen_facts, tell_if_met
 from mil_cli.stages.prune.selection import Scores, chunks_of, describe_widths, least_classes
 from mil_cli.stages.prune.settings import CutConfig
 from mil_cli.stages.prune.structures import Structures, Width, limits_of
 from mil_cli.stages.prune.taylor import first_order
 from mil_cli.stages.prune.values import score_values
 from mil_cli.stages.targets import width_multiple
-from mil_cli.training.evaluate import NotFiniteError, fixed_batch
+from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -155,15 +155,12 @@ class Search:
 
     def fresh(self, structures: Structures, candidate: Candidate) -> Model:
         """Return a candidate with the statistics of its batch norms taken anew."""
-        return recalibrated(self.cut(structures, candidate), self._config, self._context)
+        cut_ = self.cut(structures, candidate)
+        return with_fresh_statistics(cut_, self._context, samples=self._config.recalibrate_samples)
 
     def quality(self, model: Model) -> float:
         """Return a model's quality on some of val; the worst there is if its outputs are not finite."""
-        context = self._context
-        try:
-            return context.evaluate(model, limit=min(self._config.search_samples, len(context.data.val))).value
-        except NotFiniteError:
-            return -math.inf if context.task.higher_is_better else math.inf
+        return quality_or_worst(model, self._context, samples=self._config.search_samples)
 
     def proven(self, structures: Structures, candidate: Candidate) -> tuple[Model, dict[str, Any]]:
         """Return a candidate after its widths, then its depth, were compared with the uncut model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from mil_cli.graph.coupling.expected import ExpectedCount
 from mil_cli.ops.hard_concrete import SHIFT, hard_concrete, probability_open
 from mil_cli.stages.prune.constraint import Constraint
 from mil_cli.stages.prune.gates import Gates, fold_gates, insert_gates, place_gates
+from mil_cli.stages.prune.regularise import TrainedPruningConfig, trained_before
 from mil_cli.stages.prune.schedule import choose, prune
-from mil_cli.stages.prune.settings import StructuredPruningConfig
 from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _OPEN = 0.99
 """The probability of being open that every gate starts with."""
 
 
-class SoftMaskConfig(StructuredPruningConfig):
+class SoftMaskConfig(TrainedPruningConfig):
     """Settings of soft masks.
 
     Attributes:
@@ -38,9 +38,6 @@ class SoftMaskConfig(StructuredPruningConfig):
         reach: Log-odds that a gate can travel over the training: between surely open and surely closed lie about 10.
         dual_reach: How far the constraint's multiplier could rise over the training, in units of the loss's gradient by
             the gates.
-        regularise: Key of a train or distill stage of the recipe that the training is done by; None trains on the
-            task's loss.
-        trainer: Trainer settings for that, over that stage's own.
     """
 
     method: ClassVar[str] = "soft_mask"
@@ -48,8 +45,6 @@ class SoftMaskConfig(StructuredPruningConfig):
     ramp: float = Field(0.5, ge=0, le=1)
     reach: float = Field(60.0, gt=0, allow_inf_nan=False)
     dual_reach: float = Field(200.0, gt=0, allow_inf_nan=False)
-    regularise: str | None = None
-    trainer: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_cut(self) -> SoftMaskConfig:
@@ -95,10 +90,7 @@ def soft_mask(model: Model, config: SoftMaskConfig, context: Context) -> Model:
     insert_gates(gated.graph, gates, start=float(torch.tensor(_OPEN).logit()) + SHIFT)
     constraint.insert(gated.graph)
     before = context.evaluate(model).value
-    trainer = {**config.trainer, "early_stopping": None}  # the best on val would be those that keep the most
-    trained = context.finetune(
-        gated, stage=config.regularise, name="gates", trainer=trainer, before_step=constraint.before_step
-    )
+    trained = trained_before(gated, config, context, constraint.before_step)
     folded, odds = fold_gates(trained, model, gates)
     context.note(
         quality_before_training=before,

@@ -14,10 +14,9 @@ from torch.fx import GraphModule, Node
 
 from mil_cli.errors import StageError
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
+from mil_cli.stages.judging import with_fresh_statistics
 from mil_cli.stages.prune.masks import insert_masks, settle_masks
 from mil_cli.stages.registry import METHODS, StageConfig
-from mil_cli.training.batch_norm import recalibrate
-from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 LAYERS = ("linear", *CONVOLUTIONS)
 
-_BATCH = 64
 _PATTERN = re.compile(r"^([1-9]\d?):([1-9]\d?)$")
 
 
@@ -186,17 +184,9 @@ def finish(
             complete(sparse, paths)
     settle_masks(sparse.graph, paths)
     if not config.train:
-        sparse = with_statistics(sparse, config, context)
+        sparse = with_fresh_statistics(sparse, context, samples=config.recalibrate_samples)
     note_sparsity(sparse, masks, config, context)
     return sparse.eval()
-
-
-def with_statistics(model: Model, config: SparsityConfig, context: Context) -> Model:
-    """Return a model that nothing trains with the statistics of its batch norms taken anew."""
-    if not config.recalibrate_samples:
-        return model
-    size = fixed_batch(model) or _BATCH
-    return recalibrate(model, context.calibration(samples=config.recalibrate_samples, batch_size=size))
 
 
 def note_sparsity(model: Model, names: Collection[str], config: SparsityConfig, context: Context) -> None:

@@ -27,6 +27,7 @@ from mil_cli.task.classification import Classification
 from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.loop import Running
+from tests.stages.contexts import Kill
 
 QUICK: dict[str, Any] = {
     "macs": 0.3,
@@ -122,10 +123,6 @@ def test_the_winner_is_fine_tuned_by_the_stage_that_is_named(trained: Model, pla
     }
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("save", [3, 10, 13, 17])
 def test_killed_while_training_or_searching_it_ends_alike(
     trained: Model, plain: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: int
@@ -138,10 +135,10 @@ def test_killed_while_training_or_searching_it_ends_alike(
         original(self, state)
         saves += 1
         if saves == save:
-            raise Killed
+            raise Kill
 
     monkeypatch.setattr(FileSlot, "save", killing)
-    with pytest.raises(Killed):
+    with pytest.raises(Kill):
         elastic(trained, ElasticConfig(**QUICK), context(tmp_path))
     monkeypatch.setattr(FileSlot, "save", original)
     assert elastic(trained, ElasticConfig(**QUICK), context(tmp_path)).fingerprint() == plain.fingerprint()

@@ -18,6 +18,7 @@ from mil_cli.stages.breeding import evolve
 from mil_cli.stages.prune.evolution import BoundedStructures, EvolutionConfig, evolution
 from mil_cli.stages.prune.searching import Search
 from mil_cli.stages.prune.structures import Structures
+from tests.stages.contexts import Kill
 from tests.stages.prune import blocks
 
 
@@ -109,11 +110,9 @@ def test_the_target_is_met_by_the_best_that_was_judged(model: Model, quantity: s
     assert best[0]["quality"] == max(entry["quality"] for entry in best)
 
 
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("kill_at", [4])
+@pytest.mark.parametrize(
+    "kill_at", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_goes_on_to_the_same_weights(
     kill_at: int, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,11 +125,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(
         nonlocal calls
         calls += 1
         if calls == kill_at + 1:
-            raise Killed
+            raise Kill
         return real(self, model)
 
     monkeypatch.setattr(Search, "quality", dying)
-    with pytest.raises(Killed):
+    with pytest.raises(Kill):
         evolution(model, settings, blocks.context(tmp_path))
     again = blocks.context(tmp_path)
     resumed = evolution(model, settings, again)

@@ -23,6 +23,7 @@ from mil_cli.stages.prune.magnitude import MagnitudeConfig, magnitude
 from mil_cli.stages.registry import config_type
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
+from tests.stages.contexts import Kill
 
 
 class Small(nn.Module):
@@ -213,10 +214,6 @@ def test_a_group_that_fails_the_check_is_left_and_noted(model: Model, monkeypatc
     assert around.notes["steps"][0]["failed"] == ["first.weight"]
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_run_goes_on_to_the_same_weights(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +227,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
         nonlocal calls
         calls += 1
         if calls in (2, 4):
-            raise Killed
+            raise Kill
         return real(*arguments)
 
     monkeypatch.setattr(rounds, "cut", dying)
@@ -239,7 +236,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
         around_resumed = context(tmp_path)
         try:
             resumed = magnitude(model, settings, around_resumed)
-        except Killed:
+        except Kill:
             deaths += 1
     assert deaths == 2
     assert resumed.fingerprint() == whole.fingerprint()
@@ -336,7 +333,7 @@ def test_a_predicted_latency_is_corrected_by_measurement(
             1.0 - error * (1.0 - cut.macs() / original.macs()) if error < 1 else cut.macs() * error / original.macs()
         )
         if len(measured) == 2:
-            raise Killed
+            raise Kill
         return measured[-1]
 
     monkeypatch.setattr(amount.Amount, "measure", counted)
@@ -345,7 +342,7 @@ def test_a_predicted_latency_is_corrected_by_measurement(
     used = context(tmp_path)
     try:
         magnitude(model, settings, used)
-    except Killed:  # what was measured is not measured again
+    except Kill:  # what was measured is not measured again
         used = context(tmp_path)
         magnitude(model, settings, used)
     step = used.notes["steps"][0]  # type: ignore[index]

@@ -12,9 +12,10 @@ from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Counter, analyse
 from mil_cli.graph.model import Model
 from mil_cli.graph.residual import residual_chains
+from mil_cli.stages.context import Context
 from mil_cli.stages.prune.netadapt import NetadaptConfig, netadapt
 from mil_cli.stages.prune.searching import Search
-from mil_cli.training.checkpoint import FileSlot
+from tests.stages.contexts import run_through_kills
 from tests.stages.prune import blocks
 
 WORTHS = {f"blocks.{number}.first.weight": worth for number, worth in enumerate((1.0, 9.0, 3.0))}
@@ -132,10 +133,6 @@ def test_the_target_is_met_and_the_proof_holds(model: Model, quantity: str) -> N
     assert len(ends) == 3 - len(gone)
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_run_goes_on_to_the_same_weights(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,26 +140,15 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     settings = config(macs=0.5, reduction=0.25, trainer=trainer, finetune_steps=3)
     around = blocks.context(tmp_path / "whole")
     whole = netadapt(model, settings, around)
-    save, saves = FileSlot.save, 0
+    again: list[Context] = []
 
-    def dying(self: FileSlot, state: dict[str, Any]) -> None:
-        nonlocal saves
-        save(self, state)
-        saves += 1
-        if saves in (2, 7, 12, 20):
-            raise Killed
+    def run() -> Model:
+        again.append(blocks.context(tmp_path / "killed"))
+        return netadapt(model, settings, again[-1])
 
-    monkeypatch.setattr(FileSlot, "save", dying)
-    resumed, deaths = None, 0
-    while resumed is None:
-        again = blocks.context(tmp_path / "killed")
-        try:
-            resumed = netadapt(model, settings, again)
-        except Killed:
-            deaths += 1
-    assert deaths >= 3
+    resumed = run_through_kills(run, monkeypatch, saves=(2, 7, 12, 20))
     assert resumed.fingerprint() == whole.fingerprint()
-    assert again.notes["iterations"] == around.notes["iterations"]
+    assert again[-1].notes["iterations"] == around.notes["iterations"]
     assert [file.name for file in (tmp_path / "killed").iterdir()] == ["iterations.ckpt"]
 
 

@@ -26,6 +26,7 @@ from mil_cli.stages.prune.sensitivity import (
     total,
 )
 from mil_cli.stages.prune.structures import Structures
+from tests.stages.contexts import Kill
 from tests.stages.prune import blocks
 
 
@@ -146,11 +147,7 @@ def test_what_cannot_be_is_told(model: Model) -> None:
         config()
 
 
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("kill_at", [9])
+@pytest.mark.parametrize("kill_at", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_a_killed_run_goes_on_to_the_same_weights(
     kill_at: int, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,11 +160,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(
         nonlocal calls
         calls += 1
         if calls == kill_at + 1:
-            raise Killed
+            raise Kill
         return mean_loss(*args, **kwargs)
 
     monkeypatch.setattr(method, "mean_loss", dying)
-    with pytest.raises(Killed):
+    with pytest.raises(Kill):
         sensitivity(model, settings, blocks.context(tmp_path))
     again = blocks.context(tmp_path)
     resumed = sensitivity(model, settings, again)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import pairwise
 
-from mil_cli.graph.count import einsum_terms
+from mil_cli.graph.count import einsum_axes, einsum_terms
 from mil_cli.graph.coupling.record import Key
 from mil_cli.graph.coupling.table import Operation, Rules, UnsupportedForm, rules_for
 
@@ -76,12 +76,7 @@ def einsum(operation: Operation) -> None:
 
     def place(key: Key, letters: str) -> None:
         rank = operation.rank(key)
-        if "..." in letters:
-            before, after = letters.split("...")
-            hidden = rank - len(before) - len(after)
-            names = [*before, *(f".{hidden - position}" for position in range(hidden)), *after]
-        else:
-            names = list(letters)
+        names = einsum_axes(letters, rank)
         if len(names) != rank:
             raise UnsupportedForm(f"'{letters}' does not name {rank} axes")
         for axis, name in enumerate(names):

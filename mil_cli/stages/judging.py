@@ -1,0 +1,42 @@
+"""How stages judge a model that they cut and do not train: fresh batch-norm statistics, quality on a part of val."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mil_cli.training.batch_norm import recalibrate
+from mil_cli.training.evaluate import NotFiniteError, fixed_batch
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+
+_BATCH = 64
+
+
+def with_fresh_statistics(model: Model, context: Context, *, samples: int) -> Model:
+    """Return a model whose batch norms have the statistics of training samples.
+
+    Args:
+        model: The model; not changed.
+        context: Gives the samples.
+        samples: How many; 0 leaves the model as it is.
+    """
+    if not samples:
+        return model
+    return recalibrate(model, context.calibration(samples=samples, batch_size=fixed_batch(model) or _BATCH))
+
+
+def quality_or_worst(model: Model, context: Context, *, samples: int) -> float:
+    """Return a model's quality on some of val; the worst there is, an infinity, if its outputs are not finite.
+
+    Args:
+        model: The model.
+        context: Gives task and val.
+        samples: How many samples of val at most.
+    """
+    try:
+        return context.evaluate(model, limit=min(samples, len(context.data.val))).value
+    except NotFiniteError:  # one bad net is no reason to stop a search
+        return -math.inf if context.task.higher_is_better else math.inf

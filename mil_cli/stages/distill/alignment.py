@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
 _EXTRA_TOKENS = 6  # class and distillation tokens or registers stand before the image's tokens
-_POOLING = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
+_POOLING: Any = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
 
 Positions = tuple[int, ...]
 """Sizes of the axes that count positions: () for vectors, (tokens,) for sequences, (height, width) for maps."""
@@ -83,5 +84,8 @@ def _pooled(value: Tensor, positions: Positions, target: Positions) -> Tensor:
     if not target:
         return value.flatten(2).mean(2)
     if tuple(value.shape[2:]) != positions:
-        value = value[:, :, value.shape[2] - math.prod(positions) :].unflatten(2, positions)
-    return value if positions == target else _POOLING[len(target) - 1](value, target)
+        value = value[:, :, value.shape[2] - math.prod(positions) :].reshape(*value.shape[:2], *positions)
+    if positions == target:
+        return value
+    pooled: Tensor = _POOLING[len(target) - 1](value, target)
+    return pooled

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from mil_cli.stages.distill.alignment import aligned
 from mil_cli.stages.distill.distil import Lesson, TaughtConfig, mixed, report, student_of, teach, teacher_of
 from mil_cli.stages.distill.pairs import Pair, pair_layers
 from mil_cli.training.objective import Objective
@@ -106,15 +105,5 @@ def feature_objective(
     return objective
 
 
-def at_same_positions(difference: Difference) -> Difference:
-    """Return a difference that first brings both features to the same positions."""
-    return lambda student, teacher: difference(*aligned(student, teacher))
-
-
-def averaged(feature: Tensor) -> Tensor:
-    """Return (batch, channels): a feature averaged over its positions."""
-    return feature.flatten(2).mean(2) if feature.ndim > 2 else feature
-
-
-def _each_once(paths: Any) -> list[str]:
+def _each_once(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(paths))

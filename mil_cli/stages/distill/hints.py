@@ -74,8 +74,11 @@ class Hint(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the error of features of shape (batch, channels, *positions)."""
         student, teacher = aligned(student, teacher)
-        adapted = self.adapter(student.movedim(1, -1)).movedim(-1, 1)
-        # Relative, since the scale of features differs between layers and networks; 1 is the error of predicting 0.
-        return functional.mse_loss(adapted, teacher) / teacher.square().mean().clamp(
-            min=torch.finfo(torch.float32).tiny
-        )
+        weight, bias = self.adapter.weight, self.adapter.bias
+        if student.ndim == 4:
+            adapted = functional.conv2d(student, weight[:, :, None, None], bias)  # in either memory format
+        else:
+            adapted = self.adapter(student.movedim(1, -1)).movedim(-1, 1)
+        # Relative, since the scale of features differs between layers and networks: predicting 0 gives 1.
+        scale = teacher.square().mean().clamp(min=torch.finfo(teacher.dtype).tiny)
+        return functional.mse_loss(adapted, teacher) / scale

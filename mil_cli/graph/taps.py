@@ -70,10 +70,7 @@ def tap(model: Model, module_paths: Sequence[str]) -> Tapped:
 
 def tappable_paths(model: Model) -> list[str]:
     """Return every module path whose output can be read, in order of execution."""
-    found: dict[str, None] = {}
-    for node in calls(model.graph):
-        found.update(dict.fromkeys(path for path, _ in module_stack(node) if path))
-    return list(found)
+    return list(module_outputs(model))
 
 
 def module_output(model: Model, path: str) -> Node:
@@ -97,7 +94,7 @@ def module_outputs(model: Model) -> dict[str, Node]:
     """Return for every module path the node that holds the output of its last call, in order of execution."""
     inside: dict[str, list[Node]] = {}
     for node in calls(model.graph):
-        for path in {path: None for path, _ in module_stack(node) if path}:
+        for path in dict.fromkeys(path for path, _ in module_stack(node) if path):
             inside.setdefault(path, []).append(node)
     return {path: output for path, nodes in inside.items() if (output := _output(nodes)) is not None}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,8 +87,8 @@ def pair_layers(
     Layers are found among the bottlenecks of both graphs before their last weights, where the network's state is whole:
     ends of residual blocks, of stages. If the student's layers go by the teacher's names and resolutions (it was cut or
     quantized from it) the same names are paired, else each is paired with the layer of the nearest resolution, as deep
-    among those, in the same order. The last is always among those chosen, and ends of stages go before what lies in
-    them.
+    among those, in the same order. The last is always among those chosen, and the last of both belong together; ends of
+    stages go before what lies in them.
 
     Args:
         student: The student.
@@ -107,7 +108,7 @@ def pair_layers(
     chosen = (
         [pairs[index] for index in _spread([pair.student.resolution for pair in pairs], count)]
         if pairs
-        else _by_resolution([ours[index] for index in _spread([layer.resolution for layer in ours], count)], theirs)
+        else _by_resolution(ours, _spread([layer.resolution for layer in ours], count), theirs)
     )
     if not chosen:
         raise StageError(
@@ -262,36 +263,44 @@ def _evenly(length: int, count: int) -> list[int]:
     return [-(-(step + 1) * length // count) - 1 for step in range(count)]
 
 
-def _by_resolution(student: Sequence[Layer], teacher: Sequence[Layer]) -> list[Pair]:
-    """Pair layers in order, each teacher's layer at most once, so that resolutions and places in stages fit best."""
+def _by_resolution(student: Sequence[Layer], chosen: Sequence[int], teacher: Sequence[Layer]) -> list[Pair]:
+    """Pair layers in order, each once and the last with the last, so that resolutions and places in stages fit best.
+
+    Args:
+        student: The student's layers.
+        chosen: Indices of those to pair; if the teacher has fewer layers the first are left out.
+        teacher: The teacher's layers.
+    """
+    chosen = chosen[max(len(chosen) - len(teacher), 0) :]
     ours, theirs = _depths(student), _depths(teacher)
 
     def cost(one: int, other: int) -> float:
-        if meeting(student[one].positions, teacher[other].positions) is None:
+        ends = one == len(student) - 1, other == len(teacher) - 1
+        if ends[0] != ends[1] or meeting(student[one].positions, teacher[other].positions) is None:
             return math.inf
         finer = math.log2(student[one].resolution) - math.log2(teacher[other].resolution)
         return abs(finer) + abs(ours[one] - theirs[other])
 
-    # best[j]: the least cost of pairing all student layers so far with teacher layers below j, and those layers.
-    count = min(len(student), len(teacher))
-    skipped = len(student) - count
+    # best[j]: the least cost of pairing the student's layers so far with teacher's layers below j, and those layers.
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(teacher) + 1)
-    for one in range(skipped, len(student)):
+    for one in chosen:
         row: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
-        for other in range(len(teacher)):
-            before, chosen = best[other]
-            row.append(min(row[-1], (before + cost(one, other), (*chosen, other)), key=lambda found: found[0]))
+        for other, (before, partners) in enumerate(best[:-1]):
+            paired = (before + cost(one, other), (*partners, other))
+            row.append(min(row[-1], paired, key=lambda found: found[0]))
         best = row
-    total, chosen = best[-1]
+    total, partners = best[-1]
     if math.isinf(total):
         return []
-    return [Pair(student[skipped + index], teacher[other]) for index, other in enumerate(chosen)]
+    return [Pair(student[one], teacher[other]) for one, other in zip(chosen, partners, strict=True)]
 
 
 def _depths(layers: Sequence[Layer]) -> list[float]:
     """Return how deep each layer lies among those of its resolution, up to 1 for the last."""
-    return [
-        sum(other.resolution == layer.resolution for other in layers[: index + 1])
-        / sum(other.resolution == layer.resolution for other in layers)
-        for index, layer in enumerate(layers)
-    ]
+    sizes = Counter(layer.resolution for layer in layers)
+    seen: Counter[int] = Counter()
+    depths = []
+    for layer in layers:
+        seen[layer.resolution] += 1
+        depths.append(seen[layer.resolution] / sizes[layer.resolution])
+    return depths

@@ -40,6 +40,10 @@ METHODS: dict[tuple[str, str], str] = {
     ("prune", "wanda"): "mil_cli.stages.prune.wanda",
     ("prune", "sparsegpt"): "mil_cli.stages.prune.sparsegpt",
     ("distill", "soft_labels"): "mil_cli.stages.distill.soft_labels",
+    ("distill", "hints"): "mil_cli.stages.distill.hints",
+    ("distill", "attention_transfer"): "mil_cli.stages.distill.attention_transfer",
+    ("distill", "relational"): "mil_cli.stages.distill.relational",
+    ("distill", "similarity"): "mil_cli.stages.distill.similarity",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }

@@ -40,6 +40,8 @@ METHODS: dict[tuple[str, str], str] = {
     ("prune", "wanda"): "mil_cli.stages.prune.wanda",
     ("prune", "sparsegpt"): "mil_cli.stages.prune.sparsegpt",
     ("distill", "soft_labels"): "mil_cli.stages.distill.soft_labels",
+    ("distill", "dkd"): "mil_cli.stages.distill.dkd",
+    ("distill", "dist"): "mil_cli.stages.distill.dist",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }

@@ -248,3 +248,22 @@ def mixed(
         return (1 - weight) * task.loss(outputs, batch) + weight * distance(outputs, batch)
 
     return objective
+
+
+def beside_labels(
+    task: Task, term: Callable[[Any, Batch], torch.Tensor], *, label_weight: float
+) -> Callable[[Any, Batch], torch.Tensor]:
+    """Return ``label_weight * loss + term``, the loss computed only where it counts.
+
+    Args:
+        task: Gives the loss on the labels.
+        term: (outputs, batch) -> what distillation adds, a scalar with its own weights in it.
+        label_weight: At least 0.
+    """
+
+    def objective(outputs: Any, batch: Batch) -> torch.Tensor:
+        if label_weight == 0:
+            return term(outputs, batch)
+        return label_weight * task.loss(outputs, batch) + term(outputs, batch)
+
+    return objective

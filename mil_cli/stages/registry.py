@@ -42,6 +42,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("distill", "soft_labels"): "mil_cli.stages.distill.soft_labels",
     ("distill", "dkd"): "mil_cli.stages.distill.dkd",
     ("distill", "dist"): "mil_cli.stages.distill.dist",
+    ("distill", "function_matching"): "mil_cli.stages.distill.function_matching",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }

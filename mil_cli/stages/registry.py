@@ -43,6 +43,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("distill", "dkd"): "mil_cli.stages.distill.dkd",
     ("distill", "dist"): "mil_cli.stages.distill.dist",
     ("distill", "function_matching"): "mil_cli.stages.distill.function_matching",
+    ("distill", "ensemble"): "mil_cli.stages.distill.ensemble",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }

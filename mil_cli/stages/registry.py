@@ -44,6 +44,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("distill", "dist"): "mil_cli.stages.distill.dist",
     ("distill", "function_matching"): "mil_cli.stages.distill.function_matching",
     ("distill", "ensemble"): "mil_cli.stages.distill.ensemble",
+    ("distill", "assistants"): "mil_cli.stages.distill.assistants",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }

@@ -61,17 +61,12 @@ class _Watched(Teacher):
 
 def test_only_the_teacher_that_is_drawn_runs() -> None:
     batch, config = batch_of(9), _config(mode="one_per_batch", weight=1.0, temperature=1.0)
-    step = 0
-    under_way = running(trained(), steps=lambda: step)
+    step = iter([*range(200), *range(200)])
+    under_way = running(trained(), steps=lambda: next(step))
     teachers = [_Watched(model, Classification(), under_way) for model in (trained(24), trained(8), net(9))]
     objective = ensemble_objective(Lesson(Classification(), under_way, teachers), config, weights=[0.5, 0.5, 0], seed=3)
     outputs = torch.randn(9, 3)
-    passes = []
-    for _ in range(2):
-        values = []
-        for step in range(200):
-            values.append(float(objective(outputs, batch)))
-        passes.append(values)
+    passes = [[float(objective(outputs, batch)) for _ in range(200)] for _ in range(2)]
     assert passes[0] == passes[1]  # the step alone decides
     calls = [teacher.calls for teacher in teachers]
     assert sum(calls) == 400

@@ -45,6 +45,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("distill", "function_matching"): "mil_cli.stages.distill.function_matching",
     ("distill", "ensemble"): "mil_cli.stages.distill.ensemble",
     ("distill", "assistants"): "mil_cli.stages.distill.assistants",
+    ("distill", "born_again"): "mil_cli.stages.distill.born_again",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }

@@ -46,6 +46,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("distill", "ensemble"): "mil_cli.stages.distill.ensemble",
     ("distill", "assistants"): "mil_cli.stages.distill.assistants",
     ("distill", "born_again"): "mil_cli.stages.distill.born_again",
+    ("distill", "deep_supervision"): "mil_cli.stages.distill.deep_supervision",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }

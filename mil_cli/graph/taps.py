@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,10 +70,11 @@ def tap(model: Model, module_paths: Sequence[str]) -> Tapped:
 
 def tappable_paths(model: Model) -> list[str]:
     """Return every module path whose output can be read, in order of execution."""
-    found: dict[str, None] = {}
+    inside: dict[str, set[Node]] = {}
     for node in calls(model.graph):
-        found.update(dict.fromkeys(path for path, _ in module_stack(node) if path))
-    return list(found)
+        for path, _ in module_stack(node):
+            inside.setdefault(path, set()).add(node)
+    return [path for path, nodes in inside.items() if path and _leaving(model.graph, nodes)]
 
 
 def module_output(model: Model, path: str) -> Node:
@@ -82,12 +83,8 @@ def module_output(model: Model, path: str) -> Node:
     Raises:
         ModelError: If no node of the graph belongs to the path.
     """
-    inside = set(_inside(model.graph, path))
-    leaving = [
-        node
-        for node in calls(model.graph)
-        if node in inside and _is_tensor(node) and any(user not in inside for user in node.users)
-    ]
+    inside = {node for node in calls(model.graph) if any(path == name for name, _ in module_stack(node))}
+    leaving = _leaving(model.graph, inside)
     if not path or not leaving:
         raise ModelError(
             "no operation of the captured graph belongs to this module",
@@ -98,8 +95,13 @@ def module_output(model: Model, path: str) -> Node:
     return leaving[-1]
 
 
-def _inside(graph: GraphModule, path: str) -> Iterator[Node]:
-    return (node for node in calls(graph) if any(path == name for name, _ in module_stack(node)))
+def _leaving(graph: GraphModule, inside: set[Node]) -> list[Node]:
+    """Return the tensors among some nodes that are used outside of them, in order of execution."""
+    return [
+        node
+        for node in calls(graph)
+        if node in inside and _is_tensor(node) and any(user not in inside for user in node.users)
+    ]
 
 
 def _is_tensor(node: Node) -> bool:

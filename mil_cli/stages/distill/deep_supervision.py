@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mil_cli.stages.context import Context
 
 _SAMPLES = 2
-_NEAR = 0.5
+_NEAR = 0.35
 """Part of the distance between two heads within which an outer module is preferred to a nearer one inside it."""
 
 

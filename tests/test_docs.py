@@ -14,3 +14,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 @pytest.mark.parametrize("method", sorted(method for family, method in METHODS if family == "prune"))
 def test_the_page_on_pruning_names_every_method(method: str) -> None:
     assert f"`{method}`" in (DOCS / "pruning.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", sorted(method for family, method in METHODS if family == "distill"))
+def test_the_page_on_distillation_has_a_section_on_every_method(method: str) -> None:
+    assert f"\n### `{method}`\n" in (DOCS / "distillation.md").read_text(encoding="utf-8")

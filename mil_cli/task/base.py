@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -50,6 +51,26 @@ class Task(Protocol):
 
         It is scaled so that it can be mixed with the loss as it is: where a temperature softens, its square is
         already multiplied in.
+        """
+        ...
+
+    def class_scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the class scores and labels of all positions that count: (positions, classes) and int64 (positions,).
+
+        Two models' scores for one batch belong together row by row.
+
+        Raises:
+            TaskError: The task has no classes, or no label for each position.
+        """
+        ...
+
+    def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
+        """Return the weighted mean of several models' outputs on one batch, in a form that `distance` takes.
+
+        Args:
+            outputs: Those of each model.
+            weights: One for each, at least 0, of sum 1.
+            temperature: Where there are classes, that at which their probabilities are averaged.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchmetrics.aggregation import MeanMetric
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
+from mil_cli.task.averaging import combine_scored, mean_of_probabilities
 from mil_cli.task.divergence import softened_divergence
 from mil_cli.task.fields import Entry, InputEntries, entry, model_inputs, output_tensor, target_entry, task_fingerprint
 
@@ -103,6 +105,25 @@ class Classification:
             return divergence.mean()
         counts = entry(batch, target_entry(batch, self.target_key), where="task.target_key") != self.ignore_index
         return (divergence * counts).sum() / counts.sum().clamp(min=1)
+
+    def class_scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores (positions, classes) and labels (positions,) of the samples or tokens that count.
+
+        Raises:
+            TaskError: Scores and labels do not fit.
+        """
+        scores, labels = self._scores_and_labels(outputs, batch)
+        self._check_range(scores, labels)
+        counts = labels != self.ignore_index
+        return scores[counts], labels[counts]
+
+    def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
+        """Return outputs whose softened class probabilities are the weighted mean of the models'."""
+
+        def mean(each: Sequence[torch.Tensor]) -> torch.Tensor:
+            return mean_of_probabilities(each, weights, temperature=temperature)
+
+        return combine_scored(outputs, self.output_key, mean)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of code and settings."""

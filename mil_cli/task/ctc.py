@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torchmetrics.text import WordErrorRate
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
+from mil_cli.task.averaging import combine_scored, mean_of_probabilities
 from mil_cli.task.divergence import softened_divergence
 from mil_cli.task.fields import (
     Entry,
@@ -20,6 +21,7 @@ from mil_cli.task.fields import (
     check_choice,
     entry,
     model_inputs,
+    no_class_scores,
     output_tensor,
     target_entry,
     task_fingerprint,
@@ -132,6 +134,22 @@ class Ctc:
         divergence = softened_divergence(student, teacher, temperature=temperature)
         counts = torch.arange(student.shape[1], device=student.device) < frames.to(student.device).unsqueeze(1)
         return (divergence * counts).sum() / counts.sum().clamp(min=1)
+
+    def class_scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: targets are not aligned to frames, so that no frame has a label.
+
+        Raises:
+            TaskError: Always.
+        """
+        raise no_class_scores(self.name, "its frames have no labels")
+
+    def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
+        """Return outputs whose softened class probabilities are the weighted mean of the models'."""
+
+        def mean(each: Sequence[torch.Tensor]) -> torch.Tensor:
+            return mean_of_probabilities(each, weights, temperature=temperature)
+
+        return combine_scored(outputs, self.output_key, mean)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of code and settings."""

@@ -127,6 +127,15 @@ def output_tensor(outputs: Any, name: Entry | None) -> torch.Tensor:
     return chosen
 
 
+def no_class_scores(task: str, reason: str) -> TaskError:
+    """Return the error of a task that cannot give class scores with a label each."""
+    return TaskError(
+        f"this method compares the scores of classes position by position, and the task {task} gives none: {reason}",
+        where="task",
+        hint="distil by soft_labels, which uses the task's own distance",
+    )
+
+
 def task_fingerprint(task: Any) -> str:
     """Return the SHA-256 of a task's source file and of its settings (a dataclass)."""
     settings = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, R2Score
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
+from mil_cli.task.averaging import combine_scored, weighted_mean
 from mil_cli.task.divergence import check_same_shape
 from mil_cli.task.fields import (
     Entry,
@@ -19,6 +20,7 @@ from mil_cli.task.fields import (
     check_choice,
     entry,
     model_inputs,
+    no_class_scores,
     output_tensor,
     target_entry,
     task_fingerprint,
@@ -104,6 +106,18 @@ class Regression:
         teacher = output_tensor(teacher_outputs, self.output_key)
         check_same_shape(student, teacher)
         return functional.mse_loss(student, teacher)
+
+    def class_scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: there are no classes.
+
+        Raises:
+            TaskError: Always.
+        """
+        raise no_class_scores(self.name, "it has no classes")
+
+    def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
+        """Return outputs that are the weighted mean of the models'; a temperature has no meaning here."""
+        return combine_scored(outputs, self.output_key, lambda each: weighted_mean(each, weights))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of code and settings."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
+from mil_cli.task.averaging import combine_scored, mean_of_probabilities
 from mil_cli.task.divergence import softened_divergence
 from mil_cli.task.fields import (
     Entry,
@@ -123,6 +125,25 @@ class Segmentation:
         counts = labels != self.ignore_index
         divergence = softened_divergence(student, teacher, temperature=temperature, axis=1)
         return (divergence * counts).sum() / counts.sum().clamp(min=1)
+
+    def class_scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores (pixels, classes) and labels (pixels,) of the pixels that count.
+
+        Raises:
+            TaskError: Scores and labels do not fit.
+        """
+        scores, labels = self._scores_and_labels(outputs, batch)
+        self._check_range(labels)
+        counts = labels != self.ignore_index
+        return scores.movedim(1, -1)[counts], labels[counts]
+
+    def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
+        """Return outputs whose softened class probabilities are the weighted mean of the models'."""
+
+        def mean(each: Sequence[torch.Tensor]) -> torch.Tensor:
+            return mean_of_probabilities(each, weights, temperature=temperature, axis=1)
+
+        return combine_scored(outputs, self.output_key, mean)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of code and settings."""

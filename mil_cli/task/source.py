@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from torchmetrics.aggregation import MeanMetric
 from mil_cli.data.base import Batch, batch_length
 from mil_cli.errors import TaskError
 from mil_cli.models.user_code import call_target, source_sha256
+from mil_cli.task.averaging import weighted_mean_of_all
 from mil_cli.task.base import Task
 from mil_cli.task.divergence import check_same_shape
-from mil_cli.task.fields import model_inputs, target_entry
+from mil_cli.task.fields import model_inputs, no_class_scores, target_entry
 
 
 def build_task(config: Mapping[str, Any], root: Path) -> Task:
@@ -27,7 +28,7 @@ def build_task(config: Mapping[str, Any], root: Path) -> Task:
 
     A user's own class needs only ``loss(outputs, batch)``. What else it may have: ``score(outputs, batch)``, a mean
     figure of a batch that makes the metric (else the loss is the metric), or `metric` and `update` as in `Task`;
-    `metric_name`; `higher_is_better`; `inputs`; `distance`.
+    `metric_name`; `higher_is_better`; `inputs`; `distance`; `class_scores`; `combine`.
 
     Args:
         config: ``_target_`` and its arguments.
@@ -164,6 +165,23 @@ class UserTask:
                 hint="define distance(student_outputs, teacher_outputs, batch, *, temperature) in the task's class",
             )
         return torch.stack(terms).mean()
+
+    def class_scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the user's class scores and labels.
+
+        Raises:
+            TaskError: The user's class gives none.
+        """
+        if not hasattr(self._own, "class_scores"):
+            raise no_class_scores(self.name, "its class has no method class_scores(outputs, batch)")
+        scores, labels = self._own.class_scores(outputs, batch)
+        return scores, labels
+
+    def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
+        """Return the user's combination, else the weighted mean of all real outputs."""
+        if hasattr(self._own, "combine"):
+            return self._own.combine(outputs, weights, temperature=temperature)
+        return weighted_mean_of_all(outputs, weights)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the class's source, what it imports beside it, and the settings; or the user's own."""

@@ -13,6 +13,7 @@ import mil_cli.ops  # noqa: F401  registers the quantizers
 from mil_cli.errors import ModelError
 from mil_cli.graph.model import Model
 from mil_cli.graph.taps import module_output, module_outputs, tap, tappable_paths
+from mil_cli.models.vit import vit
 
 
 class Block(nn.Module):
@@ -150,3 +151,12 @@ def test_paths_survive_an_archive(tmp_path) -> None:
     x = torch.randn(2, 3, 8, 8)
     ours, theirs = tap(model, PATHS)(x)[1], tap(loaded, PATHS)(x)[1]
     assert all(torch.equal(ours[path], theirs[path]) for path in PATHS)
+
+
+def test_every_path_that_is_listed_can_be_read() -> None:
+    """Capturing leaves operations that name a module of its own, of which nothing is used outside."""
+    model = Model.capture(vit(depth=1, dim=8, heads=2).eval(), (torch.randn(2, 1, 28, 28),))
+    paths = tappable_paths(model)
+    assert "blocks.0" in paths
+    _, values = tap(model, paths)(*model.samples[0])
+    assert list(values) == paths

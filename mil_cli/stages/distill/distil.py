@@ -19,7 +19,7 @@ from mil_cli.training.objective import Objective, Running
 if TYPE_CHECKING:
     from torch import nn
 
-    from mil_cli.data.base import Batch
+    from mil_cli.data.base import Batch, Data
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
     from mil_cli.task.base import Task
@@ -170,6 +170,7 @@ def teach(
     taps: Sequence[str] = (),
     teacher_taps: Sequence[str] = (),
     companions: nn.Module | None = None,
+    data: Data | None = None,
 ) -> FitResult:
     """Train a copy of a student by teachers, resumably; notes nothing but whether answers were kept.
 
@@ -185,9 +186,11 @@ def teach(
         taps: Module paths of the student that the objective reads.
         teacher_taps: Those of every teacher; answers are not kept where they are read.
         companions: Modules that are trained along and dropped.
+        data: The splits, where `train` is not that of the recipe; see `Context.train`.
     """
+    seen = context.data if data is None else data
     with ExitStack() as stack:
-        kept = bool(teachers) and cache_gb > 0 and views_repeat(context.data, context.task, seed=context.seed)
+        kept = bool(teachers) and cache_gb > 0 and views_repeat(seen, context.task, seed=context.seed)
         limit = int(cache_gb * 1e9) // max(len(teachers), 1)
         memories = [
             Memory(stack.enter_context(context.scratch(f"{slot}-teacher{index}")), limit=limit) if kept else None
@@ -203,7 +206,7 @@ def teach(
             return bind(Lesson(context.task, running, at_work))
 
         return context.train(
-            student, settings=settings, doing=doing, slot=slot, bind=begin, taps=taps, companions=companions
+            student, settings=settings, doing=doing, slot=slot, bind=begin, taps=taps, companions=companions, data=seen
         )
 
 
@@ -246,5 +249,24 @@ def mixed(
         if weight == 1:
             return distance(outputs, batch)
         return (1 - weight) * task.loss(outputs, batch) + weight * distance(outputs, batch)
+
+    return objective
+
+
+def beside_labels(
+    task: Task, term: Callable[[Any, Batch], torch.Tensor], *, label_weight: float
+) -> Callable[[Any, Batch], torch.Tensor]:
+    """Return ``label_weight * loss + term``, the loss computed only where it counts.
+
+    Args:
+        task: Gives the loss on the labels.
+        term: (outputs, batch) -> what distillation adds, a scalar with its own weights in it.
+        label_weight: At least 0.
+    """
+
+    def objective(outputs: Any, batch: Batch) -> torch.Tensor:
+        if label_weight == 0:
+            return term(outputs, batch)
+        return label_weight * task.loss(outputs, batch) + term(outputs, batch)
 
     return objective

@@ -85,7 +85,7 @@ OURS = {
     "assistants": Variant(
         "assistants",
         ("by=thin",),
-        ("+stage/prune@stages.thin=magnitude", "+stages.thin.macs=0.5", "+stages.thin.round_to=1"),
+        ("+stage/prune@stages.thin=magnitude", "++stages.thin.macs=0.5", "++stages.thin.round_to=1"),
         said="one assistant; all trainings together cost what `soft_labels` costs",
     ),
     "ensemble_drawn": Variant(

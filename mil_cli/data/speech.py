@@ -184,8 +184,8 @@ def coloured_noise(length: int, kind: str) -> Tensor:
     white = torch.randn(length)
     if kind == "white":
         return white
-    amplitude = torch.arange(length // 2 + 1).clamp(min=1) ** -0.5
-    noise = torch.fft.irfft(torch.fft.rfft(white) * amplitude, n=length)
+    amplitude = torch.arange(length // 2 + 1).clamp(min=1).rsqrt()
+    noise: Tensor = torch.fft.irfft(torch.fft.rfft(white) * amplitude, n=length)
     return noise / _level(noise)
 
 

@@ -1,7 +1,7 @@
 """A causal mask estimator for streams: dilated convolutions over time whose past frames the caller keeps.
 
-The temporal convolutional net of Conv-TasNet (Luo and Mesgarani 2019, arXiv:1809.07454) on short-time spectra, with full
-convolutions instead of depthwise ones, and without look-ahead.
+The temporal convolutional net of Conv-TasNet (Luo and Mesgarani 2019, arXiv:1809.07454) on short-time spectra, with
+full convolutions instead of depthwise ones, and without look-ahead.
 """
 
 from __future__ import annotations

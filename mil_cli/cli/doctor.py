@@ -141,8 +141,8 @@ def _int8_text() -> str:
 
 def check_data() -> Iterator[Finding]:
     """Check which built-in data sets, and which data of the recipes that ship, are here."""
-    from mil_cli.data.fashion_mnist import DEBIAN_FOLDER
     from mil_cli.data import photographs, speech
+    from mil_cli.data.fashion_mnist import DEBIAN_FOLDER
 
     yield Finding(State.OK, "data", "digits (embedded in scikit-learn)")
     if (DEBIAN_FOLDER / "train-images-idx3-ubyte.gz").is_file():

@@ -67,6 +67,16 @@ class Denoising:
             raise TaskError("must be even and at least 2", where="task.window", value=self.window)
         if not 0 < self.compression <= 1:
             raise TaskError("must be above 0 and at most 1", where="task.compression", value=self.compression)
+        if not 0 < self.limit < math.inf:
+            raise TaskError("must be above 0", where="task.limit", value=self.limit)
+        for shape in self.state_shapes:
+            if not isinstance(shape, Sequence) or any(not isinstance(size, int) or size < 1 for size in shape):
+                raise TaskError(
+                    "a shape is a list of whole numbers above 0",
+                    where="task.state_shapes",
+                    value=self.state_shapes,
+                    hint="give one list for each state, such as [[48, 126]]",
+                )
 
     @property
     def name(self) -> str:

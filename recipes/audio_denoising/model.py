@@ -56,6 +56,7 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(channels, hidden, 2**index) for index in range(blocks))
         self.decoder = nn.Conv1d(channels, bins, 1)
         self.lengths = [2**index * (KERNEL - 1) for index in range(blocks)]
+        self.state_shape = [channels, sum(self.lengths)]
 
     def forward(self, magnitude: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Estimate the masks of some frames that follow on those seen before.
@@ -67,7 +68,12 @@ class Denoiser(nn.Module):
 
         Returns:
             The masks in [0, 1], of the shape of the magnitudes, and the state for the next call.
+
+        Raises:
+            ValueError: The state is of another shape.
         """
+        if list(state.shape[1:]) != self.state_shape:
+            raise ValueError(f"the state has other sizes: set task.state_shapes to [{self.state_shape}]")
         x = self.encoder(torch.log(magnitude + _FLOOR))
         kept = []
         for block, past in zip(self.blocks, state.split(self.lengths, dim=2), strict=True):

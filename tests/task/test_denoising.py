@@ -151,3 +151,7 @@ def test_what_does_not_fit_is_told() -> None:
         Denoising(compression=0.0)
     with pytest.raises(TaskError, match=r"task\.loss_kind"):
         Denoising(loss_kind="sdr")
+    with pytest.raises(TaskError, match=r"task\.limit"):
+        Denoising(limit=0.0)
+    with pytest.raises(TaskError, match=r"task\.state_shapes[\s\S]*one list for each state"):
+        Denoising(state_shapes=[48, 126])  # type: ignore[list-item]

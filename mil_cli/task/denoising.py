@@ -16,6 +16,7 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
+from mil_cli.task.averaging import combine_scored, weighted_mean
 from mil_cli.task.divergence import check_same_shape
 from mil_cli.task.fields import (
     Entry,
@@ -23,6 +24,7 @@ from mil_cli.task.fields import (
     check_choice,
     entry,
     model_inputs,
+    no_class_scores,
     output_tensor,
     target_entry,
     task_fingerprint,
@@ -129,6 +131,18 @@ class Denoising:
         student, teacher = (self._masked(outputs, noisy) for outputs in (student_outputs, teacher_outputs))
         check_same_shape(student, teacher)
         return self._apart(student, teacher, istft(teacher, window=self.window, length=noisy.shape[-1]))
+
+    def class_scores(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Refuse: there are no classes.
+
+        Raises:
+            TaskError: Always.
+        """
+        raise no_class_scores(self.name, "it has no classes")
+
+    def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
+        """Return outputs whose mask is the weighted mean of the models'; a temperature has no meaning here."""
+        return combine_scored(outputs, self.output_key, lambda each: weighted_mean(each, weights))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of code and settings."""

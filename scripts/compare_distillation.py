@@ -308,11 +308,11 @@ def _page(arguments: argparse.Namespace, origins: Mapping[str, str], rows: Rows)
         "Test error, mean over the seeds; beside it the 95 % interval of the difference to plain training of the same",
         "student at equal steps, paired over seeds (below 0: better).",
         "",
-        *table(methods, columns, seeds, error, reference=[PLAIN]),
+        *table(methods, columns, seeds, error, reference=[PLAIN] if PLAIN in methods else []),
         "",
         *(f"- `{method}`: {OURS[method].said}." for method in methods if method in OURS and OURS[method].said),
     ]
-    if len(arguments.epochs) > 1:
+    if len(arguments.epochs) > 1 and PLAIN in methods:
         least, most = ({"epochs": chosen(arguments.epochs)} for chosen in (min, max))
         lines += ["", f"## {least['epochs']} epochs of distillation against {most['epochs']} of plain training", ""]
         lines += _differences(

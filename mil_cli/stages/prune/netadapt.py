@@ -51,7 +51,8 @@ def netadapt(model: Model, config: NetadaptConfig, context: Context) -> Model:
 
     Yang et al. 2018, "NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications" (ECCV). An iteration
     proposes for each space the least removal, and each branch that may go, that saves the iteration's share; every
-    proposal is trained shortly, and the best on val is kept. Where nothing saves as much, half of it is asked for.
+    proposal is trained shortly, and the best on val is kept. Where nothing saves as much, half of it is asked for. A
+    latency is measured on the whole model half the way and at the end, and what is still to go follows from that.
 
     Args:
         model: The model; not changed.
@@ -65,18 +66,35 @@ def netadapt(model: Model, config: NetadaptConfig, context: Context) -> Model:
         StageError: The target cannot be met, nothing can be cut, or the iterations never save enough.
     """
     slot = context.slot("iterations")
-    state = slot.load() or {"iterations": [], "weights": None, "scored": [], "best": None, "table": {}}
+    state = slot.load() or {
+        "iterations": [],
+        "weights": None,
+        "scored": [],
+        "best": None,
+        "table": {},
+        "measured": [],
+    }
     search = Search(model, config, context, state["table"])
     _check_reach(config, context, search)
     current, gone = _replayed(search.model, state)
     facts: list[dict[str, Any]] = state["iterations"]
     left = facts[-1]["left"] if facts else search.start
     whole = search.start - search.goal
+    correction = search.correction(state["measured"], lambda: slot.save(state))
+    stop = correction.next_stop()
     with context.progress.work(f"{context.name}: adapting", 100, done=_share(search.start - left, whole)) as bar:
-        while left > search.goal:
+        while stop is not None:
+            if left <= stop:
+                if not correction.active:
+                    break
+                correction.measure(left, current)
+                stop = correction.next_stop()
+                continue
             structures = search.structures(current, gone)
+            if left <= search.goal and structures.cost(structures.smallest) >= left:
+                break  # nothing more can go, whatever was measured
             step = config.reduction * config.decay ** len(facts) * search.start
-            proposals = _proposals(structures, search, max(search.goal, left - step), left)
+            proposals = _proposals(structures, search, max(stop, left - step), left)
             _score(proposals, structures, search, config, context, state)
             state["table"] = search.amount.table
             chosen = proposals[state["best"]["place"]]
@@ -99,7 +117,7 @@ def netadapt(model: Model, config: NetadaptConfig, context: Context) -> Model:
     for name in ("history", "stopped"):  # of the last proposal
         context.notes.pop(name, None)
     shown = [{key: value for key, value in fact.items() if key not in ("removed", "branches")} for fact in facts]
-    return search.finish(current, left, iterations=shown, left_out=gone)
+    return search.finish(current, left, measured=correction.seconds, iterations=shown, left_out=gone)
 
 
 def _share(saved: float, whole: float) -> int:

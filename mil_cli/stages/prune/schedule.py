@@ -12,6 +12,7 @@ import torch
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, cut
 from mil_cli.stages.judging import quality_or_worst, with_fresh_statistics
+from mil_cli.stages.measured import Correction
 from mil_cli.stages.prune.amount import Amount
 from mil_cli.stages.prune.rounds import Round, Rounds, Scored
 from mil_cli.stages.prune.selection import Scores, by_space, describe_widths
@@ -73,18 +74,22 @@ def prune(
         state["table"] = amount.table
         slot.save(state)
 
+    correction = Correction(
+        original,
+        start=start,
+        goal=goal,
+        context=context,
+        measured=state["measured"],
+        keep=keep,
+        active=config.measures_latency,
+    )
     with context.progress.work(f"{context.name}: pruning", total=config.steps) as bar:
         bar.advance(len(state["cuts"]))
         for step in range(len(state["cuts"]), config.steps):
             last = step == config.steps - 1
-            target = goal if last else start * (goal / start) ** ((step + 1) / config.steps)
+            target = start * (goal / start) ** ((step + 1) / config.steps)
             scored = rounds.score(current, importance)
-            if last and config.measures_latency and goal < start:
-                made = rounds.cut_to_measured(
-                    scored, goal, original=original, start=start, measured=state["measured"], keep=keep
-                )
-            else:
-                made = rounds.cut(scored, target, must_reach=last)
+            made = rounds.cut_to_measured(scored, correction) if last else rounds.cut(scored, target, must_reach=False)
             if amount.table:
                 keep()
             state["facts"].append({"step": step + 1, **made.facts})

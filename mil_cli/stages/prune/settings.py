@@ -33,6 +33,8 @@ class CutConfig(StageConfig):
         check_samples: Training samples on which every cut is compared with the uncut model.
         recalibrate_samples: Training samples from which the statistics of batch norms are taken anew after a cut that
             no fine-tuning follows here; 0 leaves them.
+        measured: Whether a choice by predicted latency is corrected by measuring the whole cut model beside the one
+            that came in, until it keeps the target; not where `multiple` is int8, since it is not quantized yet.
     """
 
     family: ClassVar[str] = "prune"
@@ -52,6 +54,7 @@ class CutConfig(StageConfig):
     recover_trainer: dict[str, Any] = Field(default_factory=dict)
     check_samples: int = Field(16, ge=1)
     recalibrate_samples: int = Field(512, ge=0)
+    measured: bool = True
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -73,6 +76,11 @@ class CutConfig(StageConfig):
         asked = getattr(self, self.quantity)
         return parse_latency(asked) if self.quantity == "latency" else parse_kept(asked)
 
+    @property
+    def measures_latency(self) -> bool:
+        """Whether a choice by predicted latency is corrected by measuring float models, as the stage has them."""
+        return self.measured and self.quantity == "latency" and self.multiple == "float"
+
 
 class StructuredPruningConfig(CutConfig):
     """Settings of a method that ranks all classes of a model and cuts the least important ones in rounds.
@@ -84,8 +92,6 @@ class StructuredPruningConfig(CutConfig):
         recover_last: Fine-tune after the last step too, where no later stage of the chain does.
         compare_samples: Samples of val on which the first cut is compared with a random one of the same size, before
             anything trains it: what the method is worth shows there. 0 compares nothing.
-        measured: Whether a choice by predicted latency is corrected by measuring the whole cut model beside the one
-            that came in, until it keeps the target; not where `multiple` is int8, since it is not quantized yet.
     """
 
     quantities: ClassVar[tuple[Quantity, ...]] = ("macs", "params", "channels", "latency")
@@ -94,9 +100,3 @@ class StructuredPruningConfig(CutConfig):
     steps: int = Field(1, ge=1, le=1000)
     recover_last: bool = False
     compare_samples: int = Field(2000, ge=0)
-    measured: bool = True
-
-    @property
-    def measures_latency(self) -> bool:
-        """Whether a choice by predicted latency is corrected by measuring float models, as the stage has them."""
-        return self.measured and self.quantity == "latency" and self.multiple == "float"

@@ -17,13 +17,14 @@ from mil_cli.errors import StageError
 from mil_cli.events import Progress, SilentProgress
 from mil_cli.graph.coupling import Counter, Coupling, EquivalenceReport, analyse, group_norms
 from mil_cli.graph.model import Model
+from mil_cli.stages import measured as measuring
 from mil_cli.stages.context import Context, Surroundings
 from mil_cli.stages.prune import amount, rounds
 from mil_cli.stages.prune.magnitude import MagnitudeConfig, magnitude
 from mil_cli.stages.registry import config_type
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
-from tests.stages.contexts import Kill
+from tests.stages.contexts import Kill, Notices
 
 
 class Small(nn.Module):
@@ -268,14 +269,6 @@ def test_statistics_of_batch_norm_are_taken_anew(model: Model) -> None:
     assert not fresh.training
 
 
-class Notices(SilentProgress):
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def notice(self, text: str) -> None:
-        self.told.append(text)
-
-
 def test_a_target_that_the_model_does_not_reach_cuts_nothing_and_is_told(model: Model) -> None:
     progress = Notices()
     used = context(progress=progress)
@@ -337,7 +330,7 @@ def test_a_predicted_latency_is_corrected_by_measurement(
         return measured[-1]
 
     monkeypatch.setattr(amount.Amount, "measure", counted)
-    monkeypatch.setattr(rounds, "latency_ratio", ratio)
+    monkeypatch.setattr(measuring, "latency_ratio", ratio)
     settings = config(latency="50%", max_per_layer=0.6, compare_samples=0)
     used = context(tmp_path)
     try:

@@ -143,7 +143,7 @@ def test_what_cannot_be_is_told(model: Model) -> None:
     ) as caught:
         sensitivity(model, config(macs=0.01, max_per_chain=0.5), blocks.context())
     assert caught.value.where == "stages.prune.macs"
-    with pytest.raises(ValueError, match="give exactly one of macs, params and latency"):
+    with pytest.raises(ValueError, match="give exactly one of macs, params, latency and memory"):
         config()
 
 

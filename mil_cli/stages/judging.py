@@ -1,10 +1,13 @@
-"""How stages judge a model that they cut and do not train: fresh batch-norm statistics, quality on a part of val."""
+"""How stages judge a model that they cut: fresh batch-norm statistics, quality and loss on a part of val."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
+import torch
+
+from mil_cli.data.base import batch_length
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import NotFiniteError, fixed_batch
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from mil_cli.stages.context import Context
 
 _BATCH = 64
+_LOSS_BATCH = 256
 
 
 def with_fresh_statistics(model: Model, context: Context, *, samples: int) -> Model:
@@ -40,3 +44,18 @@ def quality_or_worst(model: Model, context: Context, *, samples: int) -> float:
         return context.evaluate(model, limit=min(samples, len(context.data.val))).value
     except NotFiniteError:  # one bad net is no reason to stop a search
         return -math.inf if context.task.higher_is_better else math.inf
+
+
+def mean_loss(model: Model, context: Context, *, samples: int) -> float:
+    """Return the task's loss over some samples of val, drawn at random, always the same ones; infinite if it is NaN."""
+    val, task = context.data.val, context.task
+    size = fixed_batch(model)
+    weighted = seen = 0.0
+    with torch.no_grad():
+        for batch in val.batches(size or _LOSS_BATCH, shuffle=samples < len(val), seed=0, drop_last=size is not None):
+            args, kwargs = task.inputs(batch)
+            weighted += float(task.loss(model(*args, **kwargs), batch)) * batch_length(batch)
+            seen += batch_length(batch)
+            if seen >= samples:
+                break
+    return weighted / seen if math.isfinite(weighted) else math.inf

@@ -79,14 +79,19 @@ class Rounds:
         self._config, self._context = config, context
         self._amount, self._multiple, self._shapes = amount, multiple, shapes
 
-    def score(self, model: Model, importance: Importance) -> Scored:
+    def score(self, model: Model, importance: Importance, coupling: Coupling | None = None) -> Scored:
         """Judge every class of a model.
+
+        Args:
+            model: The model.
+            importance: Scores of a model's classes, by space.
+            coupling: The model's analysis, if there is one already.
 
         Raises:
             StageError: Nothing can be cut, or no class has a score.
         """
         config, context = self._config, self._context
-        coupling = analyse(model)
+        coupling = coupling or analyse(model)
         if not any(space.free for space in coupling.spaces):
             raise StageError(
                 "nothing of this model can be cut", where=f"stages.{context.name}", hint=_why_nothing(coupling)

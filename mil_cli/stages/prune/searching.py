@@ -63,6 +63,7 @@ class Search:
 
     Attributes:
         model: The model before the stage, in evaluation mode.
+        coupling: Its analysis.
         amount: The quantity that the target bounds.
         start: What the model has of it.
         goal: What it may have in the end.
@@ -85,10 +86,9 @@ class Search:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters()}
         self._multiple = width_multiple(config.round_to, config.multiple, context.device)
         self.amount = Amount(config, context, known)
-        coupling = analyse(self.model)
-        self._frozen = frozen_facts(coupling)
-        self._limits = limits_of(residual_chains(coupling.graph), most=config.max_per_chain)
-        self.start = self.amount.measure(coupling)({})
+        self.coupling = analyse(self.model)
+        self._limits = limits_of(residual_chains(self.coupling.graph), most=config.max_per_chain)
+        self.start = self.amount.measure(self.coupling)({})
         self.goal = config.kept.resolve(self.start)
         self._rounds = Rounds(config, context, amount=self.amount, multiple=self._multiple, shapes=self._shapes)
         tell_if_met(config, context, self.amount, self.start)
@@ -120,7 +120,7 @@ class Search:
         Raises:
             StageError: Nothing can be cut.
         """
-        scored = self._rounds.score(model, self._importance)
+        scored = self._rounds.score(model, self._importance, self.coupling if model is self.model else None)
         coupling = scored.coupling
         while True:
             widths = self._widths(scored, coupling)
@@ -241,7 +241,7 @@ class Search:
             multiple=self._multiple,
             importance=config.importance,
             widths=describe_widths(self._shapes, after),
-            frozen=self._frozen,
+            frozen=frozen_facts(self.coupling),
             latency_table=self.amount.table,
             **facts,
         )

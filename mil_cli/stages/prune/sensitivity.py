@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from mil_cli.data.base import batch_length
 from mil_cli.errors import StageError
+from mil_cli.stages.judging import mean_loss
 from mil_cli.stages.measured import Choice
 from mil_cli.stages.prune.knapsack import choose
 from mil_cli.stages.prune.searching import Search, SearchConfig
 from mil_cli.stages.prune.structures import Structures, with_choice
 from mil_cli.stages.registry import stage
-from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 Curves = Sequence[NDArray[np.float64]]
 """By axis: what each choice adds to the loss; the first one, which keeps all, adds 0."""
 
-_BATCH = 256
 _ROUNDS = 6
 """Bounds between the whole and the target at which the costs are linearised: they hold near a point only."""
 
@@ -152,21 +149,6 @@ def measured_curves(
 def _spread(most: int, count: int) -> list[int]:
     """Return at most `count` of the choices from 1 to `most`, evenly spread, the last among them."""
     return sorted({round(most * number / min(count, most)) for number in range(1, min(count, most) + 1)})
-
-
-def mean_loss(model: Model, context: Context, *, samples: int) -> float:
-    """Return the task's loss over some samples of val, drawn at random, always the same ones; infinite if it is NaN."""
-    val, task = context.data.val, context.task
-    size = fixed_batch(model)
-    weighted = seen = 0.0
-    with torch.no_grad():
-        for batch in val.batches(size or _BATCH, shuffle=samples < len(val), seed=0, drop_last=size is not None):
-            args, kwargs = task.inputs(batch)
-            weighted += float(task.loss(model(*args, **kwargs), batch)) * batch_length(batch)
-            seen += batch_length(batch)
-            if seen >= samples:
-                break
-    return weighted / seen if math.isfinite(weighted) else math.inf
 
 
 def total(curves: Curves, candidate: Candidate) -> float:

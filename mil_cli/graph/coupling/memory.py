@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch.fx import Node
+
 from mil_cli.graph.coupling.counts import Counter, Dropped, RunningCall
 from mil_cli.graph.coupling.coupling import Removed
 from mil_cli.graph.coupling.operators import operator_name
@@ -61,7 +63,9 @@ class MemoryEstimate:
         calls = list(self.counter.running(removed, dropped))
         source = self._sources(dropped)
         read = [Tally(map(source, call.reads)) for call in calls]
-        uses = sum(read, Tally(self._inputs))  # the caller holds what goes in, and what comes out
+        uses = Tally(self._inputs)  # the caller holds what goes in, and what comes out
+        for reads in read:
+            uses.update(reads)
         uses.update(source(recording.key(node)) for node in recording.graph.graph.output_node().all_input_nodes)
         buffers = _Buffers(uses)
         for key in self._inputs:
@@ -70,7 +74,7 @@ class MemoryEstimate:
         for call, reads in zip(calls, read, strict=True):
             operands = list(map(source, call.reads))
             for key, shape in zip(call.gives, call.outputs, strict=True):
-                buffers.give(key, math.prod(shape) * self._width(key), _place_of(call), operands)
+                buffers.give(key, math.prod(shape) * self._width(key), self._places[call.node], operands)
             peak = max(peak, buffers.live + self._scratch(call))
             buffers.done(reads, call.gives)
         return peak
@@ -83,8 +87,7 @@ class MemoryEstimate:
 
     def _sources(self, dropped: Dropped) -> Callable[[Key], Key]:
         """Return what tells the tensor that is read in place of one: the shortcut of a branch that is left out."""
-        gone, inputs = frozenset(dropped), set(self._inputs)
-        made = {key: call for call in self.counter.running({}) for key in call.gives} if gone else {}
+        gone, made, inputs = frozenset(dropped), self._made if dropped else {}, set(self._inputs)
 
         def source(key: Key) -> Key:
             while key in made and made[key].node.name in gone:
@@ -94,6 +97,19 @@ class MemoryEstimate:
             return key
 
         return source
+
+    @cached_property
+    def _made(self) -> dict[Key, RunningCall]:
+        """By tensor: the call that makes it, not one that takes it out of several."""
+        made: dict[Key, RunningCall] = {}
+        for call in self.counter.running({}):
+            for key in call.gives:
+                made.setdefault(key, call)
+        return made
+
+    @cached_property
+    def _places(self) -> dict[Node, bool | None]:
+        return {call.node: _place_of(call.node) for call in self.counter.running({})}
 
     def _width(self, key: Key) -> int:
         return self.counter.coupling.recording.dtypes[key].itemsize
@@ -105,12 +121,12 @@ class MemoryEstimate:
         return 2 * math.prod(call.inputs[0][:-1]) * call.inputs[1][-2] * self._width(call.gives[0])
 
 
-def _place_of(call: RunningCall) -> bool | None:
+def _place_of(node: Node) -> bool | None:
     """Whether a call's result lies where its operand lies: always, never, or (None) if nobody else reads that."""
-    name = operator_name(call.node)
+    name = operator_name(node)
     if name in _SAME_PLACE:
         return True
-    return None if name in BATCH_NORMS or is_pointwise(call.node, name) else False
+    return None if name in BATCH_NORMS or is_pointwise(node, name) else False
 
 
 class _Buffers:

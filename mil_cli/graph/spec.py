@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from mil_cli.errors import ModelError
+
 BATCH = "batch"
 SPEC_VERSION = 1
 
@@ -96,6 +98,29 @@ class ModelSpec:
         """Return a copy with some fields replaced."""
         return replace(self, **changes)
 
+    def in_place_of(self, other: ModelSpec) -> ModelSpec:
+        """Return this specification under the names of another, whose model this one's is to replace.
+
+        Raises:
+            ModelError: Shapes, dtypes, dynamic axes or trees differ, so that it is no drop-in.
+        """
+        for kind, own, wanted in (("in", self.inputs, other.inputs), ("out", self.outputs, other.outputs)):
+            mine, theirs = ([replace(tensor, name="").to_json() for tensor in side] for side in (own, wanted))
+            if mine != theirs:
+                raise ModelError(
+                    f"its {kind}puts are {[_shown(tensor) for tensor in own]}, those of the model that it is to replace"
+                    f" {[_shown(tensor) for tensor in wanted]}",
+                    hint="it must take and give the same shapes and types, with the same dynamic axes",
+                )
+        for own_tree, wanted_tree in ((self.in_tree, other.in_tree), (self.out_tree, other.out_tree)):
+            if own_tree != wanted_tree:
+                raise ModelError(
+                    "its arguments or outputs are nested otherwise than those of the model that it is to replace",
+                    value=own_tree,
+                    hint="forward must take the same arguments and return the same structure",
+                )
+        return self.with_(inputs=other.inputs, outputs=other.outputs, task=other.task)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
         return {
@@ -129,3 +154,7 @@ class ModelSpec:
             source=str(value["source"]),
             notices=tuple(str(notice) for notice in value["notices"]),
         )
+
+
+def _shown(tensor: TensorSpec) -> str:
+    return f"{tensor.dtype} {tuple(tensor.dynamic.get(axis, size) for axis, size in enumerate(tensor.shape))}"

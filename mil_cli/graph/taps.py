@@ -41,11 +41,15 @@ class Tapped:
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """Run the model once; return its outputs and the value at each path."""
+        outputs, values = self.graph()(*args, **kwargs)
+        return outputs, values
+
+    def graph(self) -> GraphModule:
+        """Return the graph module that this runs in the model's present mode, on the model's own weights."""
         if self._graph is None or self._training != self._model.training:
             self._training = self._model.training
             self._graph = _with_taps(self._model.graph, self._nodes)
-        outputs, values = self._graph(*args, **kwargs)
-        return outputs, values
+        return self._graph
 
 
 def tap(model: Model, module_paths: Sequence[str]) -> Tapped:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +25,12 @@ from mil_cli.stages.registry import StageConfig, config_type, function_of
 from mil_cli.training.checkpoint import CheckpointSlot, FileSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import Quality, evaluate
-from mil_cli.training.loop import Binding, Objective, StepHook, fit
+from mil_cli.training.loop import FitResult, fit
+from mil_cli.training.objective import Binding, Objective, StepHook
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mil_cli.data.base import Batch, Data, Split
     from mil_cli.device.profile import DeviceProfile
     from mil_cli.graph.model import Model
@@ -284,7 +290,22 @@ class Context:
         if self._on_checkpoint is not None:
             self._on_checkpoint(self.trace)
 
-    def fit(
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """Give an empty folder for files that may be lost at any time; it is removed at the end of the block."""
+        if self._workspace is None:
+            with tempfile.TemporaryDirectory(prefix="mil-") as temporary:
+                yield Path(temporary)
+            return
+        folder = self._workspace / f"{self._prefix}{name}.scratch"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def train(
         self,
         model: Model,
         *,
@@ -293,8 +314,11 @@ class Context:
         slot: str = "fit",
         objective: Objective | None = None,
         bind: Binding | None = None,
-    ) -> Model:
-        """Train a copy of `model` by the one training loop, resumably; notes the history.
+        taps: Sequence[str] = (),
+        companions: nn.Module | None = None,
+        data: Data | None = None,
+    ) -> FitResult:
+        """Train a copy of `model` by the one training loop, resumably.
 
         Args:
             model: Where to start.
@@ -303,24 +327,33 @@ class Context:
             slot: Where its checkpoint is kept.
             objective: What to minimise; None: the task's loss.
             bind: Makes the objective from the training under way, in place of `objective`.
+            taps: Module paths whose values a bound objective reads; see `mil_cli.training.loop.fit`.
+            companions: Modules that are trained along and dropped; see there.
+            data: The splits, where `train` is not that of the recipe; its fingerprint must follow from what was read.
 
         Returns:
-            The trained model, in evaluation mode.
+            The trained model, in evaluation mode, with its history.
         """
-        result = fit(
+        return fit(
             model,
             task=self.task,
-            data=self.data,
+            data=self.data if data is None else data,
             settings=settings,
             seed=self.seed,
             objective=objective,
             bind=bind,
             before_step=self._before_step,
+            taps=taps,
+            companions=companions,
             steps=self._steps,
             checkpoint=self.slot(slot),
             progress=self.progress,
             description=f"{self.name}: {doing}",
         )
+
+    def fit(self, model: Model, *, settings: TrainerConfig, doing: str, **options: Any) -> Model:
+        """Train as `train` does, with its `options`, and note the history for the report; return the model."""
+        result = self.train(model, settings=settings, doing=doing, **options)
         self.note(history=result.history, stopped=result.stopped)
         return result.model
 
@@ -347,25 +380,62 @@ class Context:
         Raises:
             StageError: There is no such stage, or it does not train.
         """
-        if stage is None:
-            config: StageConfig = config_type("train", "supervised")()
-        elif stage in self._surroundings.stages:
-            self._record(f"stage/{stage}")
-            config = self._surroundings.stages[stage]
-        else:
-            hint = did_you_mean(stage, self._surroundings.stages)
-            raise StageError(f"there is no stage '{stage}' to fine-tune by", where=f"stages.{self.name}", hint=hint)
+        config = config_type("train", "supervised")() if stage is None else self.settings_of(stage)
         if config.family not in ("train", "distill"):
             hint = "name a stage of the family train or distill"
             raise StageError(f"stage '{stage}' does not train", where=f"stages.{self.name}", hint=hint)
+        config = config.for_finetuning()
         merged = {**getattr(config, "trainer", {}), **(trainer or {})}
         config = config.model_copy(update={"trainer": merged})
-        outer = self._prefix, self._before_step, self._steps
-        self._prefix, self._before_step, self._steps = f"{self._prefix}{name}-", before_step, steps
+        outer = self._before_step, self._steps
+        self._before_step, self._steps = before_step, steps
+        try:
+            return self._run(model, config, name)
+        finally:
+            self._before_step, self._steps = outer
+
+    def run_stage(self, model: Model, *, stage: str, name: str, settings: Mapping[str, Any]) -> Model:
+        """Run another stage of the recipe on `model` with some other settings.
+
+        Args:
+            model: What it is given.
+            stage: Its key.
+            name: Tells this call from others of the same stage, so that each has its own checkpoints.
+            settings: Merged over the stage's own.
+
+        Raises:
+            StageError: There is no such stage, or the settings do not fit it.
+        """
+        from pydantic import ValidationError
+
+        config = self.settings_of(stage)
+        try:
+            config = type(config).model_validate({**config.model_dump(), **settings})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join([f"stages.{stage}", *map(str, first["loc"])])
+            raise StageError(first["msg"], where=where, value=first.get("input")) from None
+        return self._run(model, config, name)
+
+    def settings_of(self, stage: str) -> StageConfig:
+        """Return the settings of another stage of the recipe.
+
+        Raises:
+            StageError: There is no such stage.
+        """
+        if stage not in self._surroundings.stages:
+            hint = did_you_mean(stage, self._surroundings.stages)
+            raise StageError(f"there is no stage '{stage}'", where=f"stages.{self.name}", hint=hint)
+        self._record(f"stage/{stage}")
+        return self._surroundings.stages[stage]
+
+    def _run(self, model: Model, config: StageConfig, name: str) -> Model:
+        outer = self._prefix
+        self._prefix = f"{outer}{name}-"
         try:
             return function_of(config)(model, config, self)
         finally:
-            self._prefix, self._before_step, self._steps = outer
+            self._prefix = outer
 
     def evaluate(self, model: Model, *, limit: int | None = None) -> Quality:
         """Return the quality of `model` on `limit` samples of `val`, always the same ones; all by default."""

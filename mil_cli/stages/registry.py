@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -70,6 +70,10 @@ class StageConfig(BaseModel):
     def key(cls) -> str:
         """Return family and method as recipes' reports write them: ``prune/magnitude``."""
         return f"{cls.family}/{cls.method}"
+
+    def for_finetuning(self) -> Self:
+        """Return the settings by which another stage trains its own model: without what only a chain has use for."""
+        return self
 
 
 StageFunction = Callable[["Model", "StageConfig", "Context"], "Model"]

@@ -9,18 +9,18 @@ from typing import Any
 
 from lightning_fabric import Fabric
 from torch import nn
+from torch.fx import GraphModule
 
 from mil_cli.errors import RecipeError
-from mil_cli.graph.model import Model
 from mil_cli.training.config import TrainerConfig
 
 
 class Network(nn.Module):
-    """A model as the module that lightning-fabric and DDP want."""
+    """A model's graph as the module that lightning-fabric and DDP want."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, graph: GraphModule) -> None:
         super().__init__()
-        self.graph = model.graph
+        self.graph = graph
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's graph."""

@@ -6,14 +6,15 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -21,6 +22,7 @@ from mil_cli.data.base import Batch, Data, batch_count, mix_seed
 from mil_cli.errors import RecipeError
 from mil_cli.events import Bar, Progress, SilentProgress
 from mil_cli.graph.model import Model
+from mil_cli.graph.taps import tap
 from mil_cli.task.base import Task
 from mil_cli.training.checkpoint import CheckpointSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
@@ -28,35 +30,10 @@ from mil_cli.training.devices import Network, build_fabric, run_in_precision
 from mil_cli.training.ema import MovingAverage
 from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate, fixed_batch
 from mil_cli.training.layout import place, to_contiguous, use_channels_last
+from mil_cli.training.objective import Binding, Objective, Running, StepHook
 from mil_cli.training.optimizers import build_optimizer, build_scheduler
 
-Objective: TypeAlias = Callable[[Any, Batch], torch.Tensor]
-"""(outputs, batch) -> the scalar to minimise."""
-
-
-@dataclass(frozen=True)
-class Running:
-    """A training under way, as an objective sees it that is bound to it.
-
-    Attributes:
-        model: The model in training.
-        steps: Tells the number of steps taken.
-        forward: ``(graph, *args, **kwargs)`` runs another graph over the same weights as the model itself is run: in
-            the precision of the training.
-    """
-
-    model: Model
-    steps: Callable[[], int]
-    forward: Callable[..., Any]
-
-
-StepHook: TypeAlias = Callable[[Model, int, int], None]
-"""Called with the model in training, the number of steps taken, and that of the whole training."""
-
-Binding: TypeAlias = Callable[[Running], Objective]
-"""Makes an objective that needs more than outputs and batch."""
-
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _GUARD_STEPS = 100
 _SHOW_SECONDS = 0.5
 _EPOCH_SAVE_SECONDS = 2.0
@@ -69,14 +46,16 @@ class FitResult:
 
     Attributes:
         model: The trained model, in evaluation mode.
-        history: For each epoch: ``epoch`` (from 1), ``train_loss``, ``learning_rate``, and ``val`` where it was
-            evaluated.
+        history: For each epoch: ``epoch`` (from 1), ``steps`` taken until its end, ``train_loss``, ``learning_rate``,
+            and ``val`` where it was evaluated.
         stopped: Why training stopped before its last epoch, or None.
+        seconds: How long the steps and evaluations took, those before an interruption included.
     """
 
     model: Model
     history: list[dict[str, Any]]
     stopped: str | None
+    seconds: float
 
 
 def fit(
@@ -89,6 +68,8 @@ def fit(
     objective: Objective | None = None,
     bind: Binding | None = None,
     before_step: StepHook | None = None,
+    taps: Sequence[str] = (),
+    companions: nn.Module | None = None,
     steps: int | None = None,
     checkpoint: CheckpointSlot | None = None,
     progress: Progress | None = None,
@@ -112,6 +93,9 @@ def fit(
             follow from the number of steps, so that a resumed training draws the same.
         before_step: Called after each backward pass and clipping, before the optimizer's step: may change gradients. It
             must keep nothing from step to step, so that a resumed training goes on alike.
+        taps: Module paths whose outputs a bound objective reads by `Running.tapped`, of the same forward.
+        companions: Modules that the objective runs and that are trained along, such as adapters; changed in place, kept
+            in checkpoints, no part of the result.
         steps: Train for so many steps, whatever the settings' `epochs`, and do not evaluate; passes over more than an
             epoch are of equal length, so that there may be a few more. None: as the settings say.
         checkpoint: Where to keep checkpoints; the last one stays there, so that a finished training is not repeated.
@@ -138,6 +122,8 @@ def fit(
             seed=seed,
             bind=bind if bind is not None else lambda running: objective if objective is not None else task.loss,
             before_step=before_step,
+            taps=taps,
+            companions=companions if companions is not None else nn.Module(),
             steps=steps,
             slot=checkpoint if checkpoint is not None else NullSlot(),
             progress=progress if progress is not None else SilentProgress(),
@@ -161,6 +147,7 @@ class _Position:
     stale: int = 0
     stopped: str | None = None
     diverged: bool = False
+    seconds: float = 0.0
 
 
 class _Loop:
@@ -174,6 +161,8 @@ class _Loop:
         seed: int,
         bind: Binding,
         before_step: StepHook | None,
+        taps: Sequence[str],
+        companions: nn.Module,
         steps: int | None,
         slot: CheckpointSlot,
         progress: Progress,
@@ -195,27 +184,45 @@ class _Loop:
             epochs = -(-steps // self._steps)
             self._settings = settings = settings.model_copy(update={"epochs": epochs, "early_stopping": None})
             self._steps = -(-steps // epochs)
-        optimizer = build_optimizer(settings, self._model.named_parameters())
+        self._companions = companions.train().to(fabric.device)
+        trained = [*self._model.named_parameters(), *companions.named_parameters(prefix="companions")]
+        optimizer = build_optimizer(settings, trained)
         self._scheduler: LRScheduler
         self._scheduler, self._interval = build_scheduler(
             settings, optimizer, total_steps=settings.epochs * self._steps
         )
         self._raw_optimizer: Optimizer = optimizer
-        self._network, self._optimizer = fabric.setup(Network(self._model), optimizer)
+        # The graph with taps shares its weights, so they go to the device before it is made.
+        self._model.graph.to(fabric.device)
+        self._tapped: Mapping[str, torch.Tensor] = {}
+        self._taps = bool(taps)
+        graph = tap(self._model, taps).graph() if taps else self._model.graph
+        self._network, self._optimizer = fabric.setup(Network(graph), optimizer)
         # On one device in full precision Fabric's wrappers do nothing but cost time, which small models feel.
         self._plain = fabric.world_size == 1 and settings.precision == "32-true"
-        self._forward: Callable[..., Any] = self._model.graph if self._plain else self._network
+        self._forward: Callable[..., Any] = graph if self._plain else self._network
         self._weights = self._model.state_dict()
         self._average = MovingAverage(self._weights, settings.ema) if settings.ema is not None else None
         self._position = _Position()
         self._best_state: dict[str, torch.Tensor] | None = None
         self._initial = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
-        self._saved_at = clock()
+        self._saved_at = self._counted_at = clock()
         self._save_seconds = 0.0
         self._unsaved = True
         self._signature = self._sign()
-        self._objective = bind(Running(self._model, self._steps_so_far, partial(run_in_precision, fabric)))
+        self._objective = bind(
+            Running(
+                model=self._model,
+                steps=self._steps_so_far,
+                total_steps=settings.epochs * self._steps,
+                epoch_steps=self._steps,
+                forward=partial(run_in_precision, fabric),
+                tapped=lambda: self._tapped,
+                device=fabric.device,
+                channels_last=self._channels_last,
+            )
+        )
 
     def run(self) -> FitResult:
         self._resume()
@@ -269,12 +276,16 @@ class _Loop:
 
     def _step(self, batch: Batch) -> None:
         args, kwargs = self._task.inputs(batch)
-        loss = self._objective(self._forward(*args, **kwargs), batch)
+        outputs = self._forward(*args, **kwargs)
+        if self._taps:
+            outputs, self._tapped = outputs
+        loss = self._objective(outputs, batch)
         optimizer = self._raw_optimizer if self._plain else self._optimizer
         if self._plain:
             loss.backward()  # type: ignore[no-untyped-call]
         else:
             self._fabric.backward(loss)
+            self._share_gradients()
         if self._settings.gradient_clip is not None:
             self._fabric.clip_gradients(self._network, self._optimizer, max_norm=self._settings.gradient_clip)
         elif self._before_step is not None:
@@ -295,6 +306,7 @@ class _Loop:
         mean = float(torch.as_tensor(total)) / max(position.step, 1)
         entry: dict[str, Any] = {
             "epoch": position.epoch + 1,
+            "steps": self._steps_so_far(),
             "train_loss": mean,
             "learning_rate": self._raw_optimizer.param_groups[0]["lr"],
         }
@@ -382,7 +394,13 @@ class _Loop:
         model.eval()
         if self._fabric.world_size > 1:
             model = model.clone()  # without the hooks of the distributed wrapper
-        return FitResult(model=model, history=position.history, stopped=position.stopped)
+        self._count_seconds()
+        return FitResult(model=model, history=position.history, stopped=position.stopped, seconds=position.seconds)
+
+    def _count_seconds(self) -> None:
+        now = self._clock()
+        self._position.seconds += now - self._counted_at
+        self._counted_at = now
 
     def _resume(self) -> None:
         state = self._slot.load()
@@ -392,6 +410,7 @@ class _Loop:
             self._progress.notice(f"{self._description}: a checkpoint of other settings is ignored")
             return
         self._load_weights(state["model"])
+        self._companions.load_state_dict(state["companions"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._fabric.strategy.precision.load_state_dict(state["precision"])
@@ -415,6 +434,7 @@ class _Loop:
     def _save(self) -> None:
         started = self._clock()
         self._position.loss_sum = self._loss_sum.item()
+        self._count_seconds()
         if self._fabric.global_rank == 0:
             on_gpu = self._fabric.device.type == "cuda"
             self._slot.save(
@@ -422,6 +442,7 @@ class _Loop:
                     "signature": self._signature,
                     "position": {**vars(self._position)},
                     "model": dict(self._weights),
+                    "companions": self._companions.state_dict(),
                     "optimizer": self._raw_optimizer.state_dict(),
                     "scheduler": self._scheduler.state_dict(),
                     "precision": self._fabric.strategy.precision.state_dict(),
@@ -437,7 +458,8 @@ class _Loop:
 
     def _sign(self) -> str:
         """Tell this training from others that might share its slot."""
-        shapes = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in self._weights.items()}
+        tensors = {**self._weights, **self._companions.state_dict(prefix="companions.")}
+        shapes = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
         facts = [_STATE_VERSION, self._settings.model_dump(mode="json"), self._seed, self._steps, shapes]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -458,6 +480,14 @@ class _Loop:
             yield
         finally:
             self._load_weights(live)
+
+    def _share_gradients(self) -> None:
+        """Average the companions' gradients over the processes, which the wrapper around the model does not see."""
+        if self._fabric.world_size == 1:
+            return
+        for parameter in self._companions.parameters():
+            if parameter.grad is not None:
+                parameter.grad = torch.as_tensor(self._fabric.all_reduce(parameter.grad, reduce_op="mean"))
 
     def _share_buffers(self) -> None:
         """Give every process the first one's buffers (batch-norm statistics), so that all decide alike."""

@@ -21,6 +21,7 @@ from mil_cli.stages.context import Context, Surroundings
 from mil_cli.task.classification import Classification
 from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig
+from mil_cli.training.objective import Running
 
 
 class Stored:
@@ -60,6 +61,22 @@ def make_context(
     }
     surroundings = Surroundings(**around)
     return Context(name=name, surroundings=surroundings, progress=progress or SilentProgress(), workspace=workspace)
+
+
+def running(model: Model, **changes: Any) -> Running:
+    """Return a training of `model` at its first step, as an objective sees it."""
+    facts: dict[str, Any] = {
+        "model": model,
+        "steps": lambda: 0,
+        "total_steps": 100,
+        "epoch_steps": 10,
+        "forward": lambda graph, *args, **kwargs: graph(*args, **kwargs),
+        "tapped": dict,
+        "device": torch.device("cpu"),
+        "channels_last": False,
+        **changes,
+    }
+    return Running(**facts)
 
 
 @cache

@@ -17,7 +17,8 @@ from mil_cli.graph.model import Model
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import evaluate
-from mil_cli.training.loop import FitResult, Objective, Running, fit
+from mil_cli.training.loop import FitResult, fit
+from mil_cli.training.objective import Objective, Running
 
 
 class Killed(Exception):

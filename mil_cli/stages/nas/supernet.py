@@ -18,7 +18,7 @@ from mil_cli.graph.residual import leave_out, remove_branches
 from mil_cli.stages.breeding import Candidate
 from mil_cli.stages.nas.space import ElasticSpace
 from mil_cli.task.base import Task
-from mil_cli.training.loop import Binding, Objective, Running
+from mil_cli.training.objective import Binding, Objective, Running
 
 _POOL_STEPS = 64
 """For so many steps random candidates come from one pool; then a new one is drawn."""

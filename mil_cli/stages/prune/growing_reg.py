@@ -16,7 +16,7 @@ from mil_cli.stages.registry import stage
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-    from mil_cli.training.loop import StepHook
+    from mil_cli.training.objective import StepHook
 
 
 class GrowingRegConfig(RegularisedPruningConfig):

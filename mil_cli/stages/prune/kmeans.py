@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-    from mil_cli.training.loop import StepHook
+    from mil_cli.training.objective import StepHook
 
 _LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _ITERATIONS = 30

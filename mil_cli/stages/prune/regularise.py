@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
     from mil_cli.stages.prune.arrange import Importance
-    from mil_cli.training.loop import StepHook
+    from mil_cli.training.objective import StepHook
 
 
 class TrainedPruningConfig(StructuredPruningConfig):

@@ -21,7 +21,7 @@ from mil_cli.stages.registry import METHODS, StageConfig
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-    from mil_cli.training.loop import StepHook
+    from mil_cli.training.objective import StepHook
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 LAYERS = ("linear", *CONVOLUTIONS)

@@ -26,8 +26,7 @@ from mil_cli.stages.registry import config_type
 from mil_cli.task.classification import Classification
 from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig
-from mil_cli.training.loop import Running
-from tests.stages.contexts import Kill
+from tests.stages.contexts import Kill, running
 
 QUICK: dict[str, Any] = {
     "macs": 0.3,
@@ -209,7 +208,7 @@ def test_candidates_run_as_the_training_runs_the_whole_net(trained: Model) -> No
         return graph(*args)
 
     bind = sandwich(space, Classification(), random=2, temperature=1.0, seed=0)
-    objective = bind(Running(ordered.train(), lambda: 0, forward))
+    objective = bind(running(ordered.train(), forward=forward))
     objective(ordered(*Classification().inputs(batch)[0]), batch).backward()
     assert len(run) == 3  # the smallest and two random ones
     assert len({sum(node.op == "call_function" for node in graph.graph.nodes) for graph in run}) > 1

@@ -1,0 +1,250 @@
+"""What all distillation shares: students and teachers by their settings, the training, and the plain one beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+
+import torch
+from pydantic import Field
+
+from mil_cli.errors import ModelError, StageError
+from mil_cli.stages.distill.convergence import compare
+from mil_cli.stages.distill.teacher import Memory, Teacher, views_repeat
+from mil_cli.stages.registry import StageConfig
+from mil_cli.training.objective import Objective, Running
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mil_cli.data.base import Batch
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+    from mil_cli.task.base import Task
+    from mil_cli.training.config import TrainerConfig
+    from mil_cli.training.loop import FitResult
+
+Source: TypeAlias = str | dict[str, Any]
+"""A `.pt2` file, or a model source: ``_target_`` with its arguments and ``checkpoint``."""
+
+
+class DistillConfig(StageConfig):
+    """Settings of every distillation.
+
+    Attributes:
+        student: None: the model in the chain; else a source of another one, which takes its place.
+        beside_plain: Whether to train the same student plainly too, for as many steps, and to report both curves and
+            how many steps each needs to reach a quality.
+        trainer: Overrides of the recipe's trainer settings.
+    """
+
+    family: ClassVar[str] = "distill"
+
+    student: Source | None = None
+    beside_plain: bool = False
+    trainer: dict[str, Any] = Field(default_factory=dict)
+
+    def for_finetuning(self) -> Self:
+        """Return the settings without what only a chain has use for."""
+        return self.model_copy(update={"student": None, "beside_plain": False})
+
+
+class TaughtConfig(DistillConfig):
+    """Settings of distillation from a teacher.
+
+    Attributes:
+        teacher: None: the uncompressed model; else a source of another one.
+        cache_gb: Where training gives the same views in each epoch, the teacher's outputs are kept on disk, up to so
+            many GB (0: computed each time).
+    """
+
+    teacher: Source | None = None
+    cache_gb: float = Field(2.0, ge=0, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What an objective of distillation is made of.
+
+    Attributes:
+        task: Gives inputs, loss and distance.
+        running: The training under way.
+        teachers: The teachers, in the order given.
+    """
+
+    task: Task
+    running: Running
+    teachers: Sequence[Teacher]
+
+    @property
+    def teacher(self) -> Teacher:
+        """The first, where there is one."""
+        return self.teachers[0]
+
+
+Bind: TypeAlias = Callable[[Lesson], Objective]
+"""Makes the objective of a lesson."""
+
+
+def student_of(model: Model, config: DistillConfig, context: Context) -> Model:
+    """Return the model to train: that of the chain, or the source that takes its place.
+
+    Raises:
+        StageError: The source takes or gives something else than the model of the chain.
+    """
+    if config.student is None:
+        return model
+    student = context.source(config.student).clone()
+    try:
+        student.spec = student.spec.in_place_of(model.spec)
+    except ModelError as problem:
+        raise StageError(
+            f"the student cannot take the model's place: {problem.what}",
+            where=f"stages.{context.name}.student",
+            value=config.student,
+            hint=problem.hint,
+        ) from problem
+    return student
+
+
+def teacher_of(config: TaughtConfig, context: Context) -> Model:
+    """Return the teacher; not to be changed."""
+    return context.original if config.teacher is None else context.source(config.teacher)
+
+
+def distil(
+    model: Model,
+    config: TaughtConfig,
+    context: Context,
+    bind: Bind,
+    *,
+    taps: Sequence[str] = (),
+    teacher_taps: Sequence[str] = (),
+    companions: nn.Module | None = None,
+) -> Model:
+    """Train the student of `config` by one teacher: what a method of one training calls.
+
+    Args:
+        model: The model in the chain; not changed.
+        config: The settings.
+        context: Gives everything else.
+        bind: Makes the objective.
+        taps: Module paths of the student that the objective reads.
+        teacher_taps: Those of the teacher, which `Teacher.study` gives.
+        companions: Modules that are trained along and dropped.
+
+    Returns:
+        The trained student, in evaluation mode.
+
+    Raises:
+        StageError: Teacher or student do not fit the model.
+    """
+    student, teacher = student_of(model, config, context), teacher_of(config, context)
+    settings = context.trainer(config.trainer)
+    result = teach(
+        student,
+        [teacher],
+        context,
+        bind,
+        settings=settings,
+        cache_gb=config.cache_gb,
+        taps=taps,
+        teacher_taps=teacher_taps,
+        companions=companions,
+    )
+    return report(student, result, config, context, settings=settings)
+
+
+def teach(
+    student: Model,
+    teachers: Sequence[Model],
+    context: Context,
+    bind: Bind,
+    *,
+    settings: TrainerConfig,
+    cache_gb: float,
+    slot: str = "fit",
+    doing: str = "distilling",
+    taps: Sequence[str] = (),
+    teacher_taps: Sequence[str] = (),
+    companions: nn.Module | None = None,
+) -> FitResult:
+    """Train a copy of a student by teachers, resumably; notes nothing but whether answers were kept.
+
+    Args:
+        student: Where to start.
+        teachers: Not changed; each sees the student's own batch in evaluation mode and gets no gradient.
+        context: Gives task, data, seed and checkpoints.
+        bind: Makes the objective.
+        settings: The trainer's settings.
+        cache_gb: Bound of what is kept of the teachers' outputs, together.
+        slot: Where the training's checkpoint is kept.
+        doing: What progress calls it.
+        taps: Module paths of the student that the objective reads.
+        teacher_taps: Those of every teacher; answers are not kept where they are read.
+        companions: Modules that are trained along and dropped.
+    """
+    with ExitStack() as stack:
+        kept = bool(teachers) and cache_gb > 0 and views_repeat(context.data, context.task, seed=context.seed)
+        limit = int(cache_gb * 1e9) // max(len(teachers), 1)
+        memories = [
+            Memory(stack.enter_context(context.scratch(f"{slot}-teacher{index}")), limit=limit) if kept else None
+            for index in range(len(teachers))
+        ]
+        context.note(teacher_outputs_kept=kept and not teacher_taps)
+
+        def begin(running: Running) -> Objective:
+            at_work = [
+                Teacher(teacher, context.task, running, taps=teacher_taps, memory=memory)
+                for teacher, memory in zip(teachers, memories, strict=True)
+            ]
+            return bind(Lesson(context.task, running, at_work))
+
+        return context.train(
+            student, settings=settings, doing=doing, slot=slot, bind=begin, taps=taps, companions=companions
+        )
+
+
+def report(
+    student: Model, result: FitResult, config: DistillConfig, context: Context, *, settings: TrainerConfig
+) -> Model:
+    """Note the history of a training, and that of the same student's plain training where it is asked for.
+
+    Args:
+        student: Where the training started.
+        result: What it gave.
+        config: The settings.
+        context: Takes the notes.
+        settings: Of both trainings.
+
+    Returns:
+        The trained model.
+    """
+    context.note(history=result.history, stopped=result.stopped)
+    if config.beside_plain:
+        plain = context.train(student, settings=settings, doing="training the student plainly", slot="plain")
+        context.note(convergence=compare(result, plain, higher_is_better=context.task.higher_is_better))
+    return result.model
+
+
+def mixed(
+    task: Task, distance: Callable[[Any, Batch], torch.Tensor], *, weight: float
+) -> Callable[[Any, Batch], torch.Tensor]:
+    """Return ``(1 - weight) * loss + weight * distance``, each computed only where it counts.
+
+    Args:
+        task: Gives the loss on the labels.
+        distance: (outputs, batch) -> how far the student is from what it is taught, a scalar.
+        weight: Between 0 (labels only) and 1 (teacher only).
+    """
+
+    def objective(outputs: Any, batch: Batch) -> torch.Tensor:
+        if weight == 0:
+            return task.loss(outputs, batch)
+        if weight == 1:
+            return distance(outputs, batch)
+        return (1 - weight) * task.loss(outputs, batch) + weight * distance(outputs, batch)
+
+    return objective

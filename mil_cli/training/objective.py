@@ -1,0 +1,48 @@
+"""What a training minimises, and what it may look at: objectives, hooks, and the training under way as they see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from mil_cli.data.base import Batch
+from mil_cli.graph.model import Model
+
+Objective: TypeAlias = Callable[[Any, Batch], torch.Tensor]
+"""(outputs, batch) -> the scalar to minimise."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A training under way, as an objective sees it that is bound to it.
+
+    Attributes:
+        model: The model in training.
+        steps: Tells the number of steps taken.
+        total_steps: Steps of the whole training, if nothing ends it early.
+        epoch_steps: Steps of an epoch.
+        forward: ``(graph, *args, **kwargs)`` runs another graph over the same weights as the model itself is run: in
+            the precision of the training.
+        tapped: Gives the values that the model's last forward had at the module paths asked for.
+        device: Where the model and its batches are.
+        channels_last: Whether images are laid out so.
+    """
+
+    model: Model
+    steps: Callable[[], int]
+    total_steps: int
+    epoch_steps: int
+    forward: Callable[..., Any]
+    tapped: Callable[[], Mapping[str, torch.Tensor]]
+    device: torch.device
+    channels_last: bool
+
+
+StepHook: TypeAlias = Callable[[Model, int, int], None]
+"""Called with the model in training, the number of steps taken, and that of the whole training."""
+
+Binding: TypeAlias = Callable[[Running], Objective]
+"""Makes an objective that needs more than outputs and batch."""

@@ -51,7 +51,7 @@ def hints(model: Model, config: HintsConfig, context: Context) -> Model:
 
 
 class Hint(nn.Module):
-    """The squared error of a student's features behind an adapter, relative to the mean square of the teacher's.
+    """The mean squared error of a student's features behind an adapter, those of both relative to their mean size.
 
     The adapter maps channels at each position: a 1x1 convolution. It starts as the identity where channels are as many,
     else as an orthogonal map.
@@ -72,13 +72,19 @@ class Hint(nn.Module):
             nn.init.orthogonal_(self.adapter.weight, generator=generator)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the error of features of shape (batch, channels, *positions)."""
-        student, teacher = aligned(student, teacher)
+        """Return the error of features of shape (batch, channels, *positions).
+
+        Each is divided by the root of its mean square over the batch: the size of features differs a lot between layers
+        and networks, and with it the weight of the error and the learning rate at which an adapter is stable would.
+        """
+        student, teacher = (_of_unit_size(feature) for feature in aligned(student, teacher))
         weight, bias = self.adapter.weight, self.adapter.bias
         if student.ndim == 4:
             adapted = functional.conv2d(student, weight[:, :, None, None], bias)  # in either memory format
         else:
             adapted = self.adapter(student.movedim(1, -1)).movedim(-1, 1)
-        # Relative, since the scale of features differs between layers and networks: predicting 0 gives 1.
-        scale = teacher.square().mean().clamp(min=torch.finfo(teacher.dtype).tiny)
-        return functional.mse_loss(adapted, teacher) / scale
+        return functional.mse_loss(adapted, teacher)
+
+
+def _of_unit_size(feature: Tensor) -> Tensor:
+    return feature * feature.square().mean().clamp(min=1e-24).rsqrt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -15,6 +16,8 @@ from mil_cli.stages.registry import stage
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
+
+_SMALLEST = 1e-6  # of features that died
 
 
 class HintsConfig(FeatureConfig):
@@ -77,14 +80,18 @@ class Hint(nn.Module):
         Each is divided by the root of its mean square over the batch: the size of features differs a lot between layers
         and networks, and with it the weight of the error and the learning rate at which an adapter is stable would.
         """
-        student, teacher = (_of_unit_size(feature) for feature in aligned(student, teacher))
-        weight, bias = self.adapter.weight, self.adapter.bias
+        student, teacher = aligned(student, teacher)
+        ours, theirs = _size(student), _size(teacher)
+        # The adapter takes both sizes in, so that no feature has to be copied.
+        weight, bias = self.adapter.weight * (theirs / ours), self.adapter.bias * theirs
         if student.ndim == 4:
             adapted = functional.conv2d(student, weight[:, :, None, None], bias)  # in either memory format
         else:
-            adapted = self.adapter(student.movedim(1, -1)).movedim(-1, 1)
-        return functional.mse_loss(adapted, teacher)
+            adapted = functional.linear(student.movedim(1, -1), weight, bias).movedim(-1, 1)
+        return functional.mse_loss(adapted, teacher) / theirs.square()
 
 
-def _of_unit_size(feature: Tensor) -> Tensor:
-    return feature * feature.square().mean().clamp(min=1e-24).rsqrt()
+def _size(feature: Tensor) -> Tensor:
+    """Return the root of the mean square."""
+    size: Tensor = torch.linalg.vector_norm(feature) / math.sqrt(feature.numel())
+    return size.clamp(min=_SMALLEST)

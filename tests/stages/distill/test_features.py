@@ -109,7 +109,7 @@ def test_features_alone_are_learnt(method: str, family: str, kind: str) -> None:
             for parameter in student.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     config = _configured(method)
-    trainer = {"learning_rate": 0.002} if kind == "quantized" else {}
+    trainer = {"learning_rate": 0.002 if kind == "quantized" else 0.02 if method == "hints" else 0.005}
     context = _context(teacher, epochs=8, task=Silent(), trainer=trainer)
     trained = function_of(config)(student, config, context)
     losses = [entry["train_loss"] for entry in cast("list[dict[str, Any]]", context.notes["history"])]

@@ -5,90 +5,108 @@ recipe's stage `tune`, and scored on the test split. Torch-Pruning (``pip instal
 user's module with the same weights; its cut module is captured again and fine-tuned by the same stage. Points that were
 computed are kept beside the table, so that an interrupted comparison goes on.
 
-    python scripts/compare_pruning.py recipes/fashion_mnist/prune_methods.yaml --out docs/results/pruning.md
+    python -m scripts.compare_pruning recipes/fashion_mnist/prune_methods.yaml --jobs 2
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from scipy import stats
 from torch import nn
 
-from mil_cli.cli.console import messages
-from mil_cli.cli.progress import progress_on
+from mil_cli.events import Progress, SilentProgress
 from mil_cli.graph.model import Model
 from mil_cli.models.source import build_module
 from mil_cli.models.user_code import importable
 from mil_cli.recipe.load import load_recipe
+from mil_cli.recipe.schema import Recipe
 from mil_cli.run.cache import Cache, default_location
 from mil_cli.run.runner import Chain, run_chain
 from mil_cli.run.surroundings import build_surroundings
 from mil_cli.stages.context import Context
 from mil_cli.training.evaluate import evaluate
+from scripts.comparison import Point, Result, Rows, carry_out, origin_of, parser_of, table
 
-OURS = ("magnitude", "taylor", "fpgm", "hrank", "activation", "bn_scale", "sensitivity", "random")
+QUICK = ("magnitude", "taylor", "fpgm", "hrank", "activation", "bn_scale", "random")
+SEARCHES = ("sensitivity", "netadapt")
+"""These try many cuts for each model, and come last."""
+
 PEERS = ("tp_magnitude", "tp_taylor", "tp_bn_scale")
+METHODS = (*QUICK, *PEERS, *SEARCHES)
+ORIGINAL = "original"
+"""What stands for the method of the uncompressed model's own point."""
+
 PEER_VERSION = "1.6.1"
-BISECTIONS = 14
-
-Point = dict[str, Any]
-
-
-def main() -> None:
-    """Run the comparison and write its table."""
-    arguments = _arguments()
-    kept = arguments.out.with_suffix(".jsonl")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    points = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    for point in _missing(points, arguments):
-        points.append(_run(arguments.recipe, point))
-        with kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(points[-1]) + "\n")
-        print(json.dumps(points[-1]), flush=True)
-    text = table(points, arguments)
-    arguments.out.write_text(text, encoding="utf-8")
-    print(text)
+BISECTIONS = 10
+"""After these, ratios differ by less than one channel of a network of a thousand."""
 
 
-def _missing(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator[Point]:
-    done = {(point["method"], point["macs"], point["seed"]) for point in points}
-    for seed in arguments.seeds:
-        for macs in arguments.macs:
-            for method in arguments.methods:
-                if (method, macs, seed) not in done:
-                    yield {"method": method, "macs": macs, "seed": seed}
+def main(words: Sequence[str] | None = None) -> int:
+    """Compute the missing points and write the table; return 1 if a point failed."""
+    parser = parser_of(__doc__, methods=METHODS, out=Path("docs/results/pruning.md"))
+    parser.add_argument("--macs", nargs="+", type=float, default=[0.5, 0.25, 0.125], help="shares that are kept")
+    arguments = parser.parse_args(words)
+    origins = {method: _origin(arguments.recipe, arguments.set, method) for method in (ORIGINAL, *arguments.methods)}
+    phases = [
+        [_point(origins, ORIGINAL, {}, seed) for seed in arguments.seeds],
+        [
+            _point(origins, method, {"macs": macs}, seed)
+            for seed in arguments.seeds
+            for method in arguments.methods
+            for macs in arguments.macs
+        ],
+    ]
+    return carry_out(
+        arguments,
+        partial(_run, arguments.recipe, tuple(arguments.set), default_location()),
+        phases,
+        partial(_page, arguments, origins),
+        preload=("scripts.comparison", "mil_cli.run.runner", "mil_cli.recipe.load", "scipy.optimize", "torch.export"),
+    )
 
 
-def _run(file: Path, point: Point) -> Point:
-    """Return a point with its qualities on test, its operations, and those of the uncompressed model."""
-    peer = point["method"].startswith("tp_")
-    overrides = [f"seed={point['seed']}", f"stages.prune.macs={point['macs']}"]
-    recipe = load_recipe(file, overrides if peer else [*overrides, f"stage/prune@stages.prune={point['method']}"])
-    progress = progress_on(messages())
-    cache = Cache(default_location(), progress)
+def _point(origins: Mapping[str, str], method: str, column: Mapping[str, Any], seed: int) -> Point:
+    return {"method": method, **column, "seed": seed, "of": origins[method]}
+
+
+def _recipe(file: Path, overrides: Sequence[str], method: str) -> Recipe:
+    """Return the recipe whose chain is that of a method; for a peer, one that only makes the uncompressed model."""
+    if method not in (ORIGINAL, *PEERS):
+        return load_recipe(file, [f"stage/prune@stages.prune={method}", *overrides])
+    return load_recipe(file, overrides).model_copy(update={"chain": ()})
+
+
+def _origin(file: Path, overrides: Sequence[str], method: str) -> str:
+    recipe = _recipe(file, overrides, method)
+    if method not in PEERS:
+        return origin_of(recipe)
+    tune = recipe.stages["tune"].model_dump(mode="json")
+    return origin_of(recipe, tune, PEER_VERSION, inspect.getsource(_peer), inspect.getsource(_cut_by_peer))
+
+
+def _run(file: Path, overrides: Sequence[str], location: Path, point: Point) -> Result:
+    """Return a point's quality on test, and the share of operations that its model keeps."""
+    macs = [f"stages.prune.macs={point['macs']}"] if "macs" in point else []
+    recipe = _recipe(file, [*overrides, f"seed={point['seed']}", *macs], point["method"])
+    progress = SilentProgress()
     with importable(recipe.root):
         surroundings = build_surroundings(recipe)
-        wanted = recipe.model_copy(update={"chain": ()}) if peer else recipe
-        chain = run_chain(wanted, surroundings, cache=cache, fresh=False, progress=progress)
-        original = chain.original.load()
-        final = _peer(recipe, chain, point, progress) if peer else chain.final.load()
-        score = [
-            evaluate(model, task=surroundings.task, split=surroundings.data.test, split_name="test").value
-            for model in (original, final)
-        ]
-    return {**point, "original": score[0], "quality": score[1], "share": final.macs() / original.macs()}
+        cache = Cache(location, progress)
+        chain = run_chain(recipe, surroundings, cache=cache, fresh=False, progress=progress)
+        final = _peer(recipe, chain, point, progress) if point["method"] in PEERS else chain.final.load()
+        quality = evaluate(final, task=surroundings.task, split=surroundings.data.test, split_name="test").value
+    return {"quality": quality, "share": final.macs() / chain.original.load().macs()}
 
 
-def _peer(recipe: Any, chain: Chain, point: Point, progress: Any) -> Model:
+def _peer(recipe: Recipe, chain: Chain, point: Point, progress: Progress) -> Model:
     """Cut by Torch-Pruning to at most the share of operations, and fine-tune by the recipe's stage."""
     original = chain.original.load()
     module: nn.Module = build_module(recipe.model, root=recipe.root, seed=recipe.seed)
@@ -140,53 +158,36 @@ def _cut_by_peer(module: nn.Module, original: Model, ratio: float, method: str, 
     return Model.capture(net.eval(), original.samples[0])
 
 
-def table(points: Sequence[Point], arguments: argparse.Namespace) -> str:
-    """Return the results as Markdown: mean relative drops, and paired differences to the best of Torch-Pruning."""
-    lines = [
+def _page(arguments: argparse.Namespace, origins: Mapping[str, str], rows: Rows) -> list[str]:
+    """Return the page's lines: mean relative drops, and paired differences to the best of Torch-Pruning."""
+    columns = {f"{1 / macs:.3g}x fewer operations": {"macs": macs} for macs in arguments.macs}
+
+    def drop(method: str, column: Mapping[str, Any], seed: int) -> float | None:
+        original = rows.result(_point(origins, ORIGINAL, {}, seed))
+        found = rows.result(_point(origins, method, column, seed))
+        if original is None or found is None:
+            return None
+        return 100 * float((original["quality"] - found["quality"]) / original["quality"])
+
+    points = [
+        _point(origins, method, column, seed)
+        for method in arguments.methods
+        for column in columns.values()
+        for seed in arguments.seeds
+    ]
+    computed = "; ".join([f"Torch-Pruning {PEER_VERSION}", *rows.computed_on(points)])
+    overrides = f" with `{' '.join(arguments.set)}`" if arguments.set else ""
+    peers = [method for method in arguments.methods if method in PEERS]
+    return [
         "# Pruning methods compared",
         "",
-        f"`{arguments.recipe}`; seeds {', '.join(map(str, arguments.seeds))}; Torch-Pruning {PEER_VERSION};"
-        f" torch {torch.__version__}.",
+        f"`{arguments.recipe}`{overrides}; seeds {', '.join(map(str, arguments.seeds))}; {computed}.",
         "Drop: relative loss of test quality against the uncompressed model of the same seed, mean over the seeds;",
         "beside it the 95 % interval of the difference to Torch-Pruning's best, paired over seeds (below 0: better).",
         "",
-        "| method | " + " | ".join(f"{1 / macs:.3g}x fewer operations" for macs in arguments.macs) + " |",
-        "|---|" + "---|" * len(arguments.macs),
+        *table(arguments.methods, columns, arguments.seeds, drop, reference=peers),
     ]
-    drops = {}
-    for point in points:
-        drop = 100 * (point["original"] - point["quality"]) / point["original"]
-        drops[point["method"], point["macs"], point["seed"]] = drop
-    for method in arguments.methods:
-        cells = [_cell(drops, method, macs, arguments.seeds, arguments.methods) for macs in arguments.macs]
-        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(
-    drops: dict[tuple[str, float, int], float], method: str, macs: float, seeds: Sequence[int], methods: Sequence[str]
-) -> str:
-    own = [drops[method, macs, seed] for seed in seeds]
-    mean = f"{statistics.mean(own):.2f} %"
-    peers = [other for other in methods if other.startswith("tp_")]
-    if not peers or method in peers or len(seeds) < 2:
-        return mean
-    best = min(peers, key=lambda other: statistics.mean(drops[other, macs, seed] for seed in seeds))
-    differences = [mine - drops[best, macs, seed] for mine, seed in zip(own, seeds, strict=True)]
-    half = stats.t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
-    middle = statistics.mean(differences)
-    return f"{mean} ({middle - half:+.2f} to {middle + half:+.2f})"
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--methods", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
-    parser.add_argument("--macs", nargs="+", type=float, default=[0.5, 0.25, 0.125])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("docs/results/pruning.md"))
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

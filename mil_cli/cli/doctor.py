@@ -141,8 +141,8 @@ def _int8_text() -> str:
 
 def check_data() -> Iterator[Finding]:
     """Check which built-in data sets, and which data of the recipes that ship, are here."""
+    from mil_cli.data import photographs, speech
     from mil_cli.data.fashion_mnist import DEBIAN_FOLDER
-    from mil_cli.data.photographs import PACKAGES, missing_packages
 
     yield Finding(State.OK, "data", "digits (embedded in scikit-learn)")
     if (DEBIAN_FOLDER / "train-images-idx3-ubyte.gz").is_file():
@@ -150,11 +150,16 @@ def check_data() -> Iterator[Finding]:
     else:
         remedy = "apt-get install dataset-fashion-mnist, or data.root=FOLDER with the four IDX .gz files"
         yield Finding(State.NOTE, "data", "fashion_mnist is not installed", remedy)
-    if missing := missing_packages():
+    if missing := speech.missing_packages():
+        remedy = f"apt-get install {' '.join(missing)}, or data.root=FOLDER with a folder of WAV files for each voice"
+        yield Finding(State.NOTE, "data", "the clips of speech of recipes/audio_denoising are not here", remedy)
+    else:
+        yield Finding(State.OK, "data", f"speech of the packages {', '.join(speech.PACKAGES)}")
+    if missing := photographs.missing_packages():
         remedy = f"apt-get install {' '.join(missing)}, or data.root=FOLDER with images in train, val and test"
         yield Finding(State.NOTE, "data", "the photographs of recipes/hrnet and recipes/pynet are not here", remedy)
     else:
-        yield Finding(State.OK, "data", f"photographs of the packages {', '.join(PACKAGES)}")
+        yield Finding(State.OK, "data", f"photographs of the packages {', '.join(photographs.PACKAGES)}")
 
 
 def check_cache() -> Iterator[Finding]:

@@ -56,7 +56,7 @@ def tap(model: Model, module_paths: Sequence[str]) -> Tapped:
     """Return a callable that also gives the outputs of some of the user's modules.
 
     Where a module is called several times its last call counts; where it returns several tensors, the last one that
-    is used outside of it.
+    is used outside of it. Of a quantized value it is what all its readers read.
 
     Args:
         model: The model; it is not changed.
@@ -70,11 +70,7 @@ def tap(model: Model, module_paths: Sequence[str]) -> Tapped:
 
 def tappable_paths(model: Model) -> list[str]:
     """Return every module path whose output can be read, in order of execution."""
-    inside: dict[str, set[Node]] = {}
-    for node in calls(model.graph):
-        for path, _ in module_stack(node):
-            inside.setdefault(path, set()).add(node)
-    return [path for path, nodes in inside.items() if path and _leaving(model.graph, nodes)]
+    return list(module_outputs(model))
 
 
 def module_output(model: Model, path: str) -> Node:
@@ -83,25 +79,41 @@ def module_output(model: Model, path: str) -> Node:
     Raises:
         ModelError: If no node of the graph belongs to the path.
     """
-    inside = {node for node in calls(model.graph) if any(path == name for name, _ in module_stack(node))}
-    leaving = _leaving(model.graph, inside)
-    if not path or not leaving:
+    output = _output(_inside(model.graph, path)) if path else None
+    if output is None:
         raise ModelError(
             "no operation of the captured graph belongs to this module",
             where="module path",
             value=path,
             hint=did_you_mean(path, tappable_paths(model)),
         )
-    return leaving[-1]
+    return output
 
 
-def _leaving(graph: GraphModule, inside: set[Node]) -> list[Node]:
-    """Return the tensors among some nodes that are used outside of them, in order of execution."""
-    return [
-        node
-        for node in calls(graph)
-        if node in inside and _is_tensor(node) and any(user not in inside for user in node.users)
-    ]
+def module_outputs(model: Model) -> dict[str, Node]:
+    """Return for every module path the node that holds the output of its last call, in order of execution."""
+    inside: dict[str, list[Node]] = {}
+    for node in calls(model.graph):
+        for path in dict.fromkeys(path for path, _ in module_stack(node) if path):
+            inside.setdefault(path, []).append(node)
+    return {path: output for path, nodes in inside.items() if (output := _output(nodes)) is not None}
+
+
+def _inside(graph: GraphModule, path: str) -> list[Node]:
+    return [node for node in calls(graph) if any(path == name for name, _ in module_stack(node))]
+
+
+def _output(nodes: Sequence[Node]) -> Node | None:
+    """Return the output of a module with these nodes."""
+    inside = set(nodes)
+    leaving = [node for node in nodes if _is_tensor(node) and any(user not in inside for user in node.users)]
+    if not leaving:
+        return None
+    output = leaving[-1]
+    # Layers may read in fewer bits what shortcuts read as it is.
+    while op_name(output) == "quantize_affine" and (source := output.all_input_nodes[0]) in leaving:
+        output = source
+    return output
 
 
 def _is_tensor(node: Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import psutil
@@ -12,8 +13,11 @@ from mil_cli.device.profile import DeviceProfile
 from mil_cli.errors import MeasureError
 from mil_cli.events import Progress, SilentProgress
 from mil_cli.measure.process import Feeds, run_job
-from mil_cli.measure.statistics import paired_ratio, percentiles, ratio_interval, verdict
+from mil_cli.measure.statistics import Array, paired_ratio, percentiles, ratio_interval, verdict
 from mil_cli.measure.types import Latency
+
+LATENCY_VERSION: Final = 2
+"""The version of how latencies are timed: figures of two versions are not compared."""
 
 LEAST_ROUNDS = 60
 """Fewer rounds do not carry an interval."""
@@ -38,7 +42,8 @@ def measure_latency(
 ) -> list[Latency]:
     """Time models side by side.
 
-    Percentiles are of the time that passed. The ratio to the baseline pairs turns that lie close together; with one
+    Percentiles are of the time that passed, over all inferences. The ratio to the baseline pairs turns that lie close
+    together, each of which counts by the fastest of its few inferences: what disturbs a machine only adds; with one
     thread on the processor it is of processor time, which equals the time that passed on a machine that does nothing
     else, and is not disturbed where other programs run (without it, a scheduler whose slices keep step with the turns
     makes a model look twice as slow).
@@ -78,8 +83,7 @@ def measure_latency(
         )
     # With one thread the ratio is of processor time: what the processor did for other programs is not the model's.
     clock = PROCESSOR if device.threads == 1 and device.provider == "CPUExecutionProvider" else PASSED
-    # A turn's time is the median of its inferences; turns differ in length from session to session.
-    turns = np.array([[np.median(np.array(model)[..., clock], axis=1) for model in models] for models in seconds])
+    turns = turn_times(seconds, clock)
     generator = np.random.default_rng(seed)
     latencies = []
     for index in range(len(files)):
@@ -94,6 +98,17 @@ def measure_latency(
             word = verdict(ratio, interval)
         latencies.append(Latency(p50=p50, p90=p90, p99=p99, ratio_to_baseline=ratio, ratio_ci95=interval, verdict=word))
     return latencies
+
+
+def turn_times(seconds: Sequence[Sequence[Sequence[Sequence[Sequence[float]]]]], clock: int) -> Array:
+    """Return the time of every turn, that of its fastest inference: shape (sessions, files, rounds).
+
+    Args:
+        seconds: What the worker gives: [session][file][round][inference of the turn][clock]; turns differ in length
+            from session to session.
+        clock: `PASSED` or `PROCESSOR`.
+    """
+    return np.array([[np.array(turns)[..., clock].min(axis=1) for turns in files] for files in seconds])
 
 
 def _warn_if_busy(threads: int, progress: Progress) -> None:

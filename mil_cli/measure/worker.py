@@ -24,9 +24,13 @@ Job = Mapping[str, Any]
 _LOG_ERRORS_ONLY = 3
 
 TURN_SECONDS = 0.005
-"""How long a model's turn in a round lasts at least, if it takes no more than `LONGEST_TURN` inferences."""
+"""How long a model's turn in a round lasts at least, if it takes no more than the most inferences."""
 
-LONGEST_TURN = 15
+LONG_TURN_SECONDS = 0.3
+"""How long it lasts at most, if it takes more than one inference."""
+
+LEAST_TURN, LONGEST_TURN = 3, 15
+"""The fewest inferences of a turn, of which the fastest counts, unless they are long; and the most."""
 
 _WARM_UP_WINDOW = 10
 _WARM_UP_LEAST = 3
@@ -129,8 +133,9 @@ def latency(job: Job, emit: Emit) -> list[list[list[list[tuple[float, float]]]]]
     """Time all files interleaved.
 
     The sessions are rebuilt `job["sessions"]` times; each time, after warm-up, every round gives each model one turn,
-    in an order that is reversed from round to round. A turn is one inference, or several if they are short, so that
-    what the model before has left in the caches weighs little; it is as many for each model.
+    in an order that is reversed from round to round. A turn is a few inferences, more if they are short: what the model
+    before has left in the caches, and what other programs take, leaves the fastest of them alone. It is as many for
+    each model.
 
     Returns:
         Seconds of every inference: [session][file][round][inference of the turn][passed, of processor time].
@@ -141,7 +146,7 @@ def latency(job: Job, emit: Emit) -> list[list[list[list[tuple[float, float]]]]]
     for _ in range(job["sessions"]):
         runners = [Runner(job, file, feeds) for file in files]
         fastest = min(runner.warm_up() for runner in runners)
-        turn = min(max(1, math.ceil(TURN_SECONDS / fastest)), LONGEST_TURN)
+        turn = turn_length(fastest)
         times: list[list[list[tuple[float, float]]]] = [[] for _ in files]
         order = list(range(len(files)))
         gc.collect()
@@ -156,6 +161,16 @@ def latency(job: Job, emit: Emit) -> list[list[list[list[tuple[float, float]]]]]
         result.append(times)
         del runners
     return result
+
+
+def turn_length(seconds: float) -> int:
+    """Return the inferences of a turn.
+
+    Args:
+        seconds: What one of the fastest model takes.
+    """
+    least = max(1, min(LEAST_TURN, int(LONG_TURN_SECONDS / seconds)))
+    return min(max(least, math.ceil(TURN_SECONDS / seconds)), LONGEST_TURN)
 
 
 def memory(job: Job, emit: Emit) -> int:

@@ -254,6 +254,22 @@ def training_chart(history: Sequence[Mapping[str, Any]], *, metric: str) -> Char
     return Chart(f"{label} by epoch", "epoch", label, epochs, y_axis.ticks(mark), {style: line}, [])
 
 
+def convergence_chart(convergence: Mapping[str, Any], *, metric: str) -> Chart | None:
+    """Return the courses of a distilled training and of the same student's plain one, which is dashed, by step."""
+    curves = {"quality": convergence["distilled"], "front": convergence["plain"]}
+    points = [point for curve in curves.values() for point in curve]
+    if any(len(curve) < 2 for curve in curves.values()):
+        return None
+    x_axis = Axis([steps for steps, _ in points], LEFT, WIDTH - RIGHT)
+    y_axis = Axis([value for _, value in points], HEIGHT - BOTTOM, TOP)
+    lines = {
+        style: " ".join(f"{x_axis.place(steps)},{y_axis.place(value)}" for steps, value in curve)
+        for style, curve in curves.items()
+    }
+    title = f"{metric} (val) by step: distilled, and plain training of the same student (dashed)"
+    return Chart(title, "step", f"{metric} (val)", x_axis.ticks(mark), y_axis.ticks(mark), lines, [])
+
+
 def _number(value: Any) -> float | None:
     if isinstance(value, Mapping):
         value = value.get("value")

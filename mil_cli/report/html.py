@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,25 @@ def _details(stage: view.StageLine, *, metric: str) -> dict[str, Any]:
     notes = dict(stage.notes)
     history = notes.pop("history", None)
     widths = notes.pop("widths", None)
+    convergence = notes.pop("convergence", None)
     facts = {name: value for name, value in notes.items() if isinstance(value, str | int | float | bool)}
     rest = {name: value for name, value in notes.items() if name not in facts and value not in (None, {}, [])}
     return {
         "name": stage.name,
         "method": stage.method,
         "facts": {name.replace("_", " "): _fact(value) for name, value in facts.items()},
-        "chart": charts.training_chart(history, metric=metric) if isinstance(history, list) else None,
+        "charts": [chart for chart in _courses(history, convergence, metric=metric) if chart is not None],
+        "convergence": view.convergence_lines(stage, metric=metric),
         "widths": _widths(widths),
         "rest": json.dumps(rest, indent=1, ensure_ascii=False, default=str) if rest else "",
     }
+
+
+def _courses(history: object, convergence: object, *, metric: str) -> Iterator[charts.Chart | None]:
+    if isinstance(history, list):
+        yield charts.training_chart(history, metric=metric)
+    if isinstance(convergence, Mapping):
+        yield charts.convergence_chart(convergence, metric=metric)
 
 
 def _fact(value: object) -> str:

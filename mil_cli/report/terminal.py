@@ -47,6 +47,9 @@ def render(report: Report, console: Console, *, directory: Path | None = None) -
             console,
             f"[dim]change is against the stage before; stages took {stages.total} when they were computed[/dim]",
         )
+    for stage in stages.lines:
+        for sentence in view.convergence_lines(stage, metric=stages.metric):
+            line(console, f"{escape(stage.name)}: {escape(sentence)}")
     line(console, f"proof: {escape(view.parity_line(report))}")
     for notice in report.get("notices") or []:
         line(console, f"[yellow]note:[/yellow] {escape(str(notice))}")

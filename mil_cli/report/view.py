@@ -319,6 +319,23 @@ def _stage_line(entry: Figures, before: Figures | None, baseline: Figures) -> St
     )
 
 
+def convergence_lines(stage: StageLine, *, metric: str) -> list[str]:
+    """Say how many steps a distilled training needed for qualities that plain training of the same student reached."""
+    convergence = stage.notes.get("convergence")
+    if not isinstance(convergence, Mapping):
+        return []
+    lines = []
+    for level in convergence["reached"]:
+        own, alone = level["steps"], level["plain_steps"]
+        needed = "never reached" if own is None else f"reached after {own:,} steps"
+        beside = "" if alone is None else f", by plain training of the same student after {alone:,}"
+        part = "" if own is None or not alone else f" ({text.percent(own / alone, 0)} of the steps)"
+        lines.append(f"{metric} of {text.quality(level['quality'])} on val: {needed}{beside}{part}")
+    own_time, plain_time = text.duration(convergence["seconds"]), text.duration(convergence["plain_seconds"])
+    lines.append(f"distilled training took {own_time}, plain training {plain_time}")
+    return lines
+
+
 def _kept(value: float | None, of: float | None) -> float | None:
     return value / of if value is not None and of else None
 

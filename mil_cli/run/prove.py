@@ -16,6 +16,7 @@ from mil_cli.export.parity import check_parity
 from mil_cli.export.session import OnnxModel, feeds_of
 from mil_cli.files import sha256_of_file
 from mil_cli.measure.compare import Counts, compare
+from mil_cli.measure.latency import LATENCY_VERSION
 from mil_cli.run.cache import Cache
 from mil_cli.run.environment import versions
 from mil_cli.stages.context import StoredModel, fingerprint_of
@@ -141,6 +142,7 @@ class Prover:
         key = fingerprint_of(
             [
                 "measurement",
+                LATENCY_VERSION,
                 [sha256_of_file(path) for path in files],
                 {name: sha256(array.tobytes()).hexdigest() for name, array in feeds.items()},
                 self.device.fingerprint(),

@@ -47,6 +47,10 @@ METHODS: dict[tuple[str, str], str] = {
     ("distill", "assistants"): "mil_cli.stages.distill.assistants",
     ("distill", "born_again"): "mil_cli.stages.distill.born_again",
     ("distill", "deep_supervision"): "mil_cli.stages.distill.deep_supervision",
+    ("distill", "hints"): "mil_cli.stages.distill.hints",
+    ("distill", "attention_transfer"): "mil_cli.stages.distill.attention_transfer",
+    ("distill", "relational"): "mil_cli.stages.distill.relational",
+    ("distill", "similarity"): "mil_cli.stages.distill.similarity",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from mil_cli.device.profile import DeviceProfile
-from mil_cli.units import Kept, parse_kept, parse_seconds
+from mil_cli.units import Kept, parse_bytes, parse_kept, parse_seconds
 
 
 def _checked(value: str | float) -> str | float:
@@ -27,6 +28,15 @@ def _checked_latency(value: str | float) -> str | float:
 LatencyTarget = Annotated[str | float, AfterValidator(_checked_latency)]
 """What is kept of a predicted latency: a ratio (``0.3``, ``30%``) or a duration (``2 ms``)."""
 
+
+def _checked_memory(value: str | float) -> str | float:
+    parse_memory(value)
+    return value
+
+
+MemoryTarget = Annotated[str | float, AfterValidator(_checked_memory)]
+"""What is kept of an estimated memory: a ratio (``0.3``, ``30%``) or a size (``2 MB``)."""
+
 RoundTo = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 """Multiple that widths end on; ``auto`` takes the device's."""
 
@@ -40,6 +50,19 @@ def parse_latency(text: str | float) -> Kept:
     Raises:
         ValueError: It is neither.
     """
+    return _ratio_or(text, parse_seconds, "latency", "a duration such as 2 ms")
+
+
+def parse_memory(text: str | float) -> Kept:
+    """Parse a memory to keep: a ratio (``0.3``, ``30%``), or a size (``2 MB``).
+
+    Raises:
+        ValueError: It is neither.
+    """
+    return _ratio_or(text, parse_bytes, "memory", "a size such as 2 MB")
+
+
+def _ratio_or(text: str | float, parse: Callable[[object], float], what: str, example: str) -> Kept:
     try:
         kept = parse_kept(text)
         if not kept.absolute:  # "2 m" would be two million of something
@@ -47,14 +70,12 @@ def parse_latency(text: str | float) -> Kept:
     except ValueError:
         pass
     try:
-        seconds = parse_seconds(text) if isinstance(text, str) else 0.0
+        amount = parse(text) if isinstance(text, str) else 0.0
     except ValueError:
-        seconds = 0.0
-    if seconds <= 0:
-        raise ValueError(
-            f"{text!r} is no latency to keep; write a ratio above 0 and at most 1, or a duration such as 2 ms"
-        )
-    return Kept(seconds, absolute=True)
+        amount = 0.0
+    if amount <= 0:
+        raise ValueError(f"{text!r} is no {what} to keep; write a ratio above 0 and at most 1, or {example}")
+    return Kept(amount, absolute=True)
 
 
 def width_multiple(round_to: RoundTo, kernels: Kernels, device: DeviceProfile) -> int:

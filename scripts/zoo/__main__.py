@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from scripts.zoo.pool import run
+from scripts.pool import append_row, read_rows, run
 from scripts.zoo.table import failures, outcome, page
 
 CATALOGUES = ("scripts.zoo.transformers_models", "scripts.zoo.torchvision_models", "scripts.zoo.timm_models")
@@ -36,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _arguments(words)
     kept: Path = arguments.rows
     kept.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(kept)
+    rows = {row["name"]: row for row in read_rows(kept)}  # of several for one model the last counts
     names = _names(arguments)
     index, count = arguments.shard
     wanted = [name for name in names[index - 1 :: count] if any(fnmatch(name, f"*{only}*") for only in arguments.only)]
@@ -45,26 +45,13 @@ def main(words: Sequence[str] | None = None) -> int:
     for number, name in enumerate(missing, 1):
         row = _checked(name, arguments)
         rows[name] = row
-        with kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(kept, row)
         left = (time.monotonic() - start) / number * (len(missing) - number)
         reasons = "; ".join(f"{step}: {reason}" for step, reason in failures(row))
         print(f"[{number}/{len(missing)}, {left / 60:.0f} min left] {name}: {outcome(row)} {reasons}", flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(page(rows.values(), _versions(), total=len({*names, *rows})), encoding="utf-8")
     return 1 if any(outcome(rows[name]) == "fail" for name in wanted) else 0
-
-
-def read_rows(file: Path) -> dict[str, Row]:
-    """Return the rows of a file by model; of several for one model the last counts, a half-written line is left out."""
-    rows = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[row["name"]] = row
-    return rows
 
 
 def _names(arguments: argparse.Namespace) -> list[str]:

@@ -36,10 +36,13 @@ def test_a_package_that_is_missing_or_of_the_wrong_version(
 
 def test_a_missing_data_set_is_no_fault_and_names_the_apt_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mil_cli.data.fashion_mnist.DEBIAN_FOLDER", tmp_path / "none")
-    digits, fashion, _ = doctor.check_data()
+    monkeypatch.setattr("mil_cli.data.speech.DEBIAN_FOLDER", tmp_path / "none")
+    digits, fashion, speech, _ = doctor.check_data()
     assert digits.state is State.OK
     assert fashion.state is State.NOTE
     assert "apt-get install dataset-fashion-mnist" in fashion.remedy
+    assert speech.state is State.NOTE
+    assert "apt-get install asterisk-core-sounds-en-wav asterisk-core-sounds-es-wav" in speech.remedy
 
 
 def test_a_cache_that_cannot_be_written(private_cache: Path) -> None:

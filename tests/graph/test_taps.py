@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mil_cli.ops  # noqa: F401  registers the quantizers
 from mil_cli.errors import ModelError
 from mil_cli.graph.model import Model
-from mil_cli.graph.taps import module_output, tap, tappable_paths
+from mil_cli.graph.taps import module_output, module_outputs, tap, tappable_paths
 from mil_cli.models.vit import vit
 
 
@@ -111,6 +112,36 @@ def test_unknown_paths_are_refused() -> None:
     with pytest.raises(ModelError):
         module_output(model, "")
     assert set(PATHS) <= set(tappable_paths(model))
+
+
+def test_all_outputs_at_once_are_those_of_each() -> None:
+    model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),))
+    found = module_outputs(model)
+    assert tappable_paths(model) == list(found)
+    assert {path: module_output(model, path) for path in found} == found
+
+
+def test_of_a_quantized_value_it_is_what_all_read() -> None:
+    model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),))
+    value, graph = module_output(model, "blocks.0"), model.graph.graph
+    users = list(value.users)
+    scale = torch.tensor(0.5)
+    model.graph.register_buffer("scale", scale)
+    model.graph.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+    with graph.inserting_before(value):
+        pair = graph.get_attr("scale"), graph.get_attr("zero_point")
+    with graph.inserting_after(value):
+        shared = graph.call_function(torch.ops.mil.quantize_affine.default, (value, *pair, None, -127, 127))
+    with graph.inserting_after(shared):
+        narrow = graph.call_function(torch.ops.mil.quantize_affine.default, (shared, *pair, None, -1, 1))
+    for node in (shared, narrow):
+        node.meta = dict(value.meta)
+    conv, addition = sorted(users, key=lambda user: user.name == "add_1")
+    conv.replace_input_with(value, narrow)
+    addition.replace_input_with(value, shared)
+    assert module_output(model, "blocks.0") is shared
+    addition.replace_input_with(shared, narrow)
+    assert module_output(model, "blocks.0") is narrow
 
 
 def test_paths_survive_an_archive(tmp_path) -> None:

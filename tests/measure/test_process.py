@@ -14,6 +14,7 @@ from mil_cli.device.profile import DeviceProfile
 from mil_cli.errors import MeasureError
 from mil_cli.measure import process
 from mil_cli.measure.process import run_job
+from mil_cli.measure.worker import turn_length
 
 WriteNet = Callable[..., Path]
 
@@ -43,8 +44,17 @@ def test_a_job_returns_both_clocks_of_every_inference(
         assert [len(model) for model in models] == [4, 4, 4]
         assert len(turns) == 1
         clocks = np.array(models)
-        assert clocks.shape == (3, 4, turns.pop(), 2)
+        length = turns.pop()
+        assert 3 <= length <= 15
+        assert clocks.shape == (3, 4, length, 2)
         assert (clocks > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "length"), [(1e-5, 15), (1e-3, 5), (2e-3, 3), (0.05, 3), (0.11, 2), (0.2, 1), (3.0, 1)]
+)
+def test_a_turn_is_a_few_inferences_unless_they_are_long(seconds: float, length: int) -> None:
+    assert turn_length(seconds) == length
 
 
 def test_a_users_modules_are_not_imported(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mil_cli.measure.latency import PASSED, PROCESSOR, turn_times
 from mil_cli.measure.statistics import NO_DIFFERENCE, paired_ratio, percentiles, ratio_interval, verdict
 
 
@@ -40,6 +41,30 @@ def test_outliers_do_not_move_the_ratio() -> None:
     model = np.full((3, 60), 0.5)
     model[:, ::10] = 40.0
     assert paired_ratio(model, baseline) == pytest.approx(0.5)
+
+
+def test_a_busy_machine_does_not_move_the_ratio_of_turns() -> None:
+    """Other programs hit six in ten inferences of the model and one in ten of its baseline, and only ever slow down."""
+    generator = np.random.default_rng(0)
+    true = np.array([0.5, 1.0])[None, :, None, None]
+    inferences = true * generator.normal(1.0, 0.005, (3, 2, 60, 5))
+    share = np.array([0.6, 0.1])[None, :, None, None]
+    hit = generator.random(inferences.shape) < share
+    inferences = np.where(hit, inferences * generator.uniform(1.2, 3.0, inferences.shape), inferences)
+    clocks = np.stack([inferences, np.full_like(inferences, 9.0)], axis=-1)
+    turns = turn_times(clocks.tolist(), PASSED)
+    assert turns.shape == (3, 2, 60)
+    assert paired_ratio(turns[:, 0], turns[:, 1]) == pytest.approx(0.5, rel=0.01)
+    low, high = ratio_interval(turns[:, 0], turns[:, 1], generator=generator)
+    assert 0.49 < low < high < 0.51
+    medians = np.median(inferences, axis=3)
+    assert paired_ratio(medians[:, 0], medians[:, 1]) > 0.55
+
+
+def test_turns_may_differ_in_length_between_sessions() -> None:
+    seconds = [[[[[2.0, 5.0], [1.0, 6.0]]]], [[[[4.0, 3.0]]]]]
+    assert turn_times(seconds, PASSED).tolist() == [[[1.0]], [[4.0]]]
+    assert turn_times(seconds, PROCESSOR).tolist() == [[[5.0]], [[3.0]]]
 
 
 def test_the_interval_covers_the_true_ratio() -> None:

@@ -58,6 +58,8 @@ def test_the_page_is_whole_and_loads_nothing(make_report: Make) -> None:
         "val did not improve for 5 epochs",
         "layer1.0.conv1.weight",
         "16 x 32 x 3 x 3",
+        "plain training of the same student (dashed)",
+        "reached after 390 steps, by plain training of the same student after 780 (50 % of the steps)",
         "the batch axis of input x is free",
     ):
         assert words in parsed.text

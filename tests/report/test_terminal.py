@@ -38,6 +38,16 @@ def test_everything_that_matters_is_printed(make_report: Make) -> None:
         assert words in output
 
 
+def test_the_steps_to_a_quality_are_told_beside_plain_trainings(make_report: Make) -> None:
+    output = printed(make_report())
+    assert (
+        "recover: accuracy of 0.8900 on val: reached after 390 steps, by plain training of the same student after 780"
+        " (50 % of the steps)" in output
+    )
+    assert "accuracy of 0.9500 on val: never reached, by plain training of the same student after 780" in output
+    assert "distilled training took 10 min 13 s, plain training 6 min 52 s" in output
+
+
 def test_nothing_is_wrapped_off_a_terminal(make_report: Make) -> None:
     report = make_report(notices=["a long notice " * 30])
     report["stages"][0]["name"] = "a_stage_with_quite_a_long_name_that_somebody_chose" * 2

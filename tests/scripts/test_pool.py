@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from scripts.zoo.pool import Report, run
+from scripts.pool import Report, run
 from scripts.zoo.table import outcome
 
 GIB = 2**30

@@ -87,6 +87,16 @@ def trained_digits() -> Model:
     return make_context(digits()).finetune(net, stage=None, name="base", trainer={"epochs": 8})
 
 
+class Notices(SilentProgress):
+    """Keeps what a user would be told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.told.append(text)
+
+
 class Kill(Exception):
     """Stands for a kill."""
 

@@ -13,6 +13,7 @@ from mil_cli.errors import TaskError
 from mil_cli.task.base import Task
 from mil_cli.task.classification import Classification
 from mil_cli.task.ctc import Ctc
+from mil_cli.task.denoising import Denoising
 from mil_cli.task.image_to_image import ImageToImage
 from mil_cli.task.regression import Regression
 from mil_cli.task.segmentation import Segmentation
@@ -45,7 +46,7 @@ def test_labels_out_of_range_are_told() -> None:
         Classification().class_scores(torch.randn(2, 3), (None, torch.tensor([0, 7])))
 
 
-@pytest.mark.parametrize("task", [Ctc(), Regression(), ImageToImage()], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [Ctc(), Regression(), ImageToImage(), Denoising()], ids=lambda task: task.name)
 def test_tasks_without_labels_of_classes_name_the_way_out(task: Task) -> None:
     with pytest.raises(TaskError, match=rf"{task.name}[\s\S]*soft_labels"):
         task.class_scores(torch.randn(2, 3, 4), (None, torch.randn(2, 3, 4)))
@@ -83,7 +84,7 @@ def test_a_model_of_all_the_weight_is_the_combination() -> None:
     assert float(Classification().distance(outputs[1], combined, batch, temperature=2.0)) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("task", [Regression(), ImageToImage()], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [Regression(), ImageToImage(), Denoising()], ids=lambda task: task.name)
 def test_numbers_are_averaged(task: Task) -> None:
     outputs = [torch.randn(2, 3, 4, 4) for _ in range(3)]
     expected = sum(weight * each for weight, each in zip(WEIGHTS, outputs, strict=True))

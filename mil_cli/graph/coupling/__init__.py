@@ -5,6 +5,7 @@ from mil_cli.graph.coupling.coupling import Coupling, Frozen, Member, Removed, S
 from mil_cli.graph.coupling.cut import shared_cut
 from mil_cli.graph.coupling.entry import analyse, check_equivalence, cut
 from mil_cli.graph.coupling.equivalence import EquivalenceReport
+from mil_cli.graph.coupling.memory import MemoryEstimate
 from mil_cli.graph.coupling.norms import group_norms
 from mil_cli.graph.coupling.reorder import arrange, reorder
 from mil_cli.graph.coupling.rows import Rows, entry_spaces, find_rows
@@ -17,6 +18,7 @@ __all__ = [
     "EquivalenceReport",
     "Frozen",
     "Member",
+    "MemoryEstimate",
     "Removed",
     "Rows",
     "RunningCall",

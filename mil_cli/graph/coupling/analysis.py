@@ -75,7 +75,7 @@ def analyse_graph(
     search.run()
     spaces = tuple(_space_of(found, seed, recording) for found, seed in search.found)
     return Coupling(
-        recording=recording,
+        table=table,
         spaces=spaces,
         frozen=tuple(_frozen_of(search.found, recording)),
         unknown=tuple((node.name, reason, source_line(node) or "") for node, reason in table.unknown),

@@ -36,11 +36,15 @@ class RunningCall(NamedTuple):
         node: The call, a node of the analysed graph.
         inputs: The shape of each of `node.all_input_nodes`; None where that is no tensor.
         outputs: The shape of what it gives, or of each tensor that it gives.
+        reads: The key of each of `node.all_input_nodes`.
+        gives: The key of what it gives, or of each tensor that it gives.
     """
 
     node: Node
     inputs: tuple[Shape | None, ...]
     outputs: tuple[Shape, ...]
+    reads: tuple[Key, ...]
+    gives: tuple[Key, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,13 +240,22 @@ class Counter:
             removed: By space, the classes that the cut removes.
             dropped: Nodes that no longer run; parameters that only they read are gone.
         """
+        return sum(self.parameters_left(removed, dropped).values())
+
+    def parameters_left(self, removed: Removed, dropped: Dropped = _NOTHING) -> dict[Key, int]:
+        """Return by parameter how many numbers of it are left after a cut; those that only dropped nodes read are gone.
+
+        Args:
+            removed: By space, the classes that the cut removes.
+            dropped: Nodes that no longer run.
+        """
         kept = self._kept(self.parameter_axes, removed)
         gone = frozenset(dropped)
-        return sum(
-            math.prod(kept.get(key, {}).get(axis, size) for axis, size in enumerate(shape))
+        return {
+            key: math.prod(kept.get(key, {}).get(axis, size) for axis, size in enumerate(shape))
             for key, shape in self.parameters.items()
             if not gone or not self._readers[key] <= gone
-        )
+        }
 
     def running(self, removed: Removed, dropped: Dropped = _NOTHING) -> Iterator[RunningCall]:
         """Yield every call that runs for each sample after a cut, with its sizes for one sample, in order.
@@ -262,7 +275,7 @@ class Counter:
         for node, inputs, outputs in self._running:
             if node.name not in dropped:
                 given = tuple(size for size in map(shape, outputs) if size is not None)
-                yield RunningCall(node, tuple(map(shape, inputs)), given)
+                yield RunningCall(node, tuple(map(shape, inputs)), given, inputs, outputs)
 
     def channels(self, removed: Removed) -> int:
         """Return the number of classes that are left after a cut, over all spaces of which anything can be cut."""

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from mil_cli.graph.coupling.disjoint import Labels
 from mil_cli.graph.coupling.record import Key, Recording
+from mil_cli.graph.coupling.table import RelationTable
 
 Removed = Mapping[int, Iterable[int]]
 """By space: the classes to remove."""
@@ -122,18 +123,23 @@ class Coupling:
     """Everything that the analysis of one graph found.
 
     Attributes:
-        recording: The normalised copy of the graph, with the shapes and values of the run.
+        table: The relations between the axes of the normalised copy of the graph.
         spaces: The spaces; an axis may belong to several (heads and head size), and is cut by all of them.
         frozen: What cannot be cut and why, one entry per parameter axis and reason.
         unknown: (node name, reason, source line) of ops without a rule.
         single: Shapes for a batch of one where it could be run, else those of `recording`.
     """
 
-    recording: Recording
+    table: RelationTable
     spaces: tuple[Space, ...]
     frozen: tuple[Frozen, ...]
     unknown: tuple[tuple[str, str, str], ...]
     single: Mapping[Key, tuple[int, ...]]
+
+    @property
+    def recording(self) -> Recording:
+        """The normalised copy of the graph, with the shapes and values of the run."""
+        return self.table.recording
 
     @property
     def graph(self) -> GraphModule:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from mil_cli.graph.coupling.coupling import Coupling, Space
 from mil_cli.graph.coupling.disjoint import NO_LABEL, DisjointSets, Labels
 from mil_cli.graph.coupling.record import Key
-from mil_cli.graph.coupling.relations import relate
 from mil_cli.graph.coupling.table import Link, Mark, Regroup, Relation, RelationTable
 
 
@@ -44,13 +43,9 @@ class Rows:
 
 def find_rows(coupling: Coupling) -> dict[int, Rows]:
     """Return by space the rows in which its entries can be chosen independently; spaces without any are left out."""
-    candidates = [number for number, space in enumerate(coupling.spaces) if _may_have_rows(coupling, space)]
-    if not candidates:
-        return {}
-    table = relate(coupling.recording)
     found = {}
-    for number in candidates:
-        rows = _Entries(table, coupling.spaces[number]).rows()
+    for number, space in enumerate(coupling.spaces):
+        rows = _Entries(coupling.table, space).rows() if _may_have_rows(coupling, space) else None
         if rows is not None:
             found[number] = rows
     return found

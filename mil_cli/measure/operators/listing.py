@@ -84,7 +84,7 @@ class OperatorLister:
         for call in self._counter.running(removed, dropped):
             source = _source(call.node)
             alone = source is not None and source.name in dropped  # what it would have been merged with is gone
-            identity = (*call, alone)
+            identity = (call.node, call.inputs, call.outputs, alone)
             if identity not in self._known:
                 self._known[identity] = self._operators(call, alone)
             found.extend(self._known[identity])

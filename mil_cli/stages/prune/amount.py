@@ -1,11 +1,11 @@
-"""What a target bounds, for any cut of a model: operations, parameters, channels, or latency from a table."""
+"""What a target bounds, for any cut of a model: operations, parameters, channels, latency, memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from mil_cli.graph.coupling import Counter, Coupling, Dropped, Removed
+from mil_cli.graph.coupling import Counter, Coupling, Dropped, MemoryEstimate, Removed
 from mil_cli.measure.operators import OperatorLister, OperatorTable
 from mil_cli.stages.prune.settings import CutConfig
 
@@ -44,6 +44,7 @@ class Amount:
         counts: dict[str, Measure] = {
             "macs": counter.macs,
             "params": counter.params,
+            "memory": MemoryEstimate(counter),
             "channels": lambda removed, dropped=frozenset(): counter.channels(removed),
         }
         return counts[self._config.quantity]
@@ -73,4 +74,10 @@ class Amount:
 
     def shown(self, value: float) -> str:
         """Return an amount as a user reads it."""
-        return f"{1e3 * value:.3g} ms" if self._table is not None else f"{value:,.10g} {self._config.quantity}"
+        match self._config.quantity:
+            case "latency":
+                return f"{1e3 * value:.3g} ms"
+            case "memory":
+                return f"an estimated {value:,.0f} bytes"
+            case counted:
+                return f"{value:,.10g} {counted}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+import operator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from mil_cli.errors import StageError
 from mil_cli.stages.breeding import Scored, evolve, from_state, ranked, to_state
+from mil_cli.stages.measured import Choice
 from mil_cli.stages.prune.searching import Search, SearchConfig
 from mil_cli.stages.prune.structures import Structures, with_choice
 from mil_cli.stages.registry import stage
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 _MEASURED_AHEAD = 300
 _SHOWN = 20
+
+_AGAIN = 0.25
+"""What part of the evaluations, and of the population, another choice for a corrected latency takes."""
 
 
 class EvolutionConfig(SearchConfig):
@@ -43,7 +48,8 @@ def evolution(model: Model, config: EvolutionConfig, context: Context) -> Model:
 
     Liu et al. 2019, "MetaPruning" (ICCV), for evolution over widths; a structure keeps the weights that it inherits and
     takes the statistics of its batch norms anew, as Li et al. 2020, "EagleEye" (ECCV), judge theirs. A child above the
-    bound is narrowed at random until it is within.
+    bound is narrowed at random until it is within. Where the whole model takes another time than was predicted for a
+    latency, the best are bred on, shortly, under a bound that makes up for it.
 
     Args:
         model: The model; not changed.
@@ -56,48 +62,92 @@ def evolution(model: Model, config: EvolutionConfig, context: Context) -> Model:
     Raises:
         StageError: The target cannot be met, nothing can be cut, or no structure gives finite outputs.
     """
-    slot = context.slot("generations")
-    state = slot.load() or {"scored": [], "table": {}}
+    state = context.slot("generations").load() or {"scored": [], "table": {}, "measured": []}
     search = Search(model, config, context, state["table"])
-    structures = search.structures(search.model)
-    space = BoundedStructures(structures, search.goal)
-    _measure_ahead(structures, search, context)
-    known = from_state(state["scored"])
-    higher = context.task.higher_is_better
-
-    def keep(scored: list[Scored]) -> None:
-        state["scored"], state["table"] = to_state(scored), search.amount.table
-        slot.save(state)
-        bar.advance(note=f"best {context.task.metric_name} {ranked(scored, higher)[0].quality:.4g}")
-
-    with context.progress.work(f"{context.name}: searching", config.evaluations, done=len(known)) as bar:
-        found = evolve(
-            space,
-            cost=structures.cost,
-            bound=search.goal,
-            score=lambda candidate: search.quality(search.fresh(structures, candidate)),
-            higher_is_better=higher,
-            evaluations=config.evaluations,
-            population=config.population,
-            generator=context.generator,
-            first=[space.even()],
-            known=known,
-            on_scored=keep,
-        )
-    if not math.isfinite(found[0].quality):
-        hint = "keep more, or fine-tune the model before it is pruned"
-        raise StageError("no structure gives finite outputs", where=f"stages.{context.name}", hint=hint)
-    best = found[0]
+    breeding = _Breeding(search, config, context, state)
+    _measure_ahead(breeding.structures, search, context)
+    found, measured = search.correction(state["measured"], breeding.keep).search(breeding.choice)
+    best, structures = found[0], breeding.structures
     _, check = search.proven(structures, best.candidate)
     return search.finish(
         search.fresh(structures, best.candidate),
         best.cost,
-        scored=len(found),
+        measured=measured,
+        scored=len(state["scored"]),
         search_quality=best.quality,
         best=[{"quality": entry.quality, config.quantity: entry.cost} for entry in found[:_SHOWN]],
         check=check,
         **structures.describe(best.candidate),
     )
+
+
+class _Breeding:
+    """Breeds structures for one bound after another; what was scored for one begins the next.
+
+    Args:
+        search: What is searched in.
+        config: The settings.
+        context: Gives generators, progress and the checkpoint.
+        state: What the checkpoint holds.
+
+    Attributes:
+        structures: All there are.
+    """
+
+    def __init__(self, search: Search, config: EvolutionConfig, context: Context, state: dict[str, Any]) -> None:
+        self._search, self._config, self._context, self._state = search, config, context, state
+        self._slot = context.slot("generations")
+        self._scored: list[Scored] = []
+        self.structures = search.structures(search.model)
+
+    def keep(self) -> None:
+        """Write the checkpoint."""
+        self._state["table"] = self._search.amount.table
+        self._slot.save(self._state)
+
+    def choice(self, target: float, before: int) -> Choice[list[Scored]]:
+        """Return what was scored within a bound, the best first; after the first choice with less breeding.
+
+        Raises:
+            StageError: No structure gives finite outputs.
+        """
+        structures, higher = self.structures, self._context.task.higher_is_better
+        space = BoundedStructures(structures, max(target, structures.cost(structures.smallest)))
+        evaluations, population = self._config.evaluations, self._config.population
+        first = [space.even()]
+        if before:
+            evaluations, population = (max(2, round(count * _AGAIN)) for count in (evaluations, population))
+            generator = self._context.generator(f"choice {before}")
+            elite = ranked(self._scored, higher)[:population]
+            first = [space.fitted(entry.candidate, generator) for entry in elite]
+        known = from_state(self._state["scored"])
+        done = 0 if before else min(len(known), evaluations)
+        with self._context.progress.work(f"{self._context.name}: searching", evaluations, done=done) as bar:
+
+            def keep(scored: list[Scored]) -> None:
+                self._state["scored"] = to_state(scored)
+                self.keep()
+                best = ranked(scored[len(known) :], higher)[0].quality
+                bar.advance(note=f"best {self._context.task.metric_name} {best:.4g}")
+
+            found = evolve(
+                space,
+                cost=structures.cost,
+                bound=space.bound,
+                score=lambda candidate: self._search.quality(self._search.fresh(structures, candidate)),
+                higher_is_better=higher,
+                evaluations=evaluations,
+                population=population,
+                generator=lambda purpose: self._context.generator(f"choice {before} {purpose}" if before else purpose),
+                first=first,
+                known=known,
+                on_scored=keep,
+            )
+        if not math.isfinite(found[0].quality):
+            hint = "keep more, or fine-tune the model before it is pruned"
+            raise StageError("no structure gives finite outputs", where=f"stages.{self._context.name}", hint=hint)
+        self._scored += found
+        return Choice(found[0].candidate, lambda: self._search.cut(structures, found[0].candidate), found)
 
 
 class BoundedStructures:
@@ -106,10 +156,13 @@ class BoundedStructures:
     Args:
         structures: All there are.
         bound: Largest cost; the smallest structure is within.
+
+    Attributes:
+        bound: The same.
     """
 
     def __init__(self, structures: Structures, bound: float) -> None:
-        self._structures, self._bound = structures, bound
+        self._structures, self.bound = structures, bound
 
     @property
     def smallest(self) -> Candidate:
@@ -123,7 +176,7 @@ class BoundedStructures:
         for level in range(levels + 1):
             widths = (round(len(width.chunks) * level / levels) for width in structures.widths)
             candidate = (*widths, *(0 for _ in structures.branches))
-            if structures.cost(candidate) <= self._bound:
+            if structures.cost(candidate) <= self.bound:
                 return candidate
         return structures.smallest
 
@@ -163,15 +216,26 @@ class BoundedStructures:
             if structures.allows(step):
                 paths.append(step)
         low, high = 0, len(paths) - 1
-        if structures.cost(paths[high]) > self._bound:
+        if structures.cost(paths[high]) > self.bound:
             return structures.smallest
         while low < high:
             middle = (low + high) // 2
-            if structures.cost(paths[middle]) <= self._bound:
+            if structures.cost(paths[middle]) <= self.bound:
                 high = middle
             else:
                 low = middle + 1
         return structures.canonical(paths[low])
+
+    def fitted(self, candidate: Candidate, generator: torch.Generator) -> Candidate:
+        """Return a structure that uses the bound: the given one, shrunk or widened by steps of a random sequence."""
+        structures = self._structures
+        if structures.cost(candidate) > self.bound:
+            return self.shrunk(candidate, generator)
+        for place in self._sequence(tuple(map(operator.sub, structures.last, candidate)), generator):
+            wider = with_choice(candidate, place, candidate[place] - 1)
+            if structures.cost(wider) <= self.bound:
+                candidate = wider
+        return structures.canonical(candidate)
 
     def _sequence(self, candidate: Candidate, generator: torch.Generator) -> list[int]:
         """Return all axes in a random order, each as often as it can still be narrowed; a share of them goes first."""

@@ -1,8 +1,8 @@
-"""One round of structured pruning: score the classes, choose, cut, prove; a latency is measured and chosen again."""
+"""One round of structured pruning: score the classes, choose, cut, prove."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, EquivalenceReport, Removed, analyse, check_equivalence, cut
-from mil_cli.stages.measured import latency_ratio
+from mil_cli.stages.measured import Choice, Correction
 from mil_cli.stages.prune.amount import Amount, Measure
 from mil_cli.stages.prune.arrange import Importance, arranged
 from mil_cli.stages.prune.selection import Scores, Selection, least_classes, select
@@ -20,13 +20,6 @@ from mil_cli.training.evaluate import fixed_batch
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-
-_MEASUREMENTS = 4
-_NEAR = 0.95
-"""A measured latency from this share of the goal up to the goal is near enough."""
-
-_AIM = 0.98
-"""What share of the goal a corrected choice aims at, so that noise does not carry it over the goal again."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +79,19 @@ class Rounds:
         self._config, self._context = config, context
         self._amount, self._multiple, self._shapes = amount, multiple, shapes
 
-    def score(self, model: Model, importance: Importance) -> Scored:
+    def score(self, model: Model, importance: Importance, coupling: Coupling | None = None) -> Scored:
         """Judge every class of a model.
+
+        Args:
+            model: The model.
+            importance: Scores of a model's classes, by space.
+            coupling: The model's analysis, if there is one already.
 
         Raises:
             StageError: Nothing can be cut, or no class has a score.
         """
         config, context = self._config, self._context
-        coupling = analyse(model)
+        coupling = coupling or analyse(model)
         if not any(space.free for space in coupling.spaces):
             raise StageError(
                 "nothing of this model can be cut", where=f"stages.{context.name}", hint=_why_nothing(coupling)
@@ -186,56 +184,25 @@ class Rounds:
         )
         return coupling.freeze(report.failed, "the cut did not pass the comparison with the uncut model")
 
-    def cut_to_measured(
-        self,
-        scored: Scored,
-        goal: float,
-        *,
-        original: Model,
-        start: float,
-        measured: list[float],
-        keep: Callable[[], None],
-    ) -> Round:
-        """Cut to a latency that holds when the whole model is measured: what the prediction was off by is corrected.
+    def cut_to_measured(self, scored: Scored, correction: Correction) -> Round:
+        """Cut to the goal as `correction` tells it.
 
         Args:
             scored: The model.
-            goal: Seconds to keep, on the scale of predictions.
-            original: The model before the stage.
-            start: Its predicted seconds.
-            measured: What earlier measurements gave, by which the same is decided again; new ones are added.
-            keep: Called after each new one, so that they outlive an interruption.
-
-        Returns:
-            The cut with the most left of those that keep the goal when measured; if none does, the fastest.
+            correction: Tells whether what was predicted holds when the whole model is measured.
 
         Raises:
             StageError: The first choice cannot reach the goal by prediction.
         """
-        tried: list[tuple[float, Round]] = []
-        target = goal
-        while len(tried) < _MEASUREMENTS:
-            found = self.cut(scored, target, must_reach=not tried)
-            if any(found.removed == other.removed for _, other in tried):
-                break
-            if len(measured) == len(tried):
-                measured.append(start * latency_ratio(found.model, original, self._context))
-                keep()
-            seconds = measured[len(tried)]
-            found.facts["measured"] = seconds
-            tried.append((seconds, found))
-            if _NEAR * goal <= seconds <= goal:
-                break
-            target *= _AIM * goal / seconds
-        within = [pair for pair in tried if pair[0] <= goal]
-        if not within:
-            fastest, allowed = (self._amount.shown(seconds) for seconds in (min(tried)[0], goal))
-            self._context.progress.notice(
-                f"{self._context.name}: measured, none of {len(tried)} choices keeps {allowed}; the fastest takes "
-                f"{fastest}"
-            )
-        chosen = max(within, key=lambda pair: pair[0]) if within else min(tried, key=lambda pair: pair[0])
-        return chosen[1]
+
+        def find(target: float, before: int) -> Choice[Round]:
+            made = self.cut(scored, target, must_reach=not before)
+            return Choice(made.removed, lambda: made.model, made)
+
+        made, seconds = correction.search(find)
+        if seconds is not None:
+            made.facts["measured"] = seconds
+        return made
 
     def choose(self, scored: Scored) -> dict[int, set[int]]:
         """Return what one cut down to the whole target would remove.

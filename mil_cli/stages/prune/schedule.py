@@ -12,6 +12,7 @@ import torch
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, cut
 from mil_cli.stages.judging import quality_or_worst, with_fresh_statistics
+from mil_cli.stages.measured import Correction
 from mil_cli.stages.prune.amount import Amount
 from mil_cli.stages.prune.rounds import Round, Rounds, Scored
 from mil_cli.stages.prune.selection import Scores, by_space, describe_widths
@@ -54,67 +55,159 @@ def prune(
         StageError: The target cannot be met with `max_per_layer` and the rounding, nothing can be cut, or the weights
             are not finite.
     """
-    original = current = model.clone().eval()
-    check_finite(current, context)
-    shapes = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
-    multiple = width_multiple(config.round_to, config.multiple, context.device)
-    slot = context.slot("steps")
-    state = slot.load() or {"cuts": [], "facts": [], "compared": {}, "table": {}, "measured": [], "weights": None}
-    coupling = analyse(current)
-    frozen = frozen_facts(coupling)
-    amount = Amount(config, context, state["table"] or known)
-    start = amount.measure(coupling)({})
-    goal = config.kept.resolve(start)
-    tell_if_met(config, context, amount, start)
-    current = _resumed(current, state)
-    rounds = Rounds(config, context, amount=amount, multiple=multiple, shapes=shapes)
-
-    def keep() -> None:  # before anything trains: a run that goes on must decide by the same figures
-        state["table"] = amount.table
-        slot.save(state)
-
+    run = _Run(model, config, context, importance, known)
     with context.progress.work(f"{context.name}: pruning", total=config.steps) as bar:
-        bar.advance(len(state["cuts"]))
-        for step in range(len(state["cuts"]), config.steps):
-            last = step == config.steps - 1
-            target = goal if last else start * (goal / start) ** ((step + 1) / config.steps)
-            scored = rounds.score(current, importance)
-            if last and config.measures_latency and goal < start:
-                made = rounds.cut_to_measured(
-                    scored, goal, original=original, start=start, measured=state["measured"], keep=keep
-                )
-            else:
-                made = rounds.cut(scored, target, must_reach=last)
-            if amount.table:
-                keep()
-            state["facts"].append({"step": step + 1, **made.facts})
-            recover = config.recover is not None and (not last or config.recover_last)
-            compares = step == 0 and config.compare_samples > 0 and config.method != "random"
-            fresh = made.model if recover and not compares else _fresh(made.model, config, context)
-            if compares:
-                state["compared"] = _compared(fresh, scored, made, rounds, config, context)
-            current = fresh
-            if recover:
-                current = context.finetune(
-                    made.model, stage=config.recover, name=f"step{step + 1}", trainer=config.recover_trainer
-                )
-            state["cuts"].append(by_space(made.removed))
-            state["weights"] = weights_of(current)
-            slot.save(state)
-            bar.advance(note=f"{config.quantity} {made.facts['left'] / start:.1%}")
-    after = {name: tuple(tensor.shape) for name, tensor in current.named_parameters()}
-    context.note(
-        quantity=config.quantity,
-        before=start,
-        target=goal,
-        multiple=multiple,
-        steps=state["facts"],
-        **state["compared"],
-        widths=describe_widths(shapes, after),
-        frozen=frozen,
-        latency_table=amount.table,
-    )
-    return current.eval()
+        bar.advance(run.done)
+        while run.done < config.steps:
+            left = run.step()
+            bar.advance(note=f"{config.quantity} {left:.1%}")
+    run.note()
+    return run.model.eval()
+
+
+class _Run:
+    """The steps of one stage, and the checkpoint of those that are done.
+
+    Args:
+        model: The model before the stage; not changed.
+        config: The settings.
+        context: Gives data, device, fine-tuning and checkpoints.
+        importance: Scores of a model's classes, by space.
+        known: A latency's table of operators, as far as it was measured already.
+
+    Attributes:
+        model: What the steps have made of the model so far.
+
+    Raises:
+        StageError: The weights are not finite.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: StructuredPruningConfig,
+        context: Context,
+        importance: Importance,
+        known: Mapping[str, float] | None,
+    ) -> None:
+        self._config, self._context, self._importance = config, context, importance
+        original = model.clone().eval()
+        check_finite(original, context)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in original.named_parameters()}
+        self._multiple = width_multiple(config.round_to, config.multiple, context.device)
+        self._slot = context.slot("steps")
+        self._state: dict[str, Any] = self._slot.load() or {
+            "cuts": [],
+            "facts": [],
+            "compared": {},
+            "table": {},
+            "measured": [],
+            "weights": None,
+        }
+        self._coupling = analyse(original)
+        self._amount = Amount(config, context, self._state["table"] or known)
+        self._start = self._amount.measure(self._coupling)({})
+        self._goal = config.kept.resolve(self._start)
+        tell_if_met(config, context, self._amount, self._start)
+        self._rounds = Rounds(config, context, amount=self._amount, multiple=self._multiple, shapes=self._shapes)
+        self._correction = Correction(
+            original,
+            start=self._start,
+            goal=self._goal,
+            context=context,
+            measured=self._state["measured"],
+            keep=self._keep,
+            active=config.measures_latency,
+        )
+        self.model = self._resumed(original)
+
+    @property
+    def done(self) -> int:
+        """How many steps are done."""
+        return len(self._state["cuts"])
+
+    def step(self) -> float:
+        """Cut once more, and fine-tune; returns the share of the quantity that is left.
+
+        Raises:
+            StageError: Nothing can be cut, or the target cannot be met.
+        """
+        first = self.done == 0
+        scored = self._rounds.score(self.model, self._importance, self._coupling if first else None)
+        made = self._cut(scored)
+        if self._amount.table:
+            self._keep()  # before anything trains: a run that goes on must decide by the same figures
+        self._state["facts"].append({"step": self.done + 1, **made.facts})
+        self.model = self._recovered(made, scored)
+        self._state["cuts"].append(by_space(made.removed))
+        self._state["weights"] = weights_of(self.model)
+        self._keep()
+        return float(made.facts["left"] / self._start)
+
+    def note(self) -> None:
+        """Tell the report what was done."""
+        after = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters()}
+        self._context.note(
+            quantity=self._config.quantity,
+            before=self._start,
+            target=self._goal,
+            multiple=self._multiple,
+            steps=self._state["facts"],
+            **self._state["compared"],
+            widths=describe_widths(self._shapes, after),
+            frozen=frozen_facts(self._coupling),
+            latency_table=self._amount.table,
+        )
+
+    def _cut(self, scored: Scored) -> Round:
+        steps = self._config.steps
+        if self.done == steps - 1:
+            return self._rounds.cut_to_measured(scored, self._correction)
+        target = self._start * (self._goal / self._start) ** ((self.done + 1) / steps)
+        return self._rounds.cut(scored, target, must_reach=False)
+
+    def _recovered(self, made: Round, scored: Scored) -> Model:
+        """Return what was cut, fine-tuned if the settings say so, else with fresh statistics of its batch norms."""
+        config = self._config
+        recovers = config.recover is not None and (self.done < config.steps - 1 or config.recover_last)
+        compares = self.done == 0 and config.compare_samples > 0 and config.method != "random"
+        fresh = made.model if recovers and not compares else self._fresh(made.model)
+        if compares:
+            self._state["compared"] = self._compared(fresh, scored, made)
+        if not recovers:
+            return fresh
+        name = f"step{self.done + 1}"
+        return self._context.finetune(made.model, stage=config.recover, name=name, trainer=config.recover_trainer)
+
+    def _compared(self, fresh: Model, scored: Scored, made: Round) -> dict[str, float | None]:
+        """Return the quality after a cut, and after one of the same size whose classes are judged at random."""
+        scores = random_scores(scored.coupling, self._context.generator("random"))
+        drawn = self._rounds.cut(replace(scored, scores=scores), made.facts["left"], must_reach=False).model
+        return {
+            "quality_after_the_first_cut": self._quality(fresh),
+            "quality_after_a_random_cut": self._quality(self._fresh(drawn)),
+        }
+
+    def _fresh(self, model: Model) -> Model:
+        return with_fresh_statistics(model, self._context, samples=self._config.recalibrate_samples)
+
+    def _quality(self, model: Model) -> float | None:
+        """Return the quality of a cut model on some of val before anything trains it; None if it is not finite."""
+        found = quality_or_worst(model, self._context, samples=self._config.compare_samples)
+        return found if math.isfinite(found) else None
+
+    def _resumed(self, model: Model) -> Model:
+        """Return the model as an interruption left it: the same cuts, then the weights as they were."""
+        for number, removed in enumerate(self._state["cuts"]):
+            coupling = analyse(model) if number else self._coupling
+            model = cut(model, coupling, {int(number): set(classes) for number, classes in removed.items()})
+        if self._state["weights"] is not None:
+            model.load_state_dict(self._state["weights"])
+        return model
+
+    def _keep(self) -> None:
+        self._state["table"] = self._amount.table
+        self._slot.save(self._state)
 
 
 def choose(
@@ -193,35 +286,3 @@ def frozen_facts(coupling: Coupling) -> list[dict[str, Any]]:
 def weights_of(model: Model) -> dict[str, torch.Tensor]:
     """Return a model's weights and statistics in the form that a checkpoint keeps."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _resumed(model: Model, state: Mapping[str, Any]) -> Model:
-    """Return the model as an interruption left it: the same cuts, then the weights as they were."""
-    for removed in state["cuts"]:
-        model = cut(model, analyse(model), {int(number): set(classes) for number, classes in removed.items()})
-    if state["weights"] is not None:
-        model.load_state_dict(state["weights"])
-    return model
-
-
-def _compared(
-    fresh: Model, scored: Scored, made: Round, rounds: Rounds, config: StructuredPruningConfig, context: Context
-) -> dict[str, float | None]:
-    """Return the quality after a cut, and after one of the same size whose classes are judged at random."""
-    scores = random_scores(scored.coupling, context.generator("random"))
-    judged = replace(scored, scores=scores)
-    drawn = rounds.cut(judged, made.facts["left"], must_reach=False).model
-    return {
-        "quality_after_the_first_cut": _quality(fresh, config, context),
-        "quality_after_a_random_cut": _quality(_fresh(drawn, config, context), config, context),
-    }
-
-
-def _fresh(model: Model, config: StructuredPruningConfig, context: Context) -> Model:
-    return with_fresh_statistics(model, context, samples=config.recalibrate_samples)
-
-
-def _quality(model: Model, config: StructuredPruningConfig, context: Context) -> float | None:
-    """Return the quality of a cut model on some of val before anything trains it; None if outputs are not finite."""
-    found = quality_or_worst(model, context, samples=config.compare_samples)
-    return found if math.isfinite(found) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from mil_cli.graph.coupling.equivalence import TOLERANCE, relative_difference
 from mil_cli.graph.coupling.record import flat_inputs
 from mil_cli.graph.residual import Shortcuts, remove_branches, residual_chains
 from mil_cli.stages.judging import quality_or_worst, with_fresh_statistics
+from mil_cli.stages.measured import Correction
 from mil_cli.stages.prune.activation import mean_magnitude
 from mil_cli.stages.prune.amount import Amount, Measure
 from mil_cli.stages.prune.fpgm import distances
@@ -62,6 +63,7 @@ class Search:
 
     Attributes:
         model: The model before the stage, in evaluation mode.
+        coupling: Its analysis.
         amount: The quantity that the target bounds.
         start: What the model has of it.
         goal: What it may have in the end.
@@ -84,13 +86,29 @@ class Search:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters()}
         self._multiple = width_multiple(config.round_to, config.multiple, context.device)
         self.amount = Amount(config, context, known)
-        coupling = analyse(self.model)
-        self._frozen = frozen_facts(coupling)
-        self._limits = limits_of(residual_chains(coupling.graph), most=config.max_per_chain)
-        self.start = self.amount.measure(coupling)({})
+        self.coupling = analyse(self.model)
+        self._limits = limits_of(residual_chains(self.coupling.graph), most=config.max_per_chain)
+        self.start = self.amount.measure(self.coupling)({})
         self.goal = config.kept.resolve(self.start)
         self._rounds = Rounds(config, context, amount=self.amount, multiple=self._multiple, shapes=self._shapes)
         tell_if_met(config, context, self.amount, self.start)
+
+    def correction(self, measured: list[list[float]], keep: Callable[[], None]) -> Correction:
+        """Return what corrects predicted latencies; it does nothing where the target bounds something else.
+
+        Args:
+            measured: What was measured before an interruption; new measurements are added.
+            keep: Called after each new one.
+        """
+        return Correction(
+            self.model,
+            start=self.start,
+            goal=self.goal,
+            context=self._context,
+            measured=measured,
+            keep=keep,
+            active=self._config.measures_latency,
+        )
 
     def structures(self, model: Model, gone: Collection[str] = ()) -> Structures:
         """Return what can be chosen for a model, once a cut of all that can go has been compared with the model.
@@ -102,7 +120,7 @@ class Search:
         Raises:
             StageError: Nothing can be cut.
         """
-        scored = self._rounds.score(model, self._importance)
+        scored = self._rounds.score(model, self._importance, self.coupling if model is self.model else None)
         coupling = scored.coupling
         while True:
             widths = self._widths(scored, coupling)
@@ -200,12 +218,13 @@ class Search:
             hint="keep more, raise max_per_layer or max_per_chain, or lower round_to",
         )
 
-    def finish(self, model: Model, left: float, **facts: object) -> Model:
+    def finish(self, model: Model, left: float, *, measured: float | None = None, **facts: object) -> Model:
         """Note what was found, and fine-tune it if the settings say so.
 
         Args:
             model: What was found.
             left: What it has of the quantity.
+            measured: What it has when it is measured as a whole, if it was.
             facts: More for the report.
 
         Returns:
@@ -218,10 +237,11 @@ class Search:
             before=self.start,
             target=self.goal,
             left=left,
+            **({} if measured is None else {"measured": measured}),
             multiple=self._multiple,
             importance=config.importance,
             widths=describe_widths(self._shapes, after),
-            frozen=self._frozen,
+            frozen=frozen_facts(self.coupling),
             latency_table=self.amount.table,
             **facts,
         )

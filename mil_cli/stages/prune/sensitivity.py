@@ -12,6 +12,7 @@ from pydantic import Field
 
 from mil_cli.errors import StageError
 from mil_cli.stages.judging import mean_loss
+from mil_cli.stages.measured import Choice
 from mil_cli.stages.prune.knapsack import choose
 from mil_cli.stages.prune.searching import Search, SearchConfig
 from mil_cli.stages.prune.structures import Structures, with_choice
@@ -51,7 +52,8 @@ def sensitivity(model: Model, config: SensitivityConfig, context: Context) -> Mo
     on a part of val is measured without training, with the statistics of batch norms taken anew, and an integer
     programme chooses, as Shen et al. 2022 (HALP) do for a latency. What a space costs depends on the widths around it:
     costs are taken at the choice so far, the programme is solved again there, and so on, in several rounds of ever
-    lower bounds; what is chosen in the end keeps the true bound.
+    lower bounds; what is chosen in the end keeps the true bound. A latency is measured then, and chosen again by the
+    same curves where the whole model takes another time than predicted.
 
     Args:
         model: The model; not changed.
@@ -65,7 +67,7 @@ def sensitivity(model: Model, config: SensitivityConfig, context: Context) -> Mo
         StageError: The target cannot be met, or nothing can be cut.
     """
     slot = context.slot("curves")
-    state = slot.load() or {"losses": [], "table": {}, "chosen": None}
+    state = slot.load() or {"losses": [], "table": {}, "chosen": [], "measured": []}
     search = Search(model, config, context, state["table"])
     structures = search.structures(search.model)
 
@@ -74,15 +76,20 @@ def sensitivity(model: Model, config: SensitivityConfig, context: Context) -> Mo
         slot.save(state)
 
     curves = measured_curves(structures, search, config, context, state["losses"], keep)
-    if state["chosen"] is None:
 
-        def prepare(candidates: Iterator[Candidate]) -> None:
-            cuts = ((structures.removed(one), structures.dropped(one)) for one in candidates)
-            search.amount.prepare(structures.coupling, cuts)
+    def prepare(candidates: Iterator[Candidate]) -> None:
+        cuts = ((structures.removed(one), structures.dropped(one)) for one in candidates)
+        search.amount.prepare(structures.coupling, cuts)
 
-        state["chosen"] = list(structures.canonical(choose_structure(structures, curves, search.goal, prepare)))
-        keep()
-    chosen = tuple(state["chosen"])
+    def find(target: float, before: int) -> Choice[Candidate]:
+        if len(state["chosen"]) == before:
+            bound = max(target, structures.cost(structures.smallest))
+            state["chosen"].append(list(structures.canonical(choose_structure(structures, curves, bound, prepare))))
+            keep()
+        candidate = tuple(state["chosen"][before])
+        return Choice(candidate, lambda: search.cut(structures, candidate), candidate)
+
+    chosen, measured = search.correction(state["measured"], keep).search(find)
     _, check = search.proven(structures, chosen)
     facts = [
         {"name": name, "added_loss": [float(value) if math.isfinite(value) else None for value in curve]}
@@ -91,6 +98,7 @@ def sensitivity(model: Model, config: SensitivityConfig, context: Context) -> Mo
     return search.finish(
         search.fresh(structures, chosen),
         structures.cost(chosen),
+        measured=measured,
         curves=facts,
         summed_loss=total(curves, chosen),
         check=check,

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from mil_cli.stages.registry import StageConfig
-from mil_cli.stages.targets import Kernels, LatencyTarget, RoundTo, Target, parse_latency
+from mil_cli.stages.targets import Kernels, LatencyTarget, MemoryTarget, RoundTo, Target, parse_latency, parse_memory
 from mil_cli.units import Kept, parse_kept
 
-Quantity = Literal["macs", "params", "channels", "latency"]
+Quantity = Literal["macs", "params", "channels", "latency", "memory"]
 
 
 class CutConfig(StageConfig):
@@ -20,8 +20,9 @@ class CutConfig(StageConfig):
         macs: Multiply-accumulates to keep, as a ratio of what comes in (``0.3``, ``30%``) or a count (``6M``).
         params: Parameters to keep, likewise.
         latency: Predicted latency to keep, as a ratio or a duration (``2 ms``), by a table of operators that are
-            measured on the device; the result then depends on what was measured. Exactly one of the `quantities` is
-            given.
+            measured on the device; the result then depends on what was measured.
+        memory: Estimated memory to keep, as a ratio or a size (``2 MB``): the bytes of the weights and of the largest
+            set of activations that are live at once, for one sample in float. Exactly one of the `quantities` is given.
         max_per_layer: Largest part of a layer's width that may be removed, over all steps.
         round_to: Multiple that widths end on; ``auto`` takes the device's.
         independent: Whether every group of a convolution and every attention head keeps the channels that matter most
@@ -33,10 +34,12 @@ class CutConfig(StageConfig):
         check_samples: Training samples on which every cut is compared with the uncut model.
         recalibrate_samples: Training samples from which the statistics of batch norms are taken anew after a cut that
             no fine-tuning follows here; 0 leaves them.
+        measured: Whether a choice by predicted latency is corrected by measuring the whole cut model beside the one
+            that came in, until it keeps the target; not where `multiple` is int8, since it is not quantized yet.
     """
 
     family: ClassVar[str] = "prune"
-    quantities: ClassVar[tuple[Quantity, ...]] = ("macs", "params", "latency")
+    quantities: ClassVar[tuple[Quantity, ...]] = ("macs", "params", "latency", "memory")
     never_after: ClassVar[dict[str, str]] = {
         "quantize": "quantizers are placed and scaled for the widths that they find"
     }
@@ -44,6 +47,7 @@ class CutConfig(StageConfig):
     macs: Target | None = None
     params: Target | None = None
     latency: LatencyTarget | None = None
+    memory: MemoryTarget | None = None
     max_per_layer: float = Field(0.8, gt=0, lt=1)
     round_to: RoundTo = "auto"
     multiple: Kernels = "float"
@@ -52,6 +56,7 @@ class CutConfig(StageConfig):
     recover_trainer: dict[str, Any] = Field(default_factory=dict)
     check_samples: int = Field(16, ge=1)
     recalibrate_samples: int = Field(512, ge=0)
+    measured: bool = True
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -71,7 +76,13 @@ class CutConfig(StageConfig):
     def kept(self) -> Kept:
         """How much of it is kept."""
         asked = getattr(self, self.quantity)
-        return parse_latency(asked) if self.quantity == "latency" else parse_kept(asked)
+        parsers = {"latency": parse_latency, "memory": parse_memory}
+        return parsers.get(self.quantity, parse_kept)(asked)
+
+    @property
+    def measures_latency(self) -> bool:
+        """Whether a choice by predicted latency is corrected by measuring float models, as the stage has them."""
+        return self.measured and self.quantity == "latency" and self.multiple == "float"
 
 
 class StructuredPruningConfig(CutConfig):
@@ -84,19 +95,11 @@ class StructuredPruningConfig(CutConfig):
         recover_last: Fine-tune after the last step too, where no later stage of the chain does.
         compare_samples: Samples of val on which the first cut is compared with a random one of the same size, before
             anything trains it: what the method is worth shows there. 0 compares nothing.
-        measured: Whether a choice by predicted latency is corrected by measuring the whole cut model beside the one
-            that came in, until it keeps the target; not where `multiple` is int8, since it is not quantized yet.
     """
 
-    quantities: ClassVar[tuple[Quantity, ...]] = ("macs", "params", "channels", "latency")
+    quantities: ClassVar[tuple[Quantity, ...]] = ("macs", "params", "channels", "latency", "memory")
 
     channels: Target | None = None
     steps: int = Field(1, ge=1, le=1000)
     recover_last: bool = False
     compare_samples: int = Field(2000, ge=0)
-    measured: bool = True
-
-    @property
-    def measures_latency(self) -> bool:
-        """Whether a choice by predicted latency is corrected by measuring float models, as the stage has them."""
-        return self.measured and self.quantity == "latency" and self.multiple == "float"

@@ -61,7 +61,8 @@ def soft_mask(model: Model, config: SoftMaskConfig, context: Context) -> Model:
     Gallego-Posada et al. 2022, "Controlled Sparsity via Constrained Optimization" (NeurIPS), for the target as a
     constraint. Gates multiply the weights that read a class, or all of its weights where something else reads it too;
     they are folded into these in the end, and the classes whose gates are open with the least probability are cut.
-    Where the target is a latency, training keeps to the multiply-accumulates of the cut by magnitude that meets it.
+    Where the target is a latency or a memory, training keeps to the multiply-accumulates of the cut by magnitude that
+    meets it.
 
     Args:
         model: The model; not changed.
@@ -109,12 +110,14 @@ def _target(
 ) -> tuple[float, ExpectedCount, Mapping[str, float]]:
     """Return the share that may be left, what counts it, and the table of a latency as far as it was measured."""
     counter = Counter(coupling)
-    if config.quantity == "latency":
-        removed, table = choose(model, coupling, group_norms(model.graph, coupling), config, context)
-        return counter.macs(removed) / counter.macs({}), ExpectedCount(counter, "macs"), table
-    counts = {"macs": counter.macs, "params": counter.params, "channels": counter.channels}
-    start = counts[config.quantity]({})
-    return min(config.kept.resolve(start) / start, 1.0), ExpectedCount(counter, config.quantity), {}
+    match config.quantity:
+        case "macs" | "params" | "channels" as counted:
+            counts = {"macs": counter.macs, "params": counter.params, "channels": counter.channels}
+            start = counts[counted]({})
+            return min(config.kept.resolve(start) / start, 1.0), ExpectedCount(counter, counted), {}
+        case _:
+            removed, table = choose(model, coupling, group_norms(model.graph, coupling), config, context)
+            return counter.macs(removed) / counter.macs({}), ExpectedCount(counter, "macs"), table
 
 
 def _scores(coupling: Coupling, gates: Gates, odds: Tensor) -> Scores:

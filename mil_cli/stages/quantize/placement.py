@@ -10,7 +10,7 @@ Two policies, measured on onnxruntime:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -128,7 +128,14 @@ def choose_policy(graph: GraphModule) -> Policy:
     return "transformer"
 
 
-def place(graph: GraphModule, *, policy: Policy, skip: Sequence[str] = (), narrow: bool = False) -> Placement:
+def place(
+    graph: GraphModule,
+    *,
+    policy: Policy,
+    skip: Sequence[str] = (),
+    narrow: bool = False,
+    silent: Collection[Node] = (),
+) -> Placement:
     """Decide which values of a graph are quantized.
 
     With `narrow`, layers but the first and last read their inputs through quantizers of their own, of few bits; what is
@@ -140,20 +147,22 @@ def place(graph: GraphModule, *, policy: Policy, skip: Sequence[str] = (), narro
         skip: Patterns of layers to leave float: a module's path (with all below it), a node's name, or either with
             ``*`` and ``?``.
         narrow: Whether layers read fewer bits than the rest of the graph has.
+        silent: Values of which nothing but zeros was seen, which is no range; they and their readers stay float.
 
     Raises:
         StageError: A pattern of `skip` fits no layer.
     """
     placement = Placement(policy)
-    _find_layers(graph, placement, skip)
+    _find_layers(graph, placement, skip, silent)
     wanted: dict[Node, set[Node]] = {}
     for layer in placement.layers:
         readers = placement.narrow if narrow and not layer.edge else wanted
         readers.setdefault(layer.source, set()).add(layer.node)
         if op_name(layer.node) in _CONVOLUTIONS:
             placement.exclusive.add(_after_rectifier(layer.node))
+    placement.exclusive = {node for node in placement.exclusive if not _is_any(node, silent)}
     if policy == "cnn":
-        _place_joins(graph, placement, wanted)
+        _place_joins(graph, placement, wanted, silent)
     placement.exclusive -= {node for node, layers in placement.narrow.items() if set(node.users) <= layers}
     order = {node: index for index, node in enumerate(graph.graph.nodes)}
     for node in sorted({*wanted, *placement.exclusive}, key=order.__getitem__):
@@ -171,7 +180,12 @@ def place(graph: GraphModule, *, policy: Policy, skip: Sequence[str] = (), narro
 
 
 def place_any(
-    graph: GraphModule, *, policy: Literal["auto"] | Policy, skip: Sequence[str] = (), narrow: bool = False
+    graph: GraphModule,
+    *,
+    policy: Literal["auto"] | Policy,
+    skip: Sequence[str] = (),
+    narrow: bool = False,
+    silent: Collection[Node] = (),
 ) -> Placement:
     """Decide as `place` does, by the policy that fits where it is ``auto``.
 
@@ -179,14 +193,14 @@ def place_any(
         StageError: No layer is left to quantize, or a pattern of `skip` fits none.
     """
     chosen = choose_policy(graph) if policy == "auto" else policy
-    placement = place(graph, policy=chosen, skip=skip, narrow=narrow)
+    placement = place(graph, policy=chosen, skip=skip, narrow=narrow, silent=silent)
     if not placement.layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in placement.kept_float.items())
         raise StageError("no layer of the model can be quantized", value=reasons or "it has no layer with weights")
     return placement
 
 
-def _find_layers(graph: GraphModule, placement: Placement, skip: Sequence[str]) -> None:
+def _find_layers(graph: GraphModule, placement: Placement, skip: Sequence[str], silent: Collection[Node]) -> None:
     names: list[str] = []
     unused = set(skip)
     for node in calls(graph):
@@ -203,6 +217,8 @@ def _find_layers(graph: GraphModule, placement: Placement, skip: Sequence[str]) 
             placement.kept_float[name] = _NEVER[op_name(node)]
         elif isinstance(found, str):
             placement.kept_float[name] = found
+        elif found is not None and _is_any(found[0], silent):
+            placement.kept_float[name] = "its input was nothing but zeros in calibration"
         elif found is not None:
             source, weight, axis, bias = found
             edge = _comes_from_input(source) or _goes_to_output(node)
@@ -257,7 +273,9 @@ def _after_rectifier(node: Node) -> Node:
     return node
 
 
-def _place_joins(graph: GraphModule, placement: Placement, wanted: dict[Node, set[Node]]) -> None:
+def _place_joins(
+    graph: GraphModule, placement: Placement, wanted: dict[Node, set[Node]], silent: Collection[Node]
+) -> None:
     """Quantize both sides of joins whose inputs come from integer kernels, until nothing changes."""
     joins = [node for node in calls(graph) if op_name(node) in _JOINS]
     changed = True
@@ -268,7 +286,9 @@ def _place_joins(graph: GraphModule, placement: Placement, wanted: dict[Node, se
             after = _after_rectifier(node)
             if after in placement.exclusive or not inputs or _only_goes_out(after):
                 continue
-            if any(_is_integer(source, placement) for source in inputs):
+            if any(_is_any(value, silent) for value in (*inputs, after)):
+                continue
+            if any(_is_any(source, placement.exclusive) for source in inputs):
                 for source in inputs:
                     wanted.setdefault(source, set()).add(node)
                 placement.exclusive.add(after)
@@ -289,9 +309,9 @@ def _join_inputs(node: Node) -> list[Node]:
     return candidates if good else []
 
 
-def _is_integer(node: Node, placement: Placement) -> bool:
-    """Whether an integer kernel makes a value, or one that has its values."""
-    return any(step in placement.exclusive for step in _backwards(node))
+def _is_any(node: Node, values: Collection[Node]) -> bool:
+    """Whether a value is one of some, or has its values from one."""
+    return any(step in values for step in _backwards(node))
 
 
 def _root(node: Node, placement: Placement) -> Node | None:

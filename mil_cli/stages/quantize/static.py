@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_quantized
 from mil_cli.stages.quantize.observers import ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Layer, place_any
-from mil_cli.stages.quantize.ranges import CodeRange, affine_parameters
+from mil_cli.stages.quantize.ranges import affine_parameters
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.weights import WeightObserverName, protect_biases, weight_scale
 from mil_cli.stages.registry import stage
@@ -35,7 +35,7 @@ class StaticConfig(QuantizationConfig):
     """
 
     method: ClassVar[str] = "static"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     observer: ObserverName = "mse"
     percentile: float = Field(99.99, gt=50, le=100)
@@ -47,8 +47,8 @@ def quantize(model: Model, config: StaticConfig, context: Context) -> Model:
     """Return `model` with its batch norms folded and quantizers in its graph.
 
     The result computes in float what integer kernels compute; it can be trained further, and its export holds
-    integers. Post-training quantization as in Krishnamoorthi, Quantizing deep convolutional networks for efficient
-    inference (2018).
+    integers. Layers whose input was nothing but zeros in calibration stay float. Post-training quantization as in
+    Krishnamoorthi, Quantizing deep convolutional networks for efficient inference (2018).
 
     Args:
         model: A float model.
@@ -63,16 +63,21 @@ def quantize(model: Model, config: StaticConfig, context: Context) -> Model:
     folded = fold_batch_norm(model)
     graph = folded.graph
     make_functional(graph)
-    placement = place_any(graph, policy=rules.policy, skip=config.skip, narrow=rules.narrow)
+    known: dict[tuple[Node, bool], tuple[float, float]] = {}
+    silent: set[Node] = set()
+    while True:
+        placement = place_any(graph, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent)
+        asked = [(node, False) for node in placement.owned] + [(node, True) for node in placement.narrow]
+        _find_ranges(known, asked, folded, rules, config, context)
+        without = {node for node, few in asked if known[node, few] == (0.0, 0.0)}
+        if not without:
+            break
+        silent |= without  # a scale for zeros would clip whatever else comes, such as the states of a later call
 
-    def quantizers(nodes: Iterable[Node], codes: CodeRange) -> dict[Node, Quantizer]:
-        observers = {node: make_observer(config.observer, codes=codes, percentile=config.percentile) for node in nodes}
-        observe(folded, observers, config, context)
-        found = {node: affine_parameters(*observer.range(), codes) for node, observer in observers.items()}
-        return {
-            node: Quantizer(torch.tensor(scale), torch.tensor(zero_point), codes)
-            for node, (scale, zero_point) in found.items()
-        }
+    def quantizer(node: Node, *, few: bool) -> Quantizer:
+        codes = rules.values(narrow=few)
+        scale, zero_point = affine_parameters(*known[node, few], codes)
+        return Quantizer(torch.tensor(scale), torch.tensor(zero_point), codes)
 
     def weight(layer: Layer) -> Quantizer:
         axis, levels = layer.axis if rules.per_channel else None, rules.weights(edge=layer.edge)
@@ -80,10 +85,30 @@ def quantize(model: Model, config: StaticConfig, context: Context) -> Model:
         scale = weight_scale(tensor, axis=axis, codes=levels, observer=config.weight_observer)
         return Quantizer(scale, torch.zeros(scale.shape, dtype=torch.int32), levels, axis)
 
-    values = quantizers(placement.owned, rules.values(narrow=False))
-    narrow = quantizers(placement.narrow, rules.values(narrow=True))
+    values = {node: quantizer(node, few=False) for node in placement.owned}
+    narrow = {node: quantizer(node, few=True) for node in placement.narrow}
     insert_quantizers(graph, placement, values, narrow, [weight(layer) for layer in placement.layers])
     protect_biases(graph)
     context.note(**placement.facts(), **rules.facts(), observer=config.observer)
     context.note(calibration_samples=config.calibration_samples)
     return folded
+
+
+def _find_ranges(
+    known: dict[tuple[Node, bool], tuple[float, float]],
+    asked: Sequence[tuple[Node, bool]],
+    model: Model,
+    rules: Rules,
+    config: StaticConfig,
+    context: Context,
+) -> None:
+    """Add the ranges of values that are not known yet, each with whether it is read in few bits."""
+    for few in (False, True):
+        codes = rules.values(narrow=few)
+        observers = {
+            node: make_observer(config.observer, codes=codes, percentile=config.percentile)
+            for node, narrow in asked
+            if narrow == few and (node, few) not in known
+        }
+        observe(model, observers, config, context)
+        known.update({(node, few): observer.range() for node, observer in observers.items()})

@@ -15,15 +15,16 @@ from mil_cli.data.digits import digits
 from mil_cli.device.host import resolve
 from mil_cli.errors import StageError
 from mil_cli.events import Progress, SilentProgress
-from mil_cli.graph.coupling import Counter, Coupling, EquivalenceReport, analyse, group_norms
+from mil_cli.graph.coupling import Counter, Coupling, EquivalenceReport, MemoryEstimate, analyse, group_norms
 from mil_cli.graph.model import Model
+from mil_cli.stages import measured as measuring
 from mil_cli.stages.context import Context, Surroundings
 from mil_cli.stages.prune import amount, rounds
 from mil_cli.stages.prune.magnitude import MagnitudeConfig, magnitude
-from mil_cli.stages.registry import config_type
+from mil_cli.stages.registry import config_type, function_of
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
-from tests.stages.contexts import Kill
+from tests.stages.contexts import Kill, Notices
 
 
 class Small(nn.Module):
@@ -268,14 +269,6 @@ def test_statistics_of_batch_norm_are_taken_anew(model: Model) -> None:
     assert not fresh.training
 
 
-class Notices(SilentProgress):
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def notice(self, text: str) -> None:
-        self.told.append(text)
-
-
 def test_a_target_that_the_model_does_not_reach_cuts_nothing_and_is_told(model: Model) -> None:
     progress = Notices()
     used = context(progress=progress)
@@ -314,6 +307,25 @@ def test_latency_can_be_the_target(kernels: str) -> None:
         config(latency="soon")
 
 
+@pytest.mark.parametrize("method", ["magnitude", "sensitivity"])
+def test_memory_can_be_the_target(method: str, model: Model) -> None:
+    used = context()
+    bounds = {"round_to": 1, "check_samples": 8, "recalibrate_samples": 0}
+    settings = config_type("prune", method).model_validate({**bounds, "memory": 0.6, "max_per_layer": 0.8})
+    small = function_of(settings)(model, settings, used)
+    whole, left = (MemoryEstimate(Counter(analyse(one)))({}) for one in (model, small))
+    assert used.notes["quantity"] == "memory"
+    assert used.notes["before"] == whole
+    assert 0.5 * whole < left <= 0.6 * whole
+    with pytest.raises(
+        StageError, match=r"the smallest that can be kept of an estimated [\d,]+ bytes is an est"
+    ) as caught:
+        magnitude(model, config(memory="1 kB"), context())
+    assert caught.value.where == "stages.prune.memory"
+    with pytest.raises(ValidationError, match="no memory to keep; write a ratio above 0 and at most 1, or a size"):
+        config(memory="2 ms")
+
+
 @pytest.mark.parametrize(
     ("error", "within"),
     [(1.0, True), (1.1, True), (0.8, True), (3.0, False)],
@@ -337,7 +349,7 @@ def test_a_predicted_latency_is_corrected_by_measurement(
         return measured[-1]
 
     monkeypatch.setattr(amount.Amount, "measure", counted)
-    monkeypatch.setattr(rounds, "latency_ratio", ratio)
+    monkeypatch.setattr(measuring, "latency_ratio", ratio)
     settings = config(latency="50%", max_per_layer=0.6, compare_samples=0)
     used = context(tmp_path)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mil_cli.graph.coupling import Counter, analyse
 from mil_cli.graph.model import Model
 from mil_cli.graph.residual import residual_chains
 from mil_cli.stages.context import Context
+from mil_cli.stages.prune import netadapt as method
 from mil_cli.stages.prune.netadapt import NetadaptConfig, netadapt
 from mil_cli.stages.prune.searching import Search
 from tests.stages.contexts import run_through_kills
@@ -41,13 +43,15 @@ def worth(model: Model) -> float:
     return sum(value * found[name][0] for name, value in WORTHS.items() if name in found)
 
 
+@pytest.mark.parametrize("judge", ["loss", "quality"])
 def test_each_iteration_keeps_the_best_of_the_least_sufficient_cuts(
-    model: Model, monkeypatch: pytest.MonkeyPatch
+    judge: str, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same greedy search, written out over `Counter` for one space or branch at a time."""
     monkeypatch.setattr(Search, "quality", lambda self, model: worth(model))
+    monkeypatch.setattr(method, "mean_loss", lambda model, *_, **__: 50.0 - worth(model))
     around = blocks.context()
-    settings = config(macs=0.5, finetune_steps=0, reduction=0.2, decay=0.9, max_per_layer=0.7)
+    settings = config(macs=0.5, judge=judge, finetune_steps=0, reduction=0.2, decay=0.9, max_per_layer=0.7)
     result = netadapt(model, settings, around)
 
     coupling, start = analyse(model), model.macs()
@@ -62,12 +66,17 @@ def test_each_iteration_keeps_the_best_of_the_least_sufficient_cuts(
         dropped = frozenset[str]().union(*(branches[name].nodes for name in without))
         return counter.macs(classes, dropped)
 
-    def score(changed: dict[str, int], without: list[str]) -> float:
+    def total(changed: dict[str, int], without: list[str]) -> float:
         return sum(
             value * (coupling.spaces[spaces[name]].size - changed[name])
             for name, value in WORTHS.items()
             if name not in without
         )
+
+    def score(changed: dict[str, int], without: list[str]) -> float:
+        if judge == "quality":
+            return total(changed, without)
+        return (total(changed, without) - total(removed, gone)) / (bound - cost(changed, without))
 
     chosen = []
     while bound > 0.5 * start:
@@ -113,8 +122,23 @@ def test_short_training_is_part_of_the_choice(model: Model, monkeypatch: pytest.
     assert all(given["steps"] == 2 and given["stage"] == "recover" for given in proposals)
     assert last["name"] == "result"
     assert len(around.notes["history"]) == 1  # type: ignore[arg-type]
-    best = [max(proposal["quality"] for proposal in entry["proposals"]) for entry in iterations]
-    assert [entry["quality"] for entry in iterations] == best
+    for entry in iterations:
+        uncut, *others = entry["proposals"]
+        growth = {one["name"]: (one["loss"] - uncut["loss"]) / (uncut["left"] - one["left"]) for one in others}
+        assert uncut["name"] == ""
+        assert entry["chosen"] == min(growth, key=growth.__getitem__)
+
+
+def test_a_loss_that_is_not_finite_is_never_chosen(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    around = blocks.context()
+    monkeypatch.setattr(method, "mean_loss", lambda model, *_, **__: math.inf if worth(model) < 90 else 1.0)
+    netadapt(model, config(macs=0.8, finetune_steps=0, reduction=0.1), around)
+    iterations = around.notes["iterations"]
+    assert isinstance(iterations, list)
+    for entry in iterations:
+        _, *others = entry["proposals"]
+        losses = {one["name"]: one["loss"] for one in others}
+        assert losses[entry["chosen"]] == 1.0 or set(losses.values()) == {None}
 
 
 @pytest.mark.parametrize("quantity", ["macs", "params"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
 from mil_cli.stages.judging import mean_loss
+from mil_cli.stages.prune import knapsack
 from mil_cli.stages.prune import sensitivity as method
 from mil_cli.stages.prune.knapsack import choose
 from mil_cli.stages.prune.searching import Search
@@ -57,6 +59,22 @@ def test_the_programme_finds_what_brute_force_finds(seed: int) -> None:
     found = choose(losses, savings, needed, limits)
     assert found in allowed
     assert sum(axis[c] for axis, c in zip(losses, found, strict=True)) == pytest.approx(least)
+
+
+def test_a_programme_that_would_take_for_ever_ends_with_a_choice_that_saves_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Losses that equal savings of eight digits: every choice near the bound must be told from millions of others."""
+    monkeypatch.setattr(knapsack, "_MOST_NODES", 300)
+    random = np.random.default_rng(0)
+    numbers = random.integers(10**7, 10**8, 60).astype(float)
+    axes = [np.array([0.0, number]) for number in numbers]
+    needed = float(numbers.sum() / 2 + 0.3)
+    began = time.process_time()
+    found = choose(axes, axes, needed)
+    assert time.process_time() - began < 10
+    assert found is not None
+    assert sum(axis[choice] for axis, choice in zip(axes, found, strict=True)) >= needed * (1 - 1e-6)
 
 
 def test_the_programme_says_when_nothing_saves_enough() -> None:
@@ -143,7 +161,7 @@ def test_what_cannot_be_is_told(model: Model) -> None:
     ) as caught:
         sensitivity(model, config(macs=0.01, max_per_chain=0.5), blocks.context())
     assert caught.value.where == "stages.prune.macs"
-    with pytest.raises(ValueError, match="give exactly one of macs, params and latency"):
+    with pytest.raises(ValueError, match="give exactly one of macs, params, latency and memory"):
         config()
 
 

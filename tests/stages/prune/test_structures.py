@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from mil_cli.errors import StageError
-from mil_cli.graph.coupling import analyse
+from mil_cli.graph.coupling import analyse, analysis, rows
+from mil_cli.graph.coupling.record import Recording
+from mil_cli.graph.coupling.table import RelationTable
 from mil_cli.graph.model import Model
 from mil_cli.models.mobilenet import mobilenet
 from mil_cli.models.resnet import resnet20
@@ -47,6 +49,24 @@ def test_a_cost_is_that_of_the_model_that_is_cut(model: Model, quantity: str) ->
         cut = search.cut(structures, candidate)
         assert structures.cost(candidate) == (cut.macs() if quantity == "macs" else cut.num_params())
         assert cut(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "evolution"])
+def test_the_model_that_comes_in_is_analysed_once(method: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    analysed: list[object] = []
+    real = analysis.relate  # its relations are the costly part, and are needed again for choices inside groups
+
+    def watched(recording: Recording) -> RelationTable:
+        analysed.append(recording)
+        return real(recording)
+
+    for module in (analysis, rows):
+        monkeypatch.setattr(module, "relate", watched, raising=False)
+    searched = {} if method == "magnitude" else {"evaluations": 3, "population": 2}
+    settings = {key: value for key, value in blocks.settings(macs=0.5).items() if searched or key != "search_samples"}
+    config = config_type("prune", method).model_validate({**settings, **searched})
+    function_of(config)(model, config, blocks.context())
+    assert len(analysed) == 1
 
 
 def test_a_model_without_a_block_equals_one_built_without_it(model: Model) -> None:
@@ -153,7 +173,7 @@ def test_a_latency_is_met_by_its_table(method: str) -> None:
         "netadapt": {"finetune_steps": 1, "reduction": 0.2},
     }
     config = config_type("prune", method).model_validate(
-        blocks.settings(latency="60%", round_to=16, search_samples=64, **quick[method])
+        blocks.settings(latency="60%", measured=False, round_to=16, search_samples=64, **quick[method])
     )
     around = blocks.context()
     result = function_of(config)(model, config, around)

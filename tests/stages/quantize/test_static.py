@@ -42,9 +42,13 @@ def make_model() -> Model:
     return Model.capture(module.eval(), (torch.randn(2, 1, 8, 8),))
 
 
-def context(*, samples: int = 256, spoil: bool = False, **rules: Any) -> Context:
+def context(
+    *, samples: int = 256, spoil: bool = False, channels: int = 1, silent_channel: int | None = None, **rules: Any
+) -> Context:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(samples, 1, 8, 8, generator=generator)
+    images = torch.randn(samples, channels, 8, 8, generator=generator)
+    if silent_channel is not None:
+        images[:, silent_channel] = 0
     split = TensorSplit((images, torch.zeros(samples, dtype=torch.int64)))
     if spoil:
         images[:, 0, 0, 0] = float("nan")
@@ -115,6 +119,50 @@ def test_more_bits_are_closer(observer: Any, weight_observer: Any) -> None:
         )
         errors.append(noise(model, quantize(model, config, context())))
     assert errors[0] < errors[1] < errors[2]
+
+
+class Stateful(nn.Module):
+    """A recurrent step: what comes in is an image, and a state that is zero in all that calibration sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.carried, self.dead = nn.Conv2d(1, 8, 1, bias=False), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 4)
+        nn.init.constant_(self.dead.bias, -100.0)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        image, state = x.chunk(2, 1)
+        x = torch.relu(self.first(image))
+        x = torch.relu(self.second(x) + self.carried(state)) + torch.relu(self.dead(x))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("observer", ["min_max", "percentile", "mse"])
+def test_a_state_that_was_always_zero_stays_float(observer: Any) -> None:
+    torch.manual_seed(0)
+    model = Model.capture(Stateful().eval(), (torch.randn(2, 2, 8, 8),))
+    used = context(channels=2, silent_channel=1)
+    quantized = quantize(model, StaticConfig(observer=observer), used)
+    assert used.notes["kept_float"] == {"carried": "its input was nothing but zeros in calibration"}
+    assert used.notes["quantized_layers"] == 4
+    paths = [str(get_argument(node, "scale").target) for node in quantizers(quantized)]
+    assert min(float(quantized.graph.get_buffer(path).min()) for path in paths) > 1e-5
+    first = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(5))
+    first[:, 1] = 0
+    later = first.clone()
+    later[:, 1] = 0.3 * first[:, 0].flip(0)  # the state of a later call
+    with torch.no_grad():
+        effect, kept = (one(later) - one(first) for one in (model, quantized))
+    assert float((effect - kept).norm() / effect.norm()) < 0.25
+
+
+def test_a_model_of_which_only_zeros_are_seen_is_refused() -> None:
+    model = Model.capture(nn.Conv2d(1, 4, 3).eval(), (torch.randn(2, 1, 8, 8),))
+    with pytest.raises(StageError, match=r"no layer of the model can be quantized") as caught:
+        quantize(model, StaticConfig(), context(silent_channel=0))
+    assert "nothing but zeros" in str(caught.value)
 
 
 def test_device_rules_and_their_overrides() -> None:

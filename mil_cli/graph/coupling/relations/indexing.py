@@ -95,13 +95,27 @@ def scatter(operation: Operation) -> None:
             operation.freeze_all([key], reason)
             continue
         operation.freeze(key, axis, reason)
-        for other in range(operation.rank(data)):
-            if other == axis:
-                continue
-            if operation.shape(key)[other] == operation.shape(output)[other]:
-                operation.link(key, other, output, other)
-            else:
-                operation.freeze(output, other, reason)
+        _link_others(operation, key, axis, otherwise=output, reason=reason)
+
+
+def _link_others(operation: Operation, key: Key, axis: int, *, otherwise: Key | None, reason: str) -> None:
+    """Relate all axes of an operand but one to the result's, where both have the same size.
+
+    Args:
+        operation: The operation.
+        key: The operand, of the result's rank.
+        axis: The axis that is left out.
+        otherwise: The tensor whose axis is frozen where the sizes differ.
+        reason: Why.
+    """
+    output = operation.output
+    for other in range(operation.rank(key)):
+        if other == axis:
+            continue
+        if operation.shape(key)[other] == operation.shape(output)[other]:
+            operation.link(key, other, output, other)
+        elif otherwise is not None:
+            operation.freeze(otherwise, other, reason)
 
 
 def one_hot(operation: Operation) -> None:
@@ -120,15 +134,8 @@ def gather(operation: Operation) -> None:
     gathered = operation.axis(data, operation.value("dim"))
     for key in (data, chosen, output):
         operation.freeze(key, gathered, _INDEXED)
-    for axis in range(operation.rank(data)):
-        if axis == gathered:
-            continue
-        if operation.shape(chosen)[axis] == operation.shape(output)[axis]:
-            operation.link(chosen, axis, output, axis)
-        if operation.shape(data)[axis] == operation.shape(output)[axis]:
-            operation.link(data, axis, output, axis)
-        else:
-            operation.freeze(data, axis, _INDEXED)
+    _link_others(operation, chosen, gathered, otherwise=None, reason=_INDEXED)
+    _link_others(operation, data, gathered, otherwise=data, reason=_INDEXED)
 
 
 def triangle(operation: Operation) -> None:

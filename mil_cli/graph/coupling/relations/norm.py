@@ -6,6 +6,9 @@ from mil_cli.graph.coupling.table import Operation, Rules, UnsupportedForm, rule
 
 _STATISTICS = "statistics are taken over the axis"
 
+BATCH_NORMS = ("batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training")
+"""Norms by statistics that are constants in evaluation."""
+
 
 def batch_norm(operation: Operation) -> None:
     """Scale, shift and running statistics belong to the channels (axis 1); statistics of the batch are inexact."""
@@ -71,7 +74,7 @@ def local_response_norm(operation: Operation) -> None:
 
 
 RULES: Rules = {
-    **rules_for(batch_norm, "batch_norm", "instance_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"),
+    **rules_for(batch_norm, "instance_norm", *BATCH_NORMS),
     **rules_for(layer_norm, "layer_norm", "rms_norm", "_fused_rms_norm"),
     **rules_for(group_norm, "group_norm"),
     **rules_for(weight_norm, "_weight_norm"),

@@ -1,7 +1,8 @@
-"""Runs one job after another, each in a process of its own, which may crash, hang or run out of memory."""
+"""Runs a job in a process of its own, which may crash, hang or run out of memory; keeps what came of it."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -20,14 +21,14 @@ Report = Callable[[Known], None]
 Job = Callable[[str, Report], None]
 
 
-def run(job: Job, name: str, *, timeout: float, memory: int, preload: Sequence[str] = ()) -> Known:
+def run(job: Job, name: str, *, timeout: float, memory: int | None, preload: Sequence[str] = ()) -> Known:
     """Do a job in a fresh process; return what it reported last, with why it ended if it did not end well.
 
     Args:
         job: Called with the name and a function that takes what is known so far. A function of a module.
         name: The job's name.
         timeout: Seconds after which the process is ended.
-        memory: Bytes of data that the process may have.
+        memory: Bytes of data that the process may have; None: no bound.
         preload: Modules that every process finds imported.
 
     Returns:
@@ -36,7 +37,7 @@ def run(job: Job, name: str, *, timeout: float, memory: int, preload: Sequence[s
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     receiving, sending = context.Pipe(duplex=False)
-    with TemporaryDirectory(prefix="zoo-") as folder:
+    with TemporaryDirectory(prefix="pool-") as folder:
         printed = Path(folder) / "printed"
         process = context.Process(target=_child, args=(job, name, sending, printed, memory))
         process.start()
@@ -56,6 +57,24 @@ def run(job: Job, name: str, *, timeout: float, memory: int, preload: Sequence[s
     return known
 
 
+def read_rows(file: Path) -> list[Known]:
+    """Return what is kept in a file, one JSON object a line; none if it is missing. A half-written line is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def append_row(file: Path, row: Known) -> None:
+    """Add a line to a file that `read_rows` reads; a half-written last line stays one of its own."""
+    broken = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
+    with file.open("a", encoding="utf-8") as out:
+        out.write(("\n" if broken else "") + json.dumps(row) + "\n")
+
+
 def _listen(receiving: Connection, deadline: float) -> tuple[Known, bool]:
     """Return the last report before the process ended or the deadline passed, and whether it passed."""
     known: Known = {}
@@ -67,10 +86,11 @@ def _listen(receiving: Connection, deadline: float) -> tuple[Known, bool]:
     return known, True
 
 
-def _child(job: Job, name: str, sending: Connection, printed: Path, memory: int) -> None:
+def _child(job: Job, name: str, sending: Connection, printed: Path, memory: int | None) -> None:
     words = os.open(printed, os.O_WRONLY | os.O_CREAT)
     os.dup2(words, 1)
     os.dup2(words, 2)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     job(name, sending.send)

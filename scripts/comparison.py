@@ -1,0 +1,279 @@
+"""What comparisons of methods share: points kept beside the page, processes that compute them, intervals, the table.
+
+A comparison lists its points and gives a function that computes one. Each point runs in a process of its own; its row
+is kept in a file beside the page as soon as it is there, so that an interrupted comparison goes on. A point holds the
+fingerprint of the code and settings behind it: a row of other code or settings is not taken for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from mil_cli.recipe.schema import Recipe
+from mil_cli.run.environment import code_fingerprint, computing_environment
+from mil_cli.stages.context import fingerprint_of
+from scripts.pool import Report, append_row, read_rows, run
+
+Point = dict[str, Any]
+"""What one result is of: method, seed and other coordinates, and ``of``, the fingerprint of its code and settings."""
+
+Result = dict[str, Any]
+Compute = Callable[[Point], Result]
+"""Computes a point; a function of a module, or a `partial` of one, since it runs in another process."""
+
+Value = Callable[[str, Mapping[str, Any], int], float | None]
+"""(method, coordinates of a column, seed) -> what the table compares, smaller being better; None: not known."""
+
+_SHOWN = 16
+"""Hexadecimal digits of a fingerprint that rows hold."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How points are computed.
+
+    Attributes:
+        jobs: Processes at a time.
+        timeout: Seconds for one point.
+        seconds: Seconds for all; what runs then is ended, and its point has no row. None: no bound.
+        preload: Modules that every process finds imported.
+    """
+
+    jobs: int = 1
+    timeout: float = 7200.0
+    seconds: float | None = None
+    preload: tuple[str, ...] = ()
+
+
+class Rows:
+    """The rows of a file by point.
+
+    Args:
+        file: One JSON object a line, as `compute` writes them.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._rows = {fingerprint_of(row["point"]): row for row in read_rows(file)}
+
+    def __contains__(self, point: Point) -> bool:
+        return fingerprint_of(point) in self._rows
+
+    def result(self, point: Point) -> Result | None:
+        """Return what a point gave, or None if it has no row."""
+        row = self._rows.get(fingerprint_of(point))
+        return None if row is None else row["result"]
+
+    def stale(self, points: Iterable[Point]) -> int:
+        """Return how many rows are of these points but of other code or settings."""
+        names = {_without_origin(point) for point in points}
+        current = {fingerprint_of(point) for point in points}
+        return sum(_without_origin(row["point"]) in names for key, row in self._rows.items() if key not in current)
+
+    def computed_on(self, points: Iterable[Point]) -> list[str]:
+        """Return on what the rows of these points were computed, each kind of machine once."""
+        found = [self._rows.get(fingerprint_of(point)) for point in points]
+        return sorted({_machine(row["environment"]) for row in found if row is not None})
+
+
+def _without_origin(point: Point) -> str:
+    return fingerprint_of({key: value for key, value in point.items() if key != "of"})
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    return f"torch {environment['torch']} on {environment['gpu'] or environment['isa']}"
+
+
+def origin_of(recipe: Recipe, *more: object) -> str:
+    """Return the fingerprint of what a recipe's chain computes, whatever the seed: settings, and code of its stages.
+
+    Args:
+        recipe: The recipe.
+        more: What else the result rests on, JSON-able: the version of a peer.
+    """
+    stages = [recipe.stages[name] for name in recipe.chain]
+    configs = [*stages, *([recipe.baseline] if recipe.baseline is not None else [])]
+    facts = [
+        [config.family, config.method, config.version, config.model_dump(mode="json"), code_fingerprint(config)]
+        for config in configs
+    ]
+    settings = [recipe.model.model_dump(mode="json"), recipe.data, recipe.task, recipe.trainer.model_dump(mode="json")]
+    return fingerprint_of([facts, settings, *more])[:_SHOWN]
+
+
+def compute(work: Compute, phases: Sequence[Sequence[Point]], kept: Path, limits: Limits) -> list[str]:
+    """Compute the points that have no row yet, each in a process of its own, and keep their rows as they come.
+
+    Args:
+        work: Computes one.
+        phases: Points in the order of their worth; a phase starts when the one before has ended, so that what many
+            points rest on is computed once.
+        kept: The file of the rows.
+        limits: How many at a time, and for how long.
+
+    Returns:
+        Why points failed, one line for each; those for which the time did not suffice are among them.
+    """
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    deadline = None if limits.seconds is None else start + limits.seconds
+    failures = []
+    for number, phase in enumerate(phases, 1):
+        known = Rows(kept)
+        missing = [point for point in phase if point not in known]
+        with ThreadPoolExecutor(limits.jobs) as threads:
+            running = {threads.submit(_row, work, point, limits, deadline): point for point in missing}
+            try:
+                for done, future in enumerate(as_completed(running), 1):
+                    point, row = running[future], future.result()
+                    said = f"[{number}/{len(phases)}: {done}/{len(missing)}, {time.monotonic() - start:.0f} s] "
+                    if "ended" in row:
+                        failures.append(f"{_label(point)}: {row['ended']}")
+                        print(said + failures[-1], file=sys.stderr, flush=True)
+                    else:
+                        append_row(kept, {"point": point, **row})
+                        print(f"{said}{_label(point)}: {json.dumps(row['result'])}", file=sys.stderr, flush=True)
+            except BaseException:  # an interruption: threads would wait for their processes
+                threads.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.kill()
+                raise
+    return failures
+
+
+def _label(point: Point) -> str:
+    return " ".join(str(value) for key, value in point.items() if key != "of")
+
+
+def _row(work: Compute, point: Point, limits: Limits, deadline: float | None) -> Result:
+    start = time.monotonic()
+    timeout = limits.timeout if deadline is None else min(limits.timeout, deadline - start)
+    if timeout <= 0:
+        return {"ended": "the time for all was over"}
+    row = run(partial(_report, work), json.dumps(point), timeout=timeout, memory=None, preload=limits.preload)
+    return row if "ended" in row else {**row, "seconds": round(time.monotonic() - start, 1)}
+
+
+def _report(work: Compute, point: str, report: Report) -> None:
+    report({"result": work(json.loads(point)), "environment": computing_environment()})
+
+
+def table(
+    methods: Sequence[str],
+    columns: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    value: Value,
+    *,
+    reference: Sequence[str],
+) -> list[str]:
+    """Return the lines of a Markdown table: by method and column the mean over the seeds, and how it differs.
+
+    The difference is that to the best method of the reference in the column, as an interval.
+
+    Args:
+        methods: A line for each.
+        columns: Their headings, and what `value` is given of them.
+        seeds: What is averaged over, and paired.
+        value: Gives a percentage; a mean over fewer than all seeds says over how many.
+        reference: The methods that the others are compared with.
+    """
+    lines = ["| method | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for method in methods:
+        cells = [_cell(method, column, seeds, value, reference) for column in columns.values()]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(method: str, column: Mapping[str, Any], seeds: Sequence[int], value: Value, reference: Sequence[str]) -> str:
+    own = _known(method, column, seeds, value)
+    if not own:
+        return "-"
+    cell = f"{statistics.mean(own.values()):.2f} %" + (f", {len(own)} of {len(seeds)} seeds" * (len(own) < len(seeds)))
+    others = [found for other in reference if (found := _known(other, column, seeds, value))]
+    if method in reference or not others:
+        return cell
+    most = max(map(len, others))  # one that has all its seeds before one that does well on a few
+    best = min((one for one in others if len(one) == most), key=lambda found: statistics.mean(found.values()))
+    interval = paired_interval([(own[seed], best[seed]) for seed in own if seed in best])
+    return cell if interval is None else f"{cell} ({interval[0]:+.2f} to {interval[1]:+.2f})"
+
+
+def _known(method: str, column: Mapping[str, Any], seeds: Sequence[int], value: Value) -> dict[int, float]:
+    found = {seed: value(method, column, seed) for seed in seeds}
+    return {seed: one for seed, one in found.items() if one is not None}
+
+
+def paired_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean of first minus second (Student's t), or None with fewer than two pairs."""
+    if len(pairs) < 2:
+        return None
+    differences = [first - second for first, second in pairs]
+    half = float(stats.t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(differences) / len(pairs) ** 0.5
+    middle = statistics.mean(differences)
+    return middle - half, middle + half
+
+
+def parser_of(description: str | None, *, methods: Sequence[str], out: Path) -> argparse.ArgumentParser:
+    """Return a parser of what every comparison takes.
+
+    Args:
+        description: What the comparison is.
+        methods: Those that there are.
+        out: The page, unless another is named.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--methods", nargs="+", default=list(methods), choices=methods, metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
+    parser.add_argument("--out", type=Path, default=out, help="the page; its rows are kept beside it (.jsonl)")
+    parser.add_argument("--jobs", type=int, default=1, help="points at a time, each in a process of its own")
+    parser.add_argument("--timeout", type=float, default=Limits.timeout, help="seconds for one point")
+    parser.add_argument("--seconds", type=float, help="end after so many: what is there by then makes the table")
+    parser.add_argument("--known-only", action="store_true", help="compute nothing: the table of what is there")
+    return parser
+
+
+def carry_out(
+    arguments: argparse.Namespace,
+    work: Compute,
+    phases: Sequence[Sequence[Point]],
+    page: Callable[[Rows], Sequence[str]],
+    *,
+    preload: tuple[str, ...],
+) -> int:
+    """Compute what is missing, write the page, print it; return 1 if a point failed.
+
+    Args:
+        arguments: What a parser of `parser_of` made.
+        work: Computes a point.
+        phases: The points, see `compute`.
+        page: Makes the page's lines of the rows.
+        preload: Modules that processes find imported.
+    """
+    kept = arguments.out.with_suffix(".jsonl")
+    limits = Limits(jobs=arguments.jobs, timeout=arguments.timeout, seconds=arguments.seconds, preload=preload)
+    failures = [] if arguments.known_only else compute(work, phases, kept, limits)
+    rows = Rows(kept)
+    stale = rows.stale([point for phase in phases for point in phase])
+    if stale:
+        print(f"{stale} rows of {kept} are of other code or settings and are left out", file=sys.stderr)
+    text = "\n".join(page(rows)) + "\n"
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(text, encoding="utf-8")
+    print(text)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0

@@ -1,0 +1,156 @@
+"""What comparisons share: points go into rows once, failures and clocks spare the others, intervals, the table."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from mil_cli.recipe.load import load_recipe
+from scripts.compare_pruning import main
+from scripts.comparison import Limits, Point, Result, Rows, compute, origin_of, paired_interval, table
+from scripts.pool import append_row, read_rows
+from tests.recipe.conftest import RECIPE
+
+
+def square(folder: Path, point: Point) -> Result:
+    """Note that the point was computed, and whether the first phase had ended."""
+    with (folder / "calls").open("a") as file:
+        file.write(point["method"])
+    if point["method"] == "breaks":
+        raise ValueError("no such method")
+    if point["method"] == "sleeps":
+        time.sleep(120)
+    return {"square": point["seed"] ** 2, "after_the_first": (folder / "calls").read_text().startswith("first")}
+
+
+def points(*methods: str, of: str = "code") -> list[Point]:
+    return [{"method": method, "seed": 3, "of": of} for method in methods]
+
+
+def test_a_failing_point_spares_the_others_and_only_what_is_missing_is_computed(tmp_path: Path) -> None:
+    kept, work = tmp_path / "deep" / "rows.jsonl", partial(square, tmp_path)
+    phases = [points("first"), points("breaks", "a", "b")]
+    (failure,) = compute(work, phases, kept, Limits(jobs=2, timeout=60))
+    assert failure.startswith("breaks 3: ")
+    assert "no such method" in failure
+    assert Rows(kept).result(points("b")[0]) == {"square": 9, "after_the_first": True}
+
+    (tmp_path / "calls").write_text("")
+    with kept.open("a") as file:
+        file.write('{"point": {"meth')  # killed while it wrote
+    assert len(compute(work, phases, kept, Limits(timeout=60))) == 1
+    assert (tmp_path / "calls").read_text() == "breaks"
+
+
+def test_rows_of_other_code_are_not_taken(tmp_path: Path) -> None:
+    kept = tmp_path / "rows.jsonl"
+    compute(partial(square, tmp_path), [points("a")], kept, Limits(timeout=60))
+    changed = points("a", of="other code")
+    assert Rows(kept).result(changed[0]) is None
+    assert Rows(kept).stale(changed) == 1
+    assert Rows(kept).stale(points("a")) == 0
+    assert compute(partial(square, tmp_path), [changed], kept, Limits(timeout=60)) == []
+    assert len(read_rows(kept)) == 2
+
+
+def test_all_ends_when_the_time_is_over(tmp_path: Path) -> None:
+    start = time.monotonic()
+    kept = tmp_path / "rows.jsonl"
+    failures = compute(partial(square, tmp_path), [points("sleeps", "late")], kept, Limits(timeout=600, seconds=3))
+    assert time.monotonic() - start < 60
+    assert [failure.partition(" ")[0] for failure in failures] == ["sleeps", "late"]
+    assert read_rows(kept) == []
+
+
+def test_a_row_after_a_half_written_one_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\n{"b"')
+    append_row(file, {"c": 2})
+    assert read_rows(file) == [{"a": 1}, {"c": 2}]
+
+
+def test_the_interval_is_that_of_the_paired_t_test() -> None:
+    first, second = [1.0, 2.5, 3.0, 7.0], [0.5, 2.0, 4.0, 3.0]
+    expected = stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert paired_interval(list(zip(first, second, strict=True))) == pytest.approx((expected.low, expected.high))
+    assert paired_interval([(1.0, 2.0)]) is None
+
+
+def test_the_table_compares_with_the_best_of_the_reference_and_tells_what_is_missing() -> None:
+    known = {
+        ("ours", 0.5): {0: 1.0, 1: 2.0, 2: 3.0},
+        ("good", 0.5): {0: 2.0, 1: 3.0, 2: 4.0},
+        ("bad", 0.5): {0: 9.0, 1: 9.0, 2: 9.0},
+        ("part", 0.5): {0: 0.1, 2: 0.3},
+        ("ours", 0.1): {0: 1.0, 2: 2.0},
+    }
+
+    def value(method: str, column: Mapping[str, Any], seed: int) -> float | None:
+        return known.get((method, column["macs"]), {}).get(seed)
+
+    columns = {"half": {"macs": 0.5}, "tenth": {"macs": 0.1}}
+    lines = table(["ours", "good", "bad", "part"], columns, [0, 1, 2], value, reference=["good", "bad", "part"])
+    assert lines == [
+        "| method | half | tenth |",
+        "|---|---|---|",
+        "| `ours` | 2.00 % (-1.00 to -1.00) | 1.50 %, 2 of 3 seeds |",
+        "| `good` | 3.00 % | - |",
+        "| `bad` | 9.00 % | - |",
+        "| `part` | 0.20 %, 2 of 3 seeds | - |",
+    ]
+
+
+def recipe_file(folder: Path) -> Path:
+    start = RECIPE.index("goals:")
+    stages = "stages:\n  prune: {macs: 0.5, round_to: 1}\n  tune: {trainer: {epochs: 1}}\ntrainer: {epochs: 1}\n"
+    text = RECIPE[:start].replace("/stage/distill@stages.recover: soft_labels", "/stage/train@stages.tune: supervised")
+    text = text.replace("  - /stage/quantize@stages.quantize: static\n", "")
+    file = folder / "recipe.yaml"
+    file.write_text(f"{text}chain: [prune, tune]\n{stages}", encoding="utf-8")
+    return file
+
+
+def test_the_origin_follows_from_settings_and_code_and_not_from_the_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe_file(tmp_path)
+
+    def origin(*overrides: str) -> str:
+        return origin_of(load_recipe(file, overrides))
+
+    assert origin() == origin("seed=5") == origin("device.price_per_hour=3")
+    changes = ["stages.prune.norm=1", "stages.tune.trainer.epochs=2", "trainer.learning_rate=0.3"]
+    different = [origin(), *(origin(change) for change in changes)]
+    assert len(set(different)) == len(different)
+    before = origin()
+    monkeypatch.setattr("scripts.comparison.code_fingerprint", lambda config: "other code")
+    assert origin() != before
+    assert origin_of(load_recipe(file), "1.0") != origin_of(load_recipe(file), "1.1")
+
+
+def test_pruning_is_compared_point_by_point_and_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "page.md"
+    words = [str(recipe_file(tmp_path)), "--out", str(out), "--macs", "0.5", "--seeds", "0", "--methods", "magnitude"]
+    assert main(words) == 0
+    rows = {row["point"]["method"]: row for row in read_rows(out.with_suffix(".jsonl"))}
+    assert set(rows) == {"original", "magnitude"}
+    assert 0.3 < rows["magnitude"]["result"]["share"] <= 0.5
+    drop = 100 * (1 - rows["magnitude"]["result"]["quality"] / rows["original"]["result"]["quality"])
+    assert f"| `magnitude` | {drop:.2f} % |" in out.read_text()
+
+    text = out.read_text()
+    out.unlink()
+    capsys.readouterr()
+    assert main([*words, "--known-only"]) == 0
+    assert out.read_text() == text
+    assert main([*words, "--known-only", "--set", "trainer.learning_rate=0.01"]) == 0
+    assert "| `magnitude` | - |" in out.read_text()
+    assert "2 rows of" in capsys.readouterr().err
+    assert json.loads(out.with_suffix(".jsonl").read_text().splitlines()[0])["point"]["method"] == "original"

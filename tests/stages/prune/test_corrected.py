@@ -1,0 +1,201 @@
+"""Predicted latencies that measurements correct, by schedule and by every search, with measurements made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mil_cli.graph.coupling import Counter, Coupling
+from mil_cli.graph.model import Model
+from mil_cli.stages import measured
+from mil_cli.stages.measured import Choice, Correction
+from mil_cli.stages.prune import amount
+from mil_cli.stages.registry import config_type, function_of
+from tests.stages.contexts import Kill, Notices, run_through_kills
+from tests.stages.prune import blocks
+
+SEARCHES: dict[str, dict[str, Any]] = {
+    "magnitude": {"compare_samples": 0},
+    "sensitivity": {"points": 2},
+    "evolution": {"evaluations": 12, "population": 4},
+    "netadapt": {"finetune_steps": 0, "reduction": 0.1},
+}
+
+
+class Wide(nn.Module):
+    """A stream of 24 channels and blocks of 16, 32 and 24 inner ones: one channel is a small part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 24, 3, padding=1, stride=4)
+        self.blocks = nn.ModuleList(blocks.Block(24, inner) for inner in (16, 32, 24))
+        self.out = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.out(x.mean((2, 3)))
+        return logits
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.manual_seed(0)
+    net = Model.capture(Wide().eval(), (torch.randn(2, 1, 8, 8),))
+    return blocks.context().finetune(net, stage=None, name="all", trainer={"epochs": 8, "learning_rate": 0.2})
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, error: float, *, of_what_is_left: bool = True) -> list[float]:
+    """Let operations be the prediction, and what is measured be off by a factor; returns the ratios measured."""
+    ratios: list[float] = []
+
+    def ratio(cut: Model, original: Model, _: object) -> float:
+        share = cut.macs() / original.macs()
+        ratios.append(error * share if of_what_is_left else 1.0 - error * (1.0 - share))
+        return ratios[-1]
+
+    def counted(_: object, coupling: Coupling) -> Any:
+        return Counter(coupling).macs
+
+    monkeypatch.setattr(amount.Amount, "measure", counted)
+    monkeypatch.setattr(amount.Amount, "prepare", lambda *_: None)
+    monkeypatch.setattr(measured, "latency_ratio", ratio)
+    return ratios
+
+
+def run(method: str, model: Model, folder: Path | None = None, **changes: Any) -> tuple[Model, dict[str, Any]]:
+    searched = {} if method == "magnitude" else {"search_samples": 256}
+    settings = {"round_to": 1, "check_samples": 8, "recalibrate_samples": 64, **searched}
+    config = config_type("prune", method).model_validate({**settings, "latency": 0.5, **SEARCHES[method], **changes})
+    around = blocks.context(folder)
+    return function_of(config)(model, config, around), around.notes
+
+
+@pytest.mark.parametrize("method", list(SEARCHES))
+@pytest.mark.parametrize("error", [1.08, 0.92])
+@pytest.mark.parametrize("of_what_is_left", [True, False])
+def test_what_is_found_keeps_the_target_when_it_is_measured(
+    method: str, error: float, of_what_is_left: bool, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = pretend(monkeypatch, error, of_what_is_left=of_what_is_left)
+    result, notes = run(method, model)
+    share = result.macs() / model.macs()
+    true = error * share if of_what_is_left else 1.0 - error * (1.0 - share)
+    assert 0.475 <= true <= 0.5
+    noted = notes["steps"][-1]["measured"] if method == "magnitude" else notes["measured"]
+    assert noted == pytest.approx(true * notes["before"])
+    assert 2 <= len(ratios) <= 4
+
+
+@pytest.mark.parametrize("method", list(SEARCHES))
+def test_where_it_is_not_wanted_nothing_is_measured(method: str, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = pretend(monkeypatch, 1.08)
+    for changes in ({"measured": False}, {"multiple": "int8", "round_to": 1}):
+        result, notes = run(method, model, **changes)
+        assert 0.45 * model.macs() < result.macs() <= 0.5 * model.macs()
+        assert "measured" not in notes
+    assert ratios == []
+
+
+@pytest.mark.parametrize("method", list(SEARCHES))
+def test_a_killed_run_decides_by_what_it_had_measured(
+    method: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = pretend(monkeypatch, 1.08)
+    whole, notes = run(method, model)
+    asked = len(ratios)
+    real, died = measured.latency_ratio, 0
+
+    def dying(*args: Any) -> float:
+        nonlocal died
+        if len(ratios) == asked + 1 and not died:
+            died = 1
+            raise Kill
+        return real(*args)
+
+    monkeypatch.setattr(measured, "latency_ratio", dying)
+    with pytest.raises(Kill):
+        run(method, model, tmp_path)
+    resumed, again = run(method, model, tmp_path)
+    assert len(ratios) == 2 * asked  # what was kept was not measured again
+    assert resumed.fingerprint() == whole.fingerprint()
+    assert {**again, "latency_table": {}} == {**notes, "latency_table": {}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in SEARCHES if name != "magnitude"])
+def test_a_run_that_is_killed_as_it_saves_decides_alike(
+    method: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, 1.08)
+    whole, _ = run(method, model)
+    resumed = run_through_kills(lambda: run(method, model, tmp_path)[0], monkeypatch, saves=(3, 8, 9, 10, 11))
+    assert resumed.fingerprint() == whole.fingerprint()
+
+
+def correction(points: list[list[float]], monkeypatch: pytest.MonkeyPatch, slow: float) -> tuple[Correction, Notices]:
+    """Return a correction whose models are their predicted seconds, and take `slow` times as long."""
+    monkeypatch.setattr(measured, "latency_ratio", lambda model, original, _: slow * model / original)
+    progress = Notices()
+    around = blocks.context(progress=progress)
+    made = Correction(
+        1.0,  # type: ignore[arg-type]
+        start=1.0,
+        goal=0.5,
+        context=around,
+        measured=points,
+        keep=lambda: None,
+        active=True,
+    )
+    return made, progress
+
+
+@pytest.mark.parametrize("step", [0.001, 0.01, 0.04])
+@pytest.mark.parametrize("slow", [0.6, 0.92, 1.0, 1.08, 1.5])
+def test_targets_are_scaled_until_the_goal_is_kept(slow: float, step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    points: list[list[float]] = []
+    corrected, progress = correction(points, monkeypatch, slow)
+
+    def find(target: float, before: int) -> Choice[float]:
+        assert before <= len(points)
+        share = int(target / step + 1e-9) * step
+        return Choice(share, lambda: share, share)  # type: ignore[arg-type, return-value]
+
+    share, seconds = corrected.search(find)
+    assert seconds is not None
+    assert seconds == pytest.approx(slow * share)
+    assert 0.5 - slow * step - 0.02 <= seconds <= 0.5 + 1e-9
+    assert not progress.told
+
+
+def test_the_fastest_is_taken_where_nothing_keeps_the_goal_and_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    corrected, progress = correction([], monkeypatch, 1.5)
+
+    def find(target: float, before: int) -> Choice[float]:
+        share = max(target, 0.4)
+        return Choice(share, lambda: share, share)  # type: ignore[arg-type, return-value]
+
+    share, seconds = corrected.search(find)
+    assert share == 0.4
+    assert seconds == pytest.approx(0.6)
+    assert progress.told == ["prune: measured, none of 2 choices keeps 500 ms; the fastest takes 600 ms"]
+
+
+@pytest.mark.parametrize("slow", [0.6, 0.92, 1.0, 1.08, 1.5])
+def test_what_shrinks_bit_by_bit_stops_where_the_goal_is_kept(slow: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    corrected, progress = correction([], monkeypatch, slow)
+    left = 1.0
+    while (stop := corrected.next_stop()) is not None:
+        assert stop < left
+        left = stop
+        corrected.measure(left, left)  # type: ignore[arg-type]
+    seconds = corrected.seconds
+    assert seconds is not None
+    assert seconds == pytest.approx(slow * left)
+    assert (0.475 if slow > 0.7 else 0.4) < seconds <= 0.5
+    assert not progress.told

@@ -257,18 +257,24 @@ def _shape(value: Tensor, scored: Tensor, operators: set[str]) -> Shape | None:
     if not value.is_floating_point() or value.ndim < 2 or len(value) != len(scored):
         return None
     if scored.ndim <= 2:
-        axis = _feature_axis(value, operators)
+        axis = feature_axis(value, operators)
         return Shape("pooled", axis, value.shape[axis], scored.shape[1] if scored.ndim == 2 else 1)
     if scored.ndim == 3 and value.ndim == 3 and value.shape[:2] == scored.shape[:2]:
         return Shape("position", 2, value.shape[2], scored.shape[2])
     if scored.ndim == 4 and value.ndim == 4:
-        axis = _feature_axis(value, operators)
+        axis = feature_axis(value, operators)
         return Shape("pixel", axis, value.shape[axis], scored.shape[1])
     return None
 
 
-def _feature_axis(value: Tensor, operators: set[str]) -> int:
-    """Return where the features are: last in sequences of tokens and in square maps that say so, else at axis 1."""
+def feature_axis(value: Tensor, operators: set[str]) -> int:
+    """Return which axis of a value inside a model holds its features, the others beside the samples being places.
+
+    Args:
+        value: Shape (samples, features), or with places: (samples, places, features) of tokens, (samples, features,
+            places) of signals, (samples, features, height, width) or (samples, height, width, features) of images.
+        operators: Names of the model's operators: signals are convolved, tokens have layer norms.
+    """
     if value.ndim == 3:
         return 1 if "conv1d" in operators and "layer_norm" not in operators else 2
     if value.ndim == 4 and value.shape[1] == value.shape[2] != value.shape[3]:

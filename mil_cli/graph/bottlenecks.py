@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 
 def bottlenecks(graph: GraphModule) -> list[Node]:
-    """Return the calls that every path from the first input to an output runs through, in order of execution.
+    """Return the calls that every path from the first input to the first output runs through, in order of execution.
 
-    In terms of graphs: the dominators of the outputs. Inside a residual block there are none, since the shortcut goes
-    around it; its end is one. Sizes that are read off a tensor are no path, and neither are weights; of inputs beside
-    the first, such as a mask that every block reads, nothing is asked.
+    In terms of graphs: the dominators of the output. Inside a residual block there are none, since the shortcut goes
+    around it; its end is one. Sizes that are read off a tensor are no path, and neither are weights. Of further inputs
+    and outputs nothing is asked: masks that every block reads, states that every block leaves. If the first does not
+    lead to the first, the next ones count.
 
     Args:
         graph: A graph whose nodes know their values (``meta["val"]``).
     """
     order = {node: position for position, node in enumerate(graph.graph.nodes)}
-    between = _between(graph)
+    between = on_the_way(graph)
     found, farthest = [], -1
     for node in sorted(between, key=order.__getitem__):
         # In this order a path avoids a node only by an edge that goes over it.
@@ -29,13 +28,13 @@ def bottlenecks(graph: GraphModule) -> list[Node]:
     return found
 
 
-def _between(graph: GraphModule) -> set[Node]:
-    """Return the nodes on paths from the first input that leads to an output."""
-    sink = graph.graph.output_node()
+def on_the_way(graph: GraphModule) -> set[Node]:
+    """Return the nodes on paths from the first input that leads to an output, to the first output that it leads to."""
     for source in graph.graph.find_nodes(op="placeholder"):
         ahead = _reached(source, "users")
-        if sink in ahead:
-            return ahead & _reached(sink, "all_input_nodes")
+        for sink in graph.graph.output_node().all_input_nodes:
+            if sink in ahead:
+                return ahead & _reached(sink, "all_input_nodes")
     return set()
 
 
@@ -50,5 +49,4 @@ def _reached(start: Node, edges: str) -> set[Node]:
 
 def _carries(node: Node) -> bool:
     """Whether a node holds a tensor, or several."""
-    value: Any = node.meta.get("val")
-    return node.op == "output" or isinstance(value, Tensor | tuple | list)
+    return isinstance(node.meta.get("val"), Tensor | tuple | list)

@@ -13,14 +13,14 @@ from mil_cli.graph.nodes import get_argument, namespace, op_name
 _SECOND = ("conv", "batch_norm", "group_norm", "instance_norm", "prelu", "pixel_shuffle", "upsample")
 _POOLING = ("avg_pool", "max_pool")
 _LAST = ("linear", "layer_norm", "rms_norm")
-_KEEPS = ("dropout", "contiguous", "to", "_to_copy", "hardswish", "hardswish_")
+_KEEPS = ("dropout", "contiguous", "to", "_to_copy", "hardswish", "hardswish_", "slice", "pad", "cat")
 
 
 def channel_axis(node: Node) -> int | None:
     """Return the axis of the channels of a node's value of shape (batch, ...), counted from 0; None: it has none.
 
     Convolutions and batch norms have them second, linear layers and layer norms last: the nearest of them decides, seen
-    through operators that leave every number where it is. Where there is none nearby, values of three axes are taken
+    through operators that leave the axes alone. Where there is none nearby, values of three axes are taken
     for (batch, tokens, channels), others for (batch, channels, ...).
 
     Args:
@@ -35,7 +35,7 @@ def channel_axis(node: Node) -> int | None:
             found = _told_by(other, axes)
             if found is not None:
                 return found
-            if other not in seen and _same_place(other) and _shape(other) == _shape(node):
+            if other not in seen and _keeps_axes(other, axes):
                 seen.add(other)
                 pending.append(other)
     return 2 if axes == 3 else 1
@@ -43,7 +43,7 @@ def channel_axis(node: Node) -> int | None:
 
 def _around(node: Node) -> Iterator[Node]:
     yield from node.users
-    if _same_place(node):
+    if _keeps_axes(node, node.meta["val"].ndim):
         yield from (used for used in node.all_input_nodes if used.op != "get_attr")
 
 
@@ -59,12 +59,10 @@ def _told_by(node: Node, axes: int) -> int | None:
     return 1 if name.startswith(_SECOND) or any(part in name for part in _POOLING) else None
 
 
-def _same_place(node: Node) -> bool:
-    """Whether a node changes numbers, but not where they are."""
-    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return node.op == "call_function" and (pointwise or op_name(node) in _KEEPS or namespace(node) == "mil")
-
-
-def _shape(node: Node) -> tuple[str, ...] | None:
+def _keeps_axes(node: Node, axes: int) -> bool:
+    """Whether a node changes numbers of a value of so many axes, or how many there are, but not what an axis counts."""
     value = node.meta.get("val")
-    return tuple(str(size) for size in value.shape) if isinstance(value, Tensor) else None
+    if node.op != "call_function" or not isinstance(value, Tensor) or value.ndim != axes:
+        return False
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return pointwise or op_name(node) in _KEEPS or namespace(node) == "mil"

@@ -42,6 +42,7 @@ def test_it_is_told_by_the_nearest_layer() -> None:
     [
         ([nn.Conv1d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv1d(6, 4, 1)], (2, 6, 6), "1", 1),
         ([nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)], (2, 6, 6), "1", 2),
+        ([nn.ConstantPad1d(2, 0.0), nn.Tanh(), nn.Conv1d(6, 6, 3)], (2, 6, 6), "0", 1),
         ([nn.Tanh(), nn.Sigmoid()], (2, 6, 6), "0", 2),
         ([nn.Tanh(), nn.Sigmoid()], (2, 6, 6, 6), "0", 1),
         ([nn.Linear(6, 6), nn.ReLU()], (2, 6), "1", 1),

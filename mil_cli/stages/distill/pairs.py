@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mil_cli.errors import ModelError, StageError
-from mil_cli.graph.bottlenecks import bottlenecks
+from mil_cli.graph.bottlenecks import bottlenecks, on_the_way
 from mil_cli.graph.channels import channel_axis
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_attribute, module_stack, op_name
@@ -21,6 +21,7 @@ from mil_cli.graph.taps import module_output, module_outputs, tap
 from mil_cli.stages.distill.alignment import Positions, meeting
 
 _CONTAINERS = ("Sequential", "ModuleList")
+_FEW = 3  # of bottlenecks: long shortcuts, as in a U-net, go around everything, and any module's output will do
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ def pair_layers(
     """Return the layers to compare, in the student's order of execution.
 
     Layers are found among the bottlenecks of both graphs before their last weights, where the network's state is whole:
-    ends of residual blocks, of stages. If the student's layers go by the teacher's names and resolutions (it was cut or
-    quantized from it) the same names are paired, else each is paired with the layer of the nearest resolution, as deep
-    among those, in the same order. The last is always among those chosen, and the last of both belong together; ends of
-    stages go before what lies in them.
+    ends of residual blocks, of stages; among the outputs of all modules on the way where there are hardly any. If the
+    student's layers go by the teacher's names and resolutions (it was cut or quantized from it) the same names are
+    paired, else each is paired with the layer of the nearest resolution, as deep among those, in the same order. The
+    last is always among those chosen, and the last of both belong together; ends of stages go before what lies in them.
 
     Args:
         student: The student.
@@ -173,8 +174,12 @@ def _found_layers(model: Model, *, mapped: bool) -> list[Layer]:
     paths: dict[Node, str] = {}
     for path, node in module_outputs(model).items():  # of modules around others the outer one comes first
         paths.setdefault(node, path)
-    nodes = _before_last_weights(model.graph, bottlenecks(model.graph))
-    points = {paths[node]: node for node in nodes if node in paths}
+    readable = [node for node in _before_last_weights(model.graph) if node in paths]
+    narrow = set(bottlenecks(model.graph))
+    nodes = [node for node in readable if node in narrow]
+    if len(nodes) < _FEW:
+        nodes = readable
+    points = {paths[node]: node for node in nodes}
     blocks = _blocks(model, points)
     outer = {path: node for path, node in points.items() if not path.startswith(blocks)}
     return [layer for layer in _layers(model, outer).values() if not mapped or layer.resolution > 1]
@@ -188,22 +193,32 @@ def _blocks(model: Model, paths: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def _before_last_weights(graph: GraphModule, nodes: Sequence[Node]) -> Iterator[Node]:
-    """Yield those of some nodes that stand for a state of the network: no outputs, nothing half done."""
-    order = {node: position for position, node in enumerate(graph.graph.nodes)}
-    last = max((order[node] for node in calls(graph) if _weighs(graph, node)), default=-1)
-    for node in nodes:
-        readers = {op_name(user) for user in node.users}
-        # Folding leaves no trace of what stood between a layer and its batch norm; dropout is noise.
-        if order[node] < last and readers != {"batch_norm"} and not op_name(node).startswith("dropout"):
-            yield node
+def _before_last_weights(graph: GraphModule) -> list[Node]:
+    """Return the calls that stand for a state of the network, in order of execution: no outputs, nothing half done."""
+    way = on_the_way(graph)
+    steps = [node for node in calls(graph) if node in way]
+    last = max((position for position, node in enumerate(steps) if _weighs(graph, node, way)), default=0)
+    # Folding leaves no trace of what stood between a layer and its batch norm; dropout is noise.
+    return [
+        node
+        for node in steps[:last]
+        if {op_name(user) for user in node.users} != {"batch_norm"} and not op_name(node).startswith("dropout")
+    ]
 
 
-def _weighs(graph: GraphModule, node: Node) -> bool:
-    """Whether a node reads a matrix of weights, through quantizers too."""
-    sources = [source for used in node.all_input_nodes for source in (used, *used.all_input_nodes)]
-    values = (get_attribute(graph, str(source.target)) for source in sources if source.op == "get_attr")
-    return any(isinstance(value, torch.nn.Parameter) and value.ndim > 1 for value in values)
+def _weighs(graph: GraphModule, node: Node, way: set[Node]) -> bool:
+    """Whether a node on the way reads a matrix of weights, through quantizers and what makes their scales too."""
+    seen: set[Node] = set()
+    pending = [used for used in node.all_input_nodes if used not in way]
+    while pending:
+        source = pending.pop()
+        if source.op == "get_attr":
+            value = get_attribute(graph, str(source.target))
+            if isinstance(value, torch.nn.Parameter) and value.ndim > 1:
+                return True
+        seen.add(source)
+        pending.extend(used for used in source.all_input_nodes if used not in way and used not in seen)
+    return False
 
 
 def _layers(model: Model, nodes: Mapping[str, Node]) -> dict[str, Layer]:

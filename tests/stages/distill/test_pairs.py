@@ -136,6 +136,25 @@ def test_paths_that_are_unknown_or_do_not_fit_are_told() -> None:
         _pairs(sequences, "resnet20", given={"1": "stages"})
 
 
+class Hourglass(nn.Module):
+    """A U-net with a state beside it: shortcuts go around everything, and one module returns what nobody reads here."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, 2, 1)
+        self.up, self.head = nn.ConvTranspose2d(2 * width, width, 2, 2), nn.Conv2d(2 * width + 1, 1, 1)
+        self.memory = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        fine = self.first(x)
+        return self.head(torch.cat([x, fine, self.up(self.down(fine).relu())], 1)), self.memory(fine)
+
+
+def test_where_shortcuts_go_around_everything_all_modules_count() -> None:
+    student, teacher = (Model.capture(Hourglass(width), (torch.rand(2, 1, 8, 8),)) for width in (4, 8))
+    assert _names(_pairs(student, teacher)) == {"first": "first", "down": "down", "up": "up"}
+
+
 class Bare(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -15,6 +16,8 @@ from mil_cli.stages.registry import stage
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
+
+_SMALLEST = 1e-6  # of features that died
 
 
 class HintsConfig(FeatureConfig):
@@ -51,7 +54,7 @@ def hints(model: Model, config: HintsConfig, context: Context) -> Model:
 
 
 class Hint(nn.Module):
-    """The squared error of a student's features behind an adapter, relative to the mean square of the teacher's.
+    """The mean squared error of a student's features behind an adapter, those of both relative to their mean size.
 
     The adapter maps channels at each position: a 1x1 convolution. It starts as the identity where channels are as many,
     else as an orthogonal map.
@@ -72,13 +75,23 @@ class Hint(nn.Module):
             nn.init.orthogonal_(self.adapter.weight, generator=generator)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the error of features of shape (batch, channels, *positions)."""
+        """Return the error of features of shape (batch, channels, *positions).
+
+        Each is divided by the root of its mean square over the batch: the size of features differs a lot between layers
+        and networks, and with it the weight of the error and the learning rate at which an adapter is stable would.
+        """
         student, teacher = aligned(student, teacher)
-        weight, bias = self.adapter.weight, self.adapter.bias
+        ours, theirs = _size(student), _size(teacher)
+        # The adapter takes both sizes in, so that no feature has to be copied.
+        weight, bias = self.adapter.weight * (theirs / ours), self.adapter.bias * theirs
         if student.ndim == 4:
             adapted = functional.conv2d(student, weight[:, :, None, None], bias)  # in either memory format
         else:
-            adapted = self.adapter(student.movedim(1, -1)).movedim(-1, 1)
-        # Relative, since the scale of features differs between layers and networks: predicting 0 gives 1.
-        scale = teacher.square().mean().clamp(min=torch.finfo(teacher.dtype).tiny)
-        return functional.mse_loss(adapted, teacher) / scale
+            adapted = functional.linear(student.movedim(1, -1), weight, bias).movedim(-1, 1)
+        return functional.mse_loss(adapted, teacher) / theirs.square()
+
+
+def _size(feature: Tensor) -> Tensor:
+    """Return the root of the mean square."""
+    size: Tensor = torch.linalg.vector_norm(feature) / math.sqrt(feature.numel())
+    return size.clamp(min=_SMALLEST)

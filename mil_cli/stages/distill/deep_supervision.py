@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from mil_cli.errors import ModelError, StageError
-from mil_cli.graph.nodes import calls, op_name
+from mil_cli.graph.channels import channel_axis
+from mil_cli.graph.nodes import calls
 from mil_cli.graph.taps import module_output, tap, tappable_paths
 from mil_cli.stages.distill.distil import DistillConfig, Lesson, report, student_of, teach
 from mil_cli.stages.registry import stage
@@ -232,8 +234,7 @@ def _usable(student: Model, scored: _Scored, config: DeepSupervisionConfig, cont
         raise StageError(problem.what, where=where, value=list(config.at), hint=problem.hint) from problem
     with torch.no_grad():
         _, values = tapped(*args, **kwargs)
-    operators = {op_name(node) for node in calls(model.graph)}
-    found = {path: _shape(value, scored.value, operators) for path, value in values.items()}
+    found = {path: _shape(value, module_output(model, path), scored.value) for path, value in values.items()}
     unfit = [path for path, shape in found.items() if shape is None]
     if config.at and unfit:
         raise StageError(
@@ -252,31 +253,22 @@ def _usable(student: Model, scored: _Scored, config: DeepSupervisionConfig, cont
     return usable
 
 
-def _shape(value: Tensor, scored: Tensor, operators: set[str]) -> Shape | None:
-    """Return what a head from a value to the scored output is made for; None if there is no such head."""
-    if not value.is_floating_point() or value.ndim < 2 or len(value) != len(scored):
-        return None
-    if scored.ndim <= 2:
-        axis = feature_axis(value, operators)
-        return Shape("pooled", axis, value.shape[axis], scored.shape[1] if scored.ndim == 2 else 1)
-    if scored.ndim == 3 and value.ndim == 3 and value.shape[:2] == scored.shape[:2]:
-        return Shape("position", 2, value.shape[2], scored.shape[2])
-    if scored.ndim == 4 and value.ndim == 4:
-        axis = feature_axis(value, operators)
-        return Shape("pixel", axis, value.shape[axis], scored.shape[1])
-    return None
-
-
-def feature_axis(value: Tensor, operators: set[str]) -> int:
-    """Return which axis of a value inside a model holds its features, the others beside the samples being places.
+def _shape(value: Tensor, node: Node, scored: Tensor) -> Shape | None:
+    """Return what a head from a value to the scored output is made for; None if there is no such head.
 
     Args:
-        value: Shape (samples, features), or with places: (samples, places, features) of tokens, (samples, features,
-            places) of signals, (samples, features, height, width) or (samples, height, width, features) of images.
-        operators: Names of the model's operators: signals are convolved, tokens have layer norms.
+        value: What a module gives.
+        node: Where it is in the graph.
+        scored: The output.
     """
-    if value.ndim == 3:
-        return 1 if "conv1d" in operators and "layer_norm" not in operators else 2
-    if value.ndim == 4 and value.shape[1] == value.shape[2] != value.shape[3]:
-        return 3
-    return 1
+    axis = channel_axis(node) if isinstance(node.meta.get("val"), Tensor) else None
+    if axis is None or not value.is_floating_point() or len(value) != len(scored):
+        return None
+    features = value.shape[axis]
+    if scored.ndim <= 2:
+        return Shape("pooled", axis, features, scored.shape[1] if scored.ndim == 2 else 1)
+    if scored.ndim == 3 and value.ndim == 3 and axis == 2 and value.shape[1] == scored.shape[1]:
+        return Shape("position", axis, features, scored.shape[2])
+    if scored.ndim == 4 and value.ndim == 4:
+        return Shape("pixel", axis, features, scored.shape[1])
+    return None

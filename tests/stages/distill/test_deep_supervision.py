@@ -25,7 +25,6 @@ from mil_cli.stages.distill.deep_supervision import (
     Shape,
     deep_objective,
     deep_supervision,
-    feature_axis,
     spread,
 )
 from mil_cli.stages.train.supervised import SupervisedConfig, supervised
@@ -68,21 +67,6 @@ def test_heads_sit_at_even_depth_on_the_outermost_modules() -> None:
     transformer = Model.capture(vit(depth=4, dim=8, heads=2).eval(), (torch.randn(2, 1, 28, 28),))
     assert spread(transformer, tappable_paths(transformer), count=3) == ["blocks.0", "blocks.1", "blocks.2"]
     assert len(set(spread(residual, tappable_paths(residual), count=9))) == 9
-
-
-@pytest.mark.parametrize(
-    ("shape", "operators", "axis"),
-    [
-        ((2, 8), {"linear"}, 1),
-        ((2, 9, 8), {"linear", "layer_norm"}, 2),
-        ((2, 8, 9), {"conv1d", "batch_norm"}, 1),
-        ((2, 8, 4, 4), {"conv2d"}, 1),
-        ((2, 4, 4, 8), {"layer_norm", "linear"}, 3),
-        ((2, 4, 4, 4), {"conv2d"}, 1),
-    ],
-)
-def test_features_are_found(shape: tuple[int, ...], operators: set[str], axis: int) -> None:
-    assert feature_axis(torch.zeros(shape), operators) == axis
 
 
 def test_it_learns_and_the_heads_are_gone() -> None:

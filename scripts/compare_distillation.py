@@ -1,8 +1,8 @@
 """What does distillation buy? Each method beside plain training of the same student, and beside torchdistill's losses.
 
 For each seed the recipe's uncompressed model teaches the recipe's student by each method; all start from the same
-weights, see the same batches and are scored on the test split. With half the epochs beside all of them the page tells
-who reaches in half the steps what plain training reaches in all. torchdistill (``pip install --no-deps
+weights, see the same batches and are scored on the test split. With half of some number of epochs beside it the
+page tells who reaches in half the steps what plain training reaches in all. torchdistill (``pip install --no-deps
 torchdistill==1.1.5``) gives the losses of the peers, which run in the same training. Points that were computed are kept
 beside the page, so that an interrupted comparison goes on.
 
@@ -15,7 +15,7 @@ import argparse
 import inspect
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -312,28 +312,27 @@ def _page(arguments: argparse.Namespace, origins: Mapping[str, str], rows: Rows)
         "",
         *(f"- `{method}`: {OURS[method].said}." for method in methods if method in OURS and OURS[method].said),
     ]
-    if len(arguments.epochs) > 1 and PLAIN in methods:
-        least, most = ({"epochs": chosen(arguments.epochs)} for chosen in (min, max))
-        lines += ["", f"## {least['epochs']} epochs of distillation against {most['epochs']} of plain training", ""]
+    halves = [epochs for epochs in sorted(arguments.epochs) if 2 * epochs in arguments.epochs and PLAIN in methods]
+    for epochs in halves:
+        lines += ["", f"## {epochs} epochs of distillation against {2 * epochs} of plain training", ""]
         lines += _differences(
-            (method, pairs(method, PLAIN, least, most)) for method in methods if method != PLAIN and method not in PEERS
+            (method, pairs(method, PLAIN, {"epochs": epochs}, {"epochs": 2 * epochs}))
+            for method in methods
+            if method != PLAIN and method not in PEERS
         )
     if any(method in PEERS for method in methods):
         lines += ["", "## Against torchdistill", ""]
-        lines += [
-            f"Its losses with the weights of their papers, in the same training; {max(arguments.epochs)} epochs.",
-            "",
-        ]
-        column = {"epochs": max(arguments.epochs)}
+        lines += ["Its losses with the weights of their papers, in the same training.", ""]
         lines += _differences(
-            (f"{PEERS[peer]} against {peer}", pairs(PEERS[peer], peer, column, column))
+            (f"{PEERS[peer]} against {peer}, {heading}", pairs(PEERS[peer], peer, column, column))
+            for heading, column in columns.items()
             for peer in methods
             if peer in PEERS and PEERS[peer] in methods
         )
     return lines
 
 
-def _differences(of: Any) -> list[str]:
+def _differences(of: Iterable[tuple[str, Sequence[tuple[float, float]]]]) -> list[str]:
     """Return a table of named pairs: the mean difference of errors, and its interval."""
     lines = ["| | difference of test errors | 95 % interval |", "|---|---|---|"]
     for name, found in of:

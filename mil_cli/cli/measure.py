@@ -111,4 +111,5 @@ def _show(figures: list[dict[str, Any]], stdout: Console) -> None:
             text.size(measured["peak_memory_bytes"]),
             text.count(measured["macs"]),
         )
+    table.caption = "ratio: of the fastest inferences of each turn, paired; percentiles: of all inferences"
     show(stdout, table)

@@ -41,8 +41,8 @@ def speech(
 ) -> Data:
     """Load clips of speech and mix excerpts of them with noise.
 
-    A clip is in one split only, and clips of the same name (the same sentence of several languages) are in the same
-    one. Test has the speech of a voice that neither train nor val know. The noise is white, pink (1/f), or the babble
+    Test has the speech of a voice that neither train nor val know. A clip of another voice is in one split only, and
+    those of the same name (the same sentence of several languages) are in the same one. The noise is white, pink (1/f), or the babble
     of four other voices' excerpts of the same split.
 
     Args:
@@ -242,6 +242,10 @@ def read_voices(folder: Path, *, test_voice: str, sample_rate: int) -> dict[str,
                 clip = path.relative_to(folder / voice).as_posix()
                 split = "test" if voice == test_voice else split_of(clip)
                 clips[split].setdefault(voice, []).append(waveform)
+    if test_voice not in clips["test"]:
+        raise DataError(
+            "every clip of the voice is silent", where="data.test_voice", value=test_voice, hint="name another voice"
+        )
     for split in ("train", "val"):
         if not clips[split]:
             raise DataError(

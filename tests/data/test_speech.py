@@ -76,6 +76,12 @@ def test_silent_clips_are_left_out(tmp_path: Path) -> None:
     assert len(voices["test"]["anna"]) == 10 * len(CLIPS)
 
 
+def test_a_voice_of_silence_cannot_be_tested_on(tmp_path: Path) -> None:
+    write_wav(tmp_path / "anna" / "1.wav", np.zeros(8000))
+    with pytest.raises(DataError, match="silent"):
+        read_voices(tmp_path, test_voice="anna", sample_rate=8000)
+
+
 def of(root: Path, **settings: object) -> Data:
     counts = {"train_samples": 24, "val_samples": 8, "test_samples": 8}
     given = {"root": root, "test_voice": "clara", "seconds": 0.04, **counts, **settings}

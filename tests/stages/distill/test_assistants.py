@@ -69,6 +69,12 @@ def test_sizes_lie_in_equal_ratios_and_each_learns_from_the_one_before() -> None
     assert len(history) == 4
 
 
+def test_the_target_of_the_stage_that_cuts_does_not_matter() -> None:
+    cut = PRUNE.model_copy(update={"params": None, "memory": 0.5, "recover": None})
+    learned = assistants(net(3), _config(), context_of(stages={"prune": cut}))
+    assert learned.fingerprint() == assistants(net(3), _config(), _context()).fingerprint()
+
+
 def test_given_assistants_make_the_chain_of_single_distillations() -> None:
     student, middle = net(3), net(10)
     config = _config(by=None, assistants=["middle.pt2"], temperature=2.0, weight=0.7)

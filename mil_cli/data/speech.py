@@ -42,8 +42,8 @@ def speech(
     """Load clips of speech and mix excerpts of them with noise.
 
     Test has the speech of a voice that neither train nor val know. A clip of another voice is in one split only, and
-    those of the same name (the same sentence of several languages) are in the same one. The noise is white, pink (1/f), or the babble
-    of four other voices' excerpts of the same split.
+    those of the same name (the same sentence of several languages) are in the same one. The noise is white, pink (1/f),
+    or the babble of four other voices' excerpts of the same split.
 
     Args:
         root: A folder with a folder of WAV files (one channel, 16 bits) for each voice; by default where Debian's

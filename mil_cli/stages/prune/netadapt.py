@@ -35,8 +35,8 @@ class NetadaptConfig(SearchConfig):
             layers can save: else only the widths that run through whole stages are left to choose from.
         decay: What that is multiplied by from one iteration to the next.
         judge: What an iteration keeps: the candidate whose loss on val grows least for what it saves (``loss``), beside
-            that of the uncut model after the same short training; or, as in the paper, the one of the best quality
-            (``quality``), whatever it saves.
+            that of the uncut model after the same short training, and of those whose loss does not grow the one that
+            saves most; or, as in the paper, the one of the best quality (``quality``), whatever it saves.
         finetune_steps: Steps of the optimizer for which every candidate is trained before it is scored; 0 trains none.
         finetune: Key of a train or distill stage of the recipe that does it; None trains on the task's loss.
         trainer: Trainer settings for that, over that stage's own.
@@ -211,8 +211,8 @@ class _Adaptation:
         """Return what is paid for the last of some scored proposals; less is better."""
         if self._config.judge == "quality":
             return -scores[-1] if self._context.task.higher_is_better else scores[-1]
-        uncut = scores[0] if math.isfinite(scores[0]) else 0.0
-        return (scores[-1] - uncut) / saved
+        growth = scores[-1] - (scores[0] if math.isfinite(scores[0]) else 0.0)
+        return growth / saved if growth > 0 else -saved  # what costs nothing is the better, the more it saves
 
     def finish(self, measured: float | None) -> Model:
         """Note what was done, and fine-tune the result if the settings say so.

@@ -56,13 +56,26 @@ class Choice(Generic[Made]):
 
     Attributes:
         chosen: What tells it from other choices, by ``==``.
+        predicted: Its predicted seconds; less than the target where choices are coarse.
         model: Makes the model that it is.
         made: What the one who chose wants back.
+        worth: What it is worth beside other choices, more being better; None where what is slower has lost less, as
+            cuts have of which each holds all that the next one removes.
     """
 
     chosen: object
+    predicted: float
     model: Callable[[], Model]
     made: Made
+    worth: float | None = None
+
+    def standing(self, seconds: float) -> tuple[float, float]:
+        """Return what choices that keep the goal are compared by, the largest being the best.
+
+        Args:
+            seconds: What this one takes when it is measured.
+        """
+        return (seconds, 0.0) if self.worth is None else (self.worth, -seconds)
 
 
 class Correction:
@@ -103,8 +116,8 @@ class Correction:
             find: Given predicted seconds and how many choices there were before, returns a choice.
 
         Returns:
-            Of the choices that keep the goal when measured the slowest, which has lost least, else the fastest; and its
-            measured seconds, None where nothing is measured.
+            Of the choices that keep the goal when measured the one that is worth most, or the slowest where nothing
+            says what they are worth; else the fastest. And its measured seconds, None where nothing is measured.
         """
         if not self.active:
             return find(self._goal, 0).made, None
@@ -115,15 +128,16 @@ class Correction:
             if any(found.chosen == other.chosen for _, other in tried):
                 break
             if len(self._measured) == len(tried):
-                self.measure(target, found.model())
+                self.measure(found.predicted, found.model())
             _, seconds = self._measured[len(tried)]
             tried.append((seconds, found))
             if (_AIM - _OFF) * self._goal <= seconds <= self._goal:
                 break
-            target *= _AIM * self._goal / seconds
+            # From what the choice takes, which may be much less than was asked for: a miss then rules it out.
+            target = min(target, found.predicted) * _AIM * self._goal / seconds
         within = [pair for pair in tried if pair[0] <= self._goal]
         if within:
-            seconds, best = max(within, key=lambda pair: pair[0])
+            seconds, best = max(within, key=lambda pair: pair[1].standing(pair[0]))
         else:
             seconds, best = min(tried, key=lambda pair: pair[0])
             self._tell_missed(seconds, f"none of {len(tried)} choices keeps")
@@ -133,6 +147,16 @@ class Correction:
         """Measure a model of which some seconds are predicted."""
         self._measured.append([predicted, self._start * latency_ratio(model, self._original, self._context)])
         self._keep()
+
+    def conclude(self, predicted: float, model: Model) -> None:
+        """Measure a model that cannot become smaller, unless it was measured last, and tell if it is above the goal."""
+        if not self.active:
+            return
+        if not self._measured or self._measured[-1][0] != predicted:
+            self.measure(predicted, model)
+        _, seconds = self._measured[-1]
+        if seconds > self._goal:
+            self._tell_missed(seconds, "the smallest model does not keep")
 
     @property
     def seconds(self) -> float | None:

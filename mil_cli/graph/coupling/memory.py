@@ -35,11 +35,11 @@ class MemoryEstimate:
     """Estimates the bytes that a runtime needs for one sample, for any cut of one analysed graph, without making it.
 
     They are those of the weights, of the constants beside them, and of the largest set of activations that are live at
-    once as the calls run in their order: from the call that makes one to the last that reads it. Inputs and outputs are the caller's, and stay. A view
-    lies where its operand lies, and an operator that acts entry by entry (or a batch norm, which is folded) writes over
-    an operand that nobody reads any more, as onnxruntime plans its buffers. Attention holds its scores and their
-    softmax beside what it gives. What a runtime adds, such as packed copies of weights and scratch space of kernels, is
-    not known here: the estimate serves to compare two models.
+    once as the calls run in their order: from the call that makes one to the last that reads it. Inputs and outputs are
+    the caller's, and stay. A view lies where its operand lies, and an operator that acts entry by entry (or a batch
+    norm, which is folded) writes over an operand that nobody reads any more, as onnxruntime plans its buffers.
+    Attention holds its scores and their softmax beside what it gives. What a runtime adds, such as packed copies of
+    weights and scratch space of kernels, is not known here: the estimate serves to compare two models.
     """
 
     counter: Counter
@@ -60,7 +60,7 @@ class MemoryEstimate:
         return sum(numbers * self._width(key) for key, numbers in left.items())
 
     def constants(self, removed: Removed, dropped: Dropped = _NOTHING) -> int:
-        """Return the bytes of what calls read that follows from neither inputs nor parameters: masks, positions, tables.
+        """Return the bytes of what calls read that follows from no input and no parameter: masks, positions, tables.
 
         What is computed of buffers alone counts in place of them, since a runtime computes it once. The statistics of
         batch norms, which are folded, do not count.

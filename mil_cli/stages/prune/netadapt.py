@@ -82,6 +82,7 @@ def netadapt(model: Model, config: NetadaptConfig, context: Context) -> Model:
             if adaptation.left > stop:
                 before = adaptation.share
                 if not adaptation.iterate(stop):
+                    correction.conclude(adaptation.left, adaptation.model)
                     break
                 note = f"{config.quantity} {adaptation.left / adaptation.search.start:.1%}"
                 bar.advance(adaptation.share - before, note=note)
@@ -155,6 +156,10 @@ class _Adaptation:
             return False
         step = config.reduction * config.decay ** len(state["iterations"]) * search.start
         proposals = _proposals(structures, search, max(stop, left - step), left)
+        if not proposals:
+            if left <= search.goal:
+                return False
+            raise search.unreachable(structures.measure, left)
         if config.judge == "loss":
             proposals.insert(0, structures.whole)  # what the losses of the others are compared with
         self._score(proposals, structures)
@@ -277,8 +282,7 @@ def _replayed(search: Search, state: Mapping[str, Any]) -> tuple[Model, list[str
 def _proposals(structures: Structures, search: Search, bound: float, left: float) -> list[Candidate]:
     """Return by space the least removal, and each branch, that leave at most `bound`; half the saving if none does.
 
-    Raises:
-        StageError: Nothing saves anything.
+    There are none if nothing alone saves anything.
     """
     single = list(_single(structures))
     search.amount.prepare(structures.coupling, ((structures.removed(one), structures.dropped(one)) for one in single))
@@ -291,7 +295,7 @@ def _proposals(structures: Structures, search: Search, bound: float, left: float
         if found:
             return list(found.values())
         bound = (bound + left) / 2
-    raise search.unreachable(structures.measure, left)
+    return []
 
 
 def _single(structures: Structures) -> Iterator[Candidate]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.session import feeds_of
-from mil_cli.measure.latency import measure_latency
 from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
+    from mil_cli.measure.types import Latency
     from mil_cli.stages.context import Context
 
 Made = TypeVar("Made")
@@ -40,14 +40,32 @@ def latency_ratio(model: Model, reference: Model, context: Context) -> float:
         ExportError: One of them cannot be exported.
         MeasureError: The runtime failed on a file.
     """
-    args, kwargs = next(iter(context.calibration(samples=1, batch_size=fixed_batch(model) or 1)))
-    with TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("reference.onnx", "model.onnx")]
-        for source, file in zip((reference, model), files, strict=True):
-            export_onnx(source, file, device=context.device)
-        feeds = feeds_of(reference.spec, args, kwargs)
-        _, measured = measure_latency(files, device=context.device, feeds=feeds, progress=context.progress)
+    _, measured = _latencies([reference, model], context)
     return measured.ratio_to_baseline
+
+
+def latency_seconds(model: Model, context: Context) -> float:
+    """Return the median seconds that a model takes, by the protocol of all latencies.
+
+    Args:
+        model: The model.
+        context: Gives the device, and a training sample to run on.
+
+    Raises:
+        ExportError: It cannot be exported.
+        MeasureError: The runtime failed on its file.
+    """
+    (measured,) = _latencies([model], context)
+    return measured.p50 / 1e3
+
+
+def _latencies(models: Sequence[Model], context: Context) -> list[Latency]:
+    args, kwargs = next(iter(context.calibration(samples=1, batch_size=fixed_batch(models[0]) or 1)))
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}.onnx" for number in range(len(models))]
+        for model, file in zip(models, files, strict=True):
+            export_onnx(model, file, device=context.device)
+        return context.latencies(files, feeds=feeds_of(models[0].spec, args, kwargs))
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,8 @@ class Choice(Generic[Made]):
 class Correction:
     """Corrects a predicted latency by measuring: a choice counts by what the whole model takes beside the original.
 
-    What is compared is a ratio, brought to the scale of predictions by those of the original. All decisions follow
+    What is compared is a ratio, brought to the scale of predictions by those of the original; for a target in seconds
+    `Amount` puts predictions themselves on the scale of what the original takes. All decisions follow
     from what was measured, so that a run that goes on after an interruption decides as it would have done.
 
     Args:

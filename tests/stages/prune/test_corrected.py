@@ -232,7 +232,7 @@ def test_a_model_that_cannot_become_smaller_is_measured_once_more(monkeypatch: p
 
 
 def pretend_seconds(monkeypatch: pytest.MonkeyPatch, model: Model, whole: float) -> list[float]:
-    """Let operators add up to a tenth of what a whole model takes, and that go with operations; returns the takings."""
+    """Let operators add up to a tenth of what a whole model takes; returns what was measured of whole models."""
     taken: list[float] = []
 
     class Lister:
@@ -243,11 +243,13 @@ def pretend_seconds(monkeypatch: pytest.MonkeyPatch, model: Model, whole: float)
         taken.append(whole * (1 + len(taken)) * measured.macs() / model.macs())
         return taken[-1]
 
+    def ratio(cut: Model, original: Model, _: object) -> float:
+        return 1.08 * cut.macs() / original.macs()
+
     monkeypatch.setattr(amount.Amount, "_lister", lambda _, counter: Lister(counter))
     monkeypatch.setattr(amount.OperatorTable, "seconds", lambda _, operators: sum(operators))
     monkeypatch.setattr(amount.OperatorTable, "measure", lambda *_: None)
     monkeypatch.setattr(amount, "latency_seconds", seconds)
-    ratio = lambda cut, original, _: 1.08 * cut.macs() / original.macs()  # noqa: E731
     monkeypatch.setattr(measured, "latency_ratio", ratio)
     return taken
 

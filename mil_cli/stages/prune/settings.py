@@ -22,8 +22,9 @@ class CutConfig(StageConfig):
         latency: Predicted latency to keep, as a ratio or a duration (``2 ms``), by a table of operators that are
             measured on the device; the result then depends on what was measured. A duration is what the whole model
             takes, its median, where `measured` holds; else what its operators add up to.
-        memory: Estimated memory to keep, as a ratio or a size (``2 MB``): the bytes of the weights, of the
-            constants beside them, and of the largest set of activations that are live at once, for one sample in float. Exactly one of the `quantities` is given.
+        memory: Estimated memory to keep, as a ratio or a size (``2 MB``): the bytes of the weights, of the constants
+            beside them, and of the largest set of activations that are live at once, for one sample in float. Exactly
+            one of the `quantities` is given.
         max_per_layer: Largest part of a layer's width that may be removed, over all steps.
         round_to: Multiple that widths end on; ``auto`` takes the device's.
         independent: Whether every group of a convolution and every attention head keeps the channels that matter most

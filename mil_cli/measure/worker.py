@@ -27,7 +27,7 @@ TURN_SECONDS = 0.005
 """How long a model's turn in a round lasts at least, if it takes no more than the most inferences."""
 
 LONG_TURN_SECONDS = 0.3
-"""How long it lasts at most, if it takes more than one inference."""
+"""How long the slowest model's turn lasts at most, if it takes more than one inference."""
 
 LEAST_TURN, LONGEST_TURN = 3, 15
 """The fewest inferences of a turn, of which the fastest counts, unless they are long; and the most."""
@@ -145,8 +145,7 @@ def latency(job: Job, emit: Emit) -> list[list[list[list[tuple[float, float]]]]]
     result: list[list[list[list[tuple[float, float]]]]] = []
     for _ in range(job["sessions"]):
         runners = [Runner(job, file, feeds) for file in files]
-        fastest = min(runner.warm_up() for runner in runners)
-        turn = turn_length(fastest)
+        turn = turn_length([runner.warm_up() for runner in runners])
         times: list[list[list[tuple[float, float]]]] = [[] for _ in files]
         order = list(range(len(files)))
         gc.collect()
@@ -163,14 +162,14 @@ def latency(job: Job, emit: Emit) -> list[list[list[list[tuple[float, float]]]]]
     return result
 
 
-def turn_length(seconds: float) -> int:
-    """Return the inferences of a turn.
+def turn_length(seconds: Sequence[float]) -> int:
+    """Return the inferences of a turn: as many as the fastest model needs, and no more than the slowest one bears.
 
     Args:
-        seconds: What one of the fastest model takes.
+        seconds: What one of each model takes.
     """
-    least = max(1, min(LEAST_TURN, int(LONG_TURN_SECONDS / seconds)))
-    return min(max(least, math.ceil(TURN_SECONDS / seconds)), LONGEST_TURN)
+    wanted = min(max(LEAST_TURN, math.ceil(TURN_SECONDS / min(seconds))), LONGEST_TURN)
+    return min(wanted, max(1, int(LONG_TURN_SECONDS / max(seconds))))
 
 
 def memory(job: Job, emit: Emit) -> int:

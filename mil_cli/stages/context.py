@@ -21,6 +21,7 @@ import torch
 
 from mil_cli.errors import RecipeError, StageError, did_you_mean
 from mil_cli.events import Progress
+from mil_cli.measure.latency import LATENCY_VERSION, measure_latency
 from mil_cli.stages.registry import StageConfig, config_type, function_of
 from mil_cli.training.checkpoint import CheckpointSlot, FileSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from mil_cli.data.base import Batch, Data, Split
     from mil_cli.device.profile import DeviceProfile
     from mil_cli.graph.model import Model
+    from mil_cli.measure.process import Feeds
+    from mil_cli.measure.types import Latency
     from mil_cli.task.base import Task
 
 
@@ -114,6 +117,8 @@ class Surroundings:
                 return fingerprint_of([config.family, config.method, config.version, config.model_dump(mode="json")])
             case "original":
                 return "none" if self.original is None else self.original.fingerprint
+            case "latency_protocol":
+                return str(LATENCY_VERSION)
             case "source":
                 return self.source_fingerprint(json.loads(name))
         raise KeyError(read)
@@ -459,6 +464,19 @@ class Context:
             seen += batch_size
             if seen >= samples:
                 return
+
+    def latencies(self, files: Sequence[Path], *, feeds: Feeds) -> list[Latency]:
+        """Time models side by side on the device, by the protocol of all latencies; its version counts as read.
+
+        Args:
+            files: ONNX files that take the same inputs; the first is what the others are compared with.
+            feeds: Input name -> array of one sample.
+
+        Raises:
+            MeasureError: The runtime failed on a file.
+        """
+        self._record("latency_protocol")
+        return measure_latency(files, device=self.device, feeds=feeds, progress=self.progress)
 
     def source(self, source: object) -> Model:
         """Return another model, a teacher say, from a `.pt2` path or a model source's settings."""

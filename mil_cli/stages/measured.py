@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.session import feeds_of
-from mil_cli.measure.latency import measure_latency
 from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
+    from mil_cli.measure.types import Latency
     from mil_cli.stages.context import Context
 
 Made = TypeVar("Made")
@@ -40,14 +40,32 @@ def latency_ratio(model: Model, reference: Model, context: Context) -> float:
         ExportError: One of them cannot be exported.
         MeasureError: The runtime failed on a file.
     """
-    args, kwargs = next(iter(context.calibration(samples=1, batch_size=fixed_batch(model) or 1)))
-    with TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("reference.onnx", "model.onnx")]
-        for source, file in zip((reference, model), files, strict=True):
-            export_onnx(source, file, device=context.device)
-        feeds = feeds_of(reference.spec, args, kwargs)
-        _, measured = measure_latency(files, device=context.device, feeds=feeds, progress=context.progress)
+    _, measured = _latencies([reference, model], context)
     return measured.ratio_to_baseline
+
+
+def latency_seconds(model: Model, context: Context) -> float:
+    """Return the median seconds that a model takes, by the protocol of all latencies.
+
+    Args:
+        model: The model.
+        context: Gives the device, and a training sample to run on.
+
+    Raises:
+        ExportError: It cannot be exported.
+        MeasureError: The runtime failed on its file.
+    """
+    (measured,) = _latencies([model], context)
+    return measured.p50 / 1e3
+
+
+def _latencies(models: Sequence[Model], context: Context) -> list[Latency]:
+    args, kwargs = next(iter(context.calibration(samples=1, batch_size=fixed_batch(models[0]) or 1)))
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}.onnx" for number in range(len(models))]
+        for model, file in zip(models, files, strict=True):
+            export_onnx(model, file, device=context.device)
+        return context.latencies(files, feeds=feeds_of(models[0].spec, args, kwargs))
 
 
 @dataclass(frozen=True)
@@ -56,19 +74,33 @@ class Choice(Generic[Made]):
 
     Attributes:
         chosen: What tells it from other choices, by ``==``.
+        predicted: Its predicted seconds; less than the target where choices are coarse.
         model: Makes the model that it is.
         made: What the one who chose wants back.
+        worth: What it is worth beside other choices, more being better; None where what is slower has lost less, as
+            cuts have of which each holds all that the next one removes.
     """
 
     chosen: object
+    predicted: float
     model: Callable[[], Model]
     made: Made
+    worth: float | None = None
+
+    def standing(self, seconds: float) -> tuple[float, float]:
+        """Return what choices that keep the goal are compared by, the largest being the best.
+
+        Args:
+            seconds: What this one takes when it is measured.
+        """
+        return (seconds, 0.0) if self.worth is None else (self.worth, -seconds)
 
 
 class Correction:
     """Corrects a predicted latency by measuring: a choice counts by what the whole model takes beside the original.
 
-    What is compared is a ratio, brought to the scale of predictions by those of the original. All decisions follow
+    What is compared is a ratio, brought to the scale of predictions by those of the original; for a target in seconds
+    `Amount` puts predictions themselves on the scale of what the original takes. All decisions follow
     from what was measured, so that a run that goes on after an interruption decides as it would have done.
 
     Args:
@@ -103,8 +135,8 @@ class Correction:
             find: Given predicted seconds and how many choices there were before, returns a choice.
 
         Returns:
-            Of the choices that keep the goal when measured the slowest, which has lost least, else the fastest; and its
-            measured seconds, None where nothing is measured.
+            Of the choices that keep the goal when measured the one that is worth most, or the slowest where nothing
+            says what they are worth; else the fastest. And its measured seconds, None where nothing is measured.
         """
         if not self.active:
             return find(self._goal, 0).made, None
@@ -115,15 +147,16 @@ class Correction:
             if any(found.chosen == other.chosen for _, other in tried):
                 break
             if len(self._measured) == len(tried):
-                self.measure(target, found.model())
+                self.measure(found.predicted, found.model())
             _, seconds = self._measured[len(tried)]
             tried.append((seconds, found))
             if (_AIM - _OFF) * self._goal <= seconds <= self._goal:
                 break
-            target *= _AIM * self._goal / seconds
+            # From what the choice takes, which may be much less than was asked for: a miss then rules it out.
+            target = min(target, found.predicted) * _AIM * self._goal / seconds
         within = [pair for pair in tried if pair[0] <= self._goal]
         if within:
-            seconds, best = max(within, key=lambda pair: pair[0])
+            seconds, best = max(within, key=lambda pair: pair[1].standing(pair[0]))
         else:
             seconds, best = min(tried, key=lambda pair: pair[0])
             self._tell_missed(seconds, f"none of {len(tried)} choices keeps")
@@ -133,6 +166,16 @@ class Correction:
         """Measure a model of which some seconds are predicted."""
         self._measured.append([predicted, self._start * latency_ratio(model, self._original, self._context)])
         self._keep()
+
+    def conclude(self, predicted: float, model: Model) -> None:
+        """Measure a model that cannot become smaller, unless it was measured last, and tell if it is above the goal."""
+        if not self.active:
+            return
+        if not self._measured or self._measured[-1][0] != predicted:
+            self.measure(predicted, model)
+        _, seconds = self._measured[-1]
+        if seconds > self._goal:
+            self._tell_missed(seconds, "the smallest model does not keep")
 
     @property
     def seconds(self) -> float | None:

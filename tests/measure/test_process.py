@@ -54,7 +54,15 @@ def test_a_job_returns_both_clocks_of_every_inference(
     ("seconds", "length"), [(1e-5, 15), (1e-3, 5), (2e-3, 3), (0.05, 3), (0.11, 2), (0.2, 1), (3.0, 1)]
 )
 def test_a_turn_is_a_few_inferences_unless_they_are_long(seconds: float, length: int) -> None:
-    assert turn_length(seconds) == length
+    assert turn_length([seconds]) == length
+
+
+@pytest.mark.parametrize(
+    ("fast", "slow", "length"), [(1e-3, 0.01, 5), (1e-4, 0.04, 7), (1e-4, 0.2, 1), (0.05, 0.11, 2), (1e-3, 3.0, 1)]
+)
+def test_the_slowest_model_bounds_what_the_fastest_asks_for(fast: float, slow: float, length: int) -> None:
+    assert turn_length([fast, slow]) == turn_length([slow, fast]) == length
+    assert length == 1 or length * slow <= 0.3
 
 
 def test_a_users_modules_are_not_imported(

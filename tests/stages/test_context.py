@@ -14,6 +14,7 @@ from mil_cli.data.base import Data
 from mil_cli.device.host import resolve
 from mil_cli.errors import RecipeError, StageError
 from mil_cli.events import SilentProgress
+from mil_cli.stages import context as module
 from mil_cli.stages.context import Context, Surroundings, Trace, derive_seed
 from mil_cli.stages.registry import config_type
 from mil_cli.training.config import TrainerConfig
@@ -113,6 +114,19 @@ def test_what_nobody_reads_matters_to_nobody() -> None:
     test_changed = Data(name="toy", train=Split("train"), val=Split("val"), test=Split("other"))
     described = resolve({"name": "host_cpu", "description": "another text"})
     assert reader.trace.holds(surroundings(data=test_changed, device=described))
+
+
+def test_who_measures_latencies_depends_on_how_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(module, "measure_latency", lambda files, **options: asked.append((files, options)) or ["timed"])
+    reader = context(surroundings())
+    files: Any = ["a.onnx"]
+    assert reader.latencies(files, feeds={}) == ["timed"]
+    assert asked[0][0] == files
+    assert list(reader.trace.reads) == ["latency_protocol"]
+    assert reader.trace.holds(surroundings())
+    monkeypatch.setattr(module, "LATENCY_VERSION", module.LATENCY_VERSION + 1)
+    assert not reader.trace.holds(surroundings())
 
 
 def test_a_stage_that_is_gone_makes_the_trace_invalid() -> None:

@@ -16,6 +16,7 @@ from mil_cli.graph.coupling.operators import operator_name
 from mil_cli.graph.coupling.record import Key
 from mil_cli.graph.coupling.relations.norm import BATCH_NORMS
 from mil_cli.graph.coupling.relations.pointwise import is_pointwise
+from mil_cli.graph.nodes import get_argument
 
 _SAME_PLACE = frozenset(
     {
@@ -33,12 +34,12 @@ _NOTHING: frozenset[str] = frozenset()
 class MemoryEstimate:
     """Estimates the bytes that a runtime needs for one sample, for any cut of one analysed graph, without making it.
 
-    They are those of the weights, and of the largest set of activations that are live at once as the calls run in their
-    order: from the call that makes one to the last that reads it. Inputs and outputs are the caller's, and stay. A view
-    lies where its operand lies, and an operator that acts entry by entry (or a batch norm, which is folded) writes over
-    an operand that nobody reads any more, as onnxruntime plans its buffers. Attention holds its scores and their
-    softmax beside what it gives. What a runtime adds, such as packed copies of weights and scratch space of kernels, is
-    not known here: the estimate serves to compare two models.
+    They are those of the weights, of the constants beside them, and of the largest set of activations that are live at
+    once as the calls run in their order: from the call that makes one to the last that reads it. Inputs and outputs are
+    the caller's, and stay. A view lies where its operand lies, and an operator that acts entry by entry (or a batch
+    norm, which is folded) writes over an operand that nobody reads any more, as onnxruntime plans its buffers.
+    Attention holds its scores and their softmax beside what it gives. What a runtime adds, such as packed copies of
+    weights and scratch space of kernels, is not known here: the estimate serves to compare two models.
     """
 
     counter: Counter
@@ -50,12 +51,27 @@ class MemoryEstimate:
             removed: By space, the classes that the cut removes.
             dropped: Nodes that no longer run, of branches that are left out.
         """
-        return self.weights(removed, dropped) + self.activations(removed, dropped)
+        held = self.weights(removed, dropped) + self.constants(removed, dropped)
+        return held + self.activations(removed, dropped)
 
     def weights(self, removed: Removed, dropped: Dropped = _NOTHING) -> int:
         """Return the bytes of the parameters that are left."""
         left = self.counter.parameters_left(removed, dropped)
         return sum(numbers * self._width(key) for key, numbers in left.items())
+
+    def constants(self, removed: Removed, dropped: Dropped = _NOTHING) -> int:
+        """Return the bytes of what calls read that follows from no input and no parameter: masks, positions, tables.
+
+        What is computed of buffers alone counts in place of them, since a runtime computes it once. The statistics of
+        batch norms, which are folded, do not count.
+        """
+        sizes: dict[Key, int] = {}
+        for call in self.counter.running(removed, dropped):
+            if operator_name(call.node) not in BATCH_NORMS:
+                for node, key, shape in zip(call.node.all_input_nodes, call.reads, call.inputs, strict=True):
+                    if node in self._constant and shape is not None:
+                        sizes[key] = math.prod(shape) * self._width(key)
+        return sum(sizes.values())
 
     def activations(self, removed: Removed, dropped: Dropped = _NOTHING) -> int:
         """Return the bytes of the largest set of activations that are live at once."""
@@ -84,6 +100,17 @@ class MemoryEstimate:
         recording = self.counter.coupling.recording
         keys = [recording.key(node) for node in recording.graph.graph.find_nodes(op="placeholder")]
         return [key for key in keys if key in recording.shapes]
+
+    @cached_property
+    def _constant(self) -> set[Node]:
+        """Nodes that depend neither on inputs nor on parameters."""
+        recording = self.counter.coupling.recording
+        constant: set[Node] = set()
+        for node in recording.graph.graph.nodes:
+            stored = node.op == "get_attr" and not recording.is_parameter(recording.key(node))
+            if stored or (node.op == "call_function" and constant.issuperset(node.all_input_nodes)):
+                constant.add(node)
+        return constant
 
     def _sources(self, dropped: Dropped) -> Callable[[Key], Key]:
         """Return what tells the tensor that is read in place of one: the shortcut of a branch that is left out."""
@@ -116,9 +143,14 @@ class MemoryEstimate:
 
     def _scratch(self, call: RunningCall) -> int:
         """Return the bytes that a call holds beside what it reads and gives."""
-        if operator_name(call.node) != _ATTENTION or call.inputs[0] is None or call.inputs[1] is None:
+        if operator_name(call.node) != _ATTENTION:
             return 0
-        return 2 * math.prod(call.inputs[0][:-1]) * call.inputs[1][-2] * self._width(call.gives[0])
+        shapes = dict(zip(call.node.all_input_nodes, call.inputs, strict=True))
+        # By name: one tensor may be query and key, and stands once among the inputs then.
+        query, key = (shapes[get_argument(call.node, name)] for name in ("query", "key"))
+        if query is None or key is None:
+            return 0
+        return 2 * math.prod(query[:-1]) * key[-2] * self._width(call.gives[0])
 
 
 def _place_of(node: Node) -> bool | None:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from mil_cli.graph.coupling import Counter, Coupling, Dropped, MemoryEstimate, Removed
 from mil_cli.measure.operators import OperatorLister, OperatorTable
+from mil_cli.stages.measured import latency_seconds
 from mil_cli.stages.prune.settings import CutConfig
 
 if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
 
 
@@ -20,27 +22,52 @@ class Measure(Protocol):
         """Return what is left without the removed classes, by space, and without the nodes that are dropped."""
 
 
+_WHOLE = "whole model"
+"""The key, among those of operators, of what the model before the stage takes when it is measured as a whole."""
+
+
 class Amount:
     """The quantity of one pruning stage, whatever its model has become.
 
+    A target in seconds means what a whole model takes, which is not what its operators add up to: predictions are then
+    scaled so that the model before the stage has what is measured of it.
+
     Args:
+        original: The model before the stage.
+        coupling: Its analysis.
         config: The settings.
         context: Gives the device; it is only read for latencies.
         known: What `table` gave before an interruption.
+
+    Raises:
+        MeasureError: A latency is the target, and the runtime failed.
     """
 
-    def __init__(self, config: CutConfig, context: Context, known: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        original: Model,
+        coupling: Coupling,
+        config: CutConfig,
+        context: Context,
+        known: Mapping[str, float] | None = None,
+    ) -> None:
         self._config = config
         self._context = context
-        self._table = OperatorTable(context.device, known, context.progress) if config.quantity == "latency" else None
+        operators = {key: seconds for key, seconds in (known or {}).items() if key != _WHOLE}
+        latency = config.quantity == "latency"
+        self._table = OperatorTable(context.device, operators, context.progress) if latency else None
+        self._whole, self._scale = (known or {}).get(_WHOLE), 1.0
+        if config.measures_latency and config.kept.absolute:
+            self._whole = latency_seconds(original, context) if self._whole is None else self._whole
+            self._scale = self._whole / self.measure(coupling)({})
 
     def measure(self, coupling: Coupling) -> Measure:
         """Return what tells the quantity of each cut of an analysed model."""
         counter = Counter(coupling)
         table = self._table
         if table is not None:
-            lister = self._lister(counter)
-            return lambda removed, dropped=frozenset(): table.seconds(lister.operators(removed, dropped))
+            lister, scale = self._lister(counter), self._scale
+            return lambda removed, dropped=frozenset(): scale * table.seconds(lister.operators(removed, dropped))
         counts: dict[str, Measure] = {
             "macs": counter.macs,
             "params": counter.params,
@@ -64,8 +91,9 @@ class Amount:
 
     @property
     def table(self) -> dict[str, float]:
-        """Seconds of the operators measured, by operator; empty if the quantity is no latency."""
-        return {} if self._table is None else self._table.known
+        """Seconds of the operators measured, by operator, and of the whole model; empty if it is no latency."""
+        whole = {} if self._whole is None else {_WHOLE: self._whole}
+        return {} if self._table is None else {**self._table.known, **whole}
 
     @property
     def returns(self) -> int:

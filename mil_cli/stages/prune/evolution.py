@@ -147,7 +147,9 @@ class _Breeding:
             hint = "keep more, or fine-tune the model before it is pruned"
             raise StageError("no structure gives finite outputs", where=f"stages.{self._context.name}", hint=hint)
         self._scored += found
-        return Choice(found[0].candidate, lambda: self._search.cut(structures, found[0].candidate), found)
+        best = found[0]
+        worth = best.quality if higher else -best.quality
+        return Choice(best.candidate, best.cost, lambda: self._search.cut(structures, best.candidate), found, worth)
 
 
 class BoundedStructures:

@@ -35,8 +35,8 @@ class NetadaptConfig(SearchConfig):
             layers can save: else only the widths that run through whole stages are left to choose from.
         decay: What that is multiplied by from one iteration to the next.
         judge: What an iteration keeps: the candidate whose loss on val grows least for what it saves (``loss``), beside
-            that of the uncut model after the same short training; or, as in the paper, the one of the best quality
-            (``quality``), whatever it saves.
+            that of the uncut model after the same short training, and of those whose loss does not grow the one that
+            saves most; or, as in the paper, the one of the best quality (``quality``), whatever it saves.
         finetune_steps: Steps of the optimizer for which every candidate is trained before it is scored; 0 trains none.
         finetune: Key of a train or distill stage of the recipe that does it; None trains on the task's loss.
         trainer: Trainer settings for that, over that stage's own.
@@ -82,6 +82,7 @@ def netadapt(model: Model, config: NetadaptConfig, context: Context) -> Model:
             if adaptation.left > stop:
                 before = adaptation.share
                 if not adaptation.iterate(stop):
+                    correction.conclude(adaptation.left, adaptation.model)
                     break
                 note = f"{config.quantity} {adaptation.left / adaptation.search.start:.1%}"
                 bar.advance(adaptation.share - before, note=note)
@@ -155,6 +156,10 @@ class _Adaptation:
             return False
         step = config.reduction * config.decay ** len(state["iterations"]) * search.start
         proposals = _proposals(structures, search, max(stop, left - step), left)
+        if not proposals:
+            if left <= search.goal:
+                return False
+            raise search.unreachable(structures.measure, left)
         if config.judge == "loss":
             proposals.insert(0, structures.whole)  # what the losses of the others are compared with
         self._score(proposals, structures)
@@ -211,8 +216,8 @@ class _Adaptation:
         """Return what is paid for the last of some scored proposals; less is better."""
         if self._config.judge == "quality":
             return -scores[-1] if self._context.task.higher_is_better else scores[-1]
-        uncut = scores[0] if math.isfinite(scores[0]) else 0.0
-        return (scores[-1] - uncut) / saved
+        growth = scores[-1] - (scores[0] if math.isfinite(scores[0]) else 0.0)
+        return growth / saved if growth > 0 else -saved  # what costs nothing is the better, the more it saves
 
     def finish(self, measured: float | None) -> Model:
         """Note what was done, and fine-tune the result if the settings say so.
@@ -277,8 +282,7 @@ def _replayed(search: Search, state: Mapping[str, Any]) -> tuple[Model, list[str
 def _proposals(structures: Structures, search: Search, bound: float, left: float) -> list[Candidate]:
     """Return by space the least removal, and each branch, that leave at most `bound`; half the saving if none does.
 
-    Raises:
-        StageError: Nothing saves anything.
+    There are none if nothing alone saves anything.
     """
     single = list(_single(structures))
     search.amount.prepare(structures.coupling, ((structures.removed(one), structures.dropped(one)) for one in single))
@@ -291,7 +295,7 @@ def _proposals(structures: Structures, search: Search, bound: float, left: float
         if found:
             return list(found.values())
         bound = (bound + left) / 2
-    raise search.unreachable(structures.measure, left)
+    return []
 
 
 def _single(structures: Structures) -> Iterator[Candidate]:

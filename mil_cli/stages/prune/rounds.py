@@ -197,7 +197,7 @@ class Rounds:
 
         def find(target: float, before: int) -> Choice[Round]:
             made = self.cut(scored, target, must_reach=not before)
-            return Choice(made.removed, lambda: made.model, made)
+            return Choice(made.removed, made.facts["left"], lambda: made.model, made)
 
         made, seconds = correction.search(find)
         if seconds is not None:

@@ -105,7 +105,7 @@ class _Run:
             "weights": None,
         }
         self._coupling = analyse(original)
-        self._amount = Amount(config, context, self._state["table"] or known)
+        self._amount = Amount(original, self._coupling, config, context, self._state["table"] or known)
         self._start = self._amount.measure(self._coupling)({})
         self._goal = config.kept.resolve(self._start)
         tell_if_met(config, context, self._amount, self._start)
@@ -229,7 +229,7 @@ def choose(
     state = slot.load()
     if state is not None:
         return {int(number): set(classes) for number, classes in state["removed"].items()}, state["table"]
-    amount = Amount(config, context)
+    amount = Amount(model, coupling, config, context)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     multiple = width_multiple(config.round_to, config.multiple, context.device)
     rounds = Rounds(config, context, amount=amount, multiple=multiple, shapes=shapes)

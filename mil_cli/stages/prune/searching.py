@@ -85,8 +85,8 @@ class Search:
             )
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters()}
         self._multiple = width_multiple(config.round_to, config.multiple, context.device)
-        self.amount = Amount(config, context, known)
         self.coupling = analyse(self.model)
+        self.amount = Amount(self.model, self.coupling, config, context, known)
         self._limits = limits_of(residual_chains(self.coupling.graph), most=config.max_per_chain)
         self.start = self.amount.measure(self.coupling)({})
         self.goal = config.kept.resolve(self.start)

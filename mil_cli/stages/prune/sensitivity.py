@@ -87,7 +87,8 @@ def sensitivity(model: Model, config: SensitivityConfig, context: Context) -> Mo
             state["chosen"].append(list(structures.canonical(choose_structure(structures, curves, bound, prepare))))
             keep()
         candidate = tuple(state["chosen"][before])
-        return Choice(candidate, lambda: search.cut(structures, candidate), candidate)
+        cost, worth = structures.cost(candidate), -total(curves, candidate)
+        return Choice(candidate, cost, lambda: search.cut(structures, candidate), candidate, worth)
 
     chosen, measured = search.correction(state["measured"], keep).search(find)
     _, check = search.proven(structures, chosen)

@@ -20,9 +20,11 @@ class CutConfig(StageConfig):
         macs: Multiply-accumulates to keep, as a ratio of what comes in (``0.3``, ``30%``) or a count (``6M``).
         params: Parameters to keep, likewise.
         latency: Predicted latency to keep, as a ratio or a duration (``2 ms``), by a table of operators that are
-            measured on the device; the result then depends on what was measured.
-        memory: Estimated memory to keep, as a ratio or a size (``2 MB``): the bytes of the weights and of the largest
-            set of activations that are live at once, for one sample in float. Exactly one of the `quantities` is given.
+            measured on the device; the result then depends on what was measured. A duration is what the whole model
+            takes, its median, where `measured` holds; else what its operators add up to.
+        memory: Estimated memory to keep, as a ratio or a size (``2 MB``): the bytes of the weights, of the constants
+            beside them, and of the largest set of activations that are live at once, for one sample in float. Exactly
+            one of the `quantities` is given.
         max_per_layer: Largest part of a layer's width that may be removed, over all steps.
         round_to: Multiple that widths end on; ``auto`` takes the device's.
         independent: Whether every group of a convolution and every attention head keeps the channels that matter most
@@ -39,6 +41,7 @@ class CutConfig(StageConfig):
     """
 
     family: ClassVar[str] = "prune"
+    version: ClassVar[int] = 2
     quantities: ClassVar[tuple[Quantity, ...]] = ("macs", "params", "latency", "memory")
     never_after: ClassVar[dict[str, str]] = {
         "quantize": "quantizers are placed and scaled for the widths that they find"

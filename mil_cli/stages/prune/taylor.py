@@ -36,7 +36,7 @@ class TaylorConfig(StructuredPruningConfig):
     """
 
     method: ClassVar[str] = "taylor"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     samples: int = Field(1024, ge=1)
     batch_size: int = Field(32, ge=1)

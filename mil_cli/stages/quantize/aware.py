@@ -6,7 +6,7 @@ and on the output of its batch norm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from torch.fx import GraphModule, Node
@@ -19,7 +19,14 @@ from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.placement import Layer, Placement, Policy, place_any
 
 
-def place_unfolded(model: Model, *, policy: Literal["auto"] | Policy, skip: Sequence[str], narrow: bool) -> Placement:
+def place_unfolded(
+    model: Model,
+    *,
+    policy: Literal["auto"] | Policy,
+    skip: Sequence[str],
+    narrow: bool,
+    silent: Collection[Node] = (),
+) -> Placement:
     """Decide where quantizers go on a model whose batch norms will be folded later.
 
     Args:
@@ -27,6 +34,7 @@ def place_unfolded(model: Model, *, policy: Literal["auto"] | Policy, skip: Sequ
         policy: The policy; ``auto`` goes by the graph.
         skip: Patterns of layers to leave float.
         narrow: Whether layers read fewer bits than the rest of the graph has.
+        silent: Values of `model` of which nothing but zeros was seen; they and their readers stay float.
 
     Returns:
         The placement that the folded model would get, on the nodes of `model`; the value of a layer that a batch norm
@@ -38,13 +46,15 @@ def place_unfolded(model: Model, *, policy: Literal["auto"] | Policy, skip: Sequ
     folded = fold_batch_norm(model)
     make_functional(folded.graph)
     make_functional(model.graph)
-    chosen = place_any(folded.graph, policy=policy, skip=skip, narrow=narrow)
     here = {node.name: node for node in model.graph.graph.nodes}
     remaining = {node.name for node in folded.graph.graph.nodes}
 
     def value(node: Node) -> Node:
         found: Node = here[node.name]
         return next((user for user in found.users if user.name not in remaining), found)
+
+    unheard = {node for node in folded.graph.graph.nodes if node.name in here and value(node) in silent}
+    chosen = place_any(folded.graph, policy=policy, skip=skip, narrow=narrow, silent=unheard)
 
     def layer(old: Layer) -> Layer:
         bias = None if old.bias is None else here.get(old.bias.name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,68 @@ from mil_cli.training.evaluate import fixed_batch
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-    from mil_cli.stages.quantize.settings import QuantizationConfig
+    from mil_cli.stages.quantize.placement import Placement
+    from mil_cli.stages.quantize.ranges import CodeRange
+    from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
+
+Watcher = TypeVar("Watcher", bound=Observer)
+
+
+@dataclass(frozen=True)
+class Seen(Generic[Watcher]):
+    """What calibration showed of the values that get quantizers.
+
+    Attributes:
+        values: By value with a quantizer of its own, who watched it.
+        narrow: By value that layers read in few bits, who watched it for them.
+        ranges: By (value, whether in few bits), the range that was found.
+    """
+
+    values: dict[Node, Watcher]
+    narrow: dict[Node, Watcher]
+    ranges: dict[tuple[Node, bool], tuple[float, float]]
+
+
+def place_observed(
+    model: Model,
+    place: Callable[[Collection[Node]], Placement],
+    watcher: Callable[[CodeRange], Watcher],
+    rules: Rules,
+    config: QuantizationConfig,
+    context: Context,
+) -> tuple[Placement, Seen[Watcher]]:
+    """Decide where quantizers go, and find their ranges; values of which only zeros are seen get none.
+
+    A scale for zeros would clip whatever else comes, such as the states of a later call.
+
+    Args:
+        model: The model.
+        place: Given the values that must stay float, and their readers with them, decides about the others.
+        watcher: Makes an observer for a value with such codes.
+        rules: Give the codes.
+        config: Says how many calibration samples are looked at.
+        context: Gives them.
+
+    Raises:
+        StageError: No layer is left to quantize, or calibration fails.
+    """
+    known: dict[tuple[Node, bool], Watcher] = {}
+    ranges: dict[tuple[Node, bool], tuple[float, float]] = {}
+    silent: set[Node] = set()
+    while True:
+        placement = place(silent)
+        asked = [(node, False) for node in placement.owned] + [(node, True) for node in placement.narrow]
+        for few in (False, True):
+            codes = rules.values(narrow=few)
+            fresh = {node: watcher(codes) for node, narrow in asked if narrow == few and (node, few) not in known}
+            observe(model, fresh, config, context)
+            known.update({(node, few): observer for node, observer in fresh.items()})
+            ranges.update({(node, few): observer.range() for node, observer in fresh.items()})
+        without = {node for node, few in asked if ranges[node, few] == (0.0, 0.0)}
+        if not without:
+            values = {node: known[node, False] for node in placement.owned}
+            return placement, Seen(values, {node: known[node, True] for node in placement.narrow}, ranges)
+        silent |= without
 
 
 def observe(model: Model, observers: Mapping[Node, Observer], config: QuantizationConfig, context: Context) -> None:

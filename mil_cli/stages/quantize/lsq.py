@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +18,7 @@ from mil_cli.graph.nodes import get_attribute
 from mil_cli.ops.learned_scale import SMALLEST_SCALE
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import freeze_norms, place_unfolded, release_norms
-from mil_cli.stages.quantize.calibrate import calibrate, observe
+from mil_cli.stages.quantize.calibrate import Seen, calibrate, place_observed
 from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_quantized
 from mil_cli.stages.quantize.observers.magnitude import MeanMagnitude
 from mil_cli.stages.quantize.observers.mse import MeanSquaredError
@@ -49,7 +49,7 @@ class LsqConfig(QuantizationConfig):
     """
 
     method: ClassVar[str] = "lsq"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     initialization: Initialization = "mse"
     distill: str | None = None
@@ -68,7 +68,7 @@ def quantize(model: Model, config: LsqConfig, context: Context) -> Model:
     paper; so that folding keeps them, gammas of batch norms are made and kept positive, and where that cannot be done,
     because norms share one, codes are symmetric. Where the device wants
     one scale for a whole weight, batch norms are folded before the training, since folding gives each channel a scale
-    of its own.
+    of its own. Layers whose input was nothing but zeros in calibration stay float.
 
     Args:
         model: A float model; not changed.
@@ -85,9 +85,13 @@ def quantize(model: Model, config: LsqConfig, context: Context) -> Model:
     refuse_quantized(model.graph)
     rules = Rules.of(config, context)
     start = model.clone().eval() if rules.per_channel else fold_batch_norm(model)
-    placement = place_unfolded(start, policy=rules.policy, skip=config.skip, narrow=rules.narrow)
+
+    def place(silent: Collection[Node]) -> Placement:
+        return place_unfolded(start, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent)
+
+    placement, seen = place_observed(start, place, _ActivationStart, rules, config, context)
     facts = placement.facts()
-    _insert(start, placement, rules, config, context)
+    _insert(start, placement, seen, rules, config.initialization)
     frozen = freeze_norms(start.graph) if config.batch_norm == "freeze" else {}
     trained = context.finetune(start, stage=config.distill, name="lsq", trainer=config.trainer)
     settle(trained.graph)
@@ -107,17 +111,19 @@ def start_scale(mean: Tensor | float, largest_code: int) -> Tensor:
     return (2 * torch.as_tensor(mean, dtype=torch.float64) / math.sqrt(largest_code)).clamp(min=SMALLEST_SCALE).float()
 
 
-def _insert(model: Model, placement: Placement, rules: Rules, config: LsqConfig, context: Context) -> None:
+def _insert(
+    model: Model, placement: Placement, seen: Seen[_ActivationStart], rules: Rules, initialization: Initialization
+) -> None:
     """Put quantizers with trainable scales into the graph, in place, and keep the gammas positive that they need so."""
     graph = model.graph
     codes = {layer.node: rules.weights(edge=layer.edge) for layer in placement.layers}
     gammas, turned = mirror_channels(model, [node for node, wanted in codes.items() if wanted != wanted.symmetric()])
     codes.update({node: codes[node].symmetric() for node in turned})
     values, narrow = (
-        _activations(model, nodes, rules.values(narrow=few), config, context)
-        for nodes, few in ((placement.owned, False), (placement.narrow, True))
+        {node: watcher.quantizer(initialization) for node, watcher in watchers.items()}
+        for watchers in (seen.values, seen.narrow)
     )
-    weights = [_weight(graph, layer, codes[layer.node], rules, config.initialization) for layer in placement.layers]
+    weights = [_weight(graph, layer, codes[layer.node], rules, initialization) for layer in placement.layers]
     features = _features(model, [*placement.owned, *placement.narrow])
     paths = insert_quantizers(graph, placement, values, narrow, weights)
     factors = dict.fromkeys(gammas, 1.0)
@@ -130,14 +136,6 @@ def _insert(model: Model, placement: Placement, rules: Rules, config: LsqConfig,
         shared_by = get_attribute(graph, str(layer.weight.target)).numel() / form.scale.numel()
         factors[f"{path}.scale"] = 1 / math.sqrt(shared_by * form.codes.quant_max)
     keep_positive(graph, factors)
-
-
-def _activations(
-    model: Model, nodes: Iterable[Node], codes: CodeRange, config: LsqConfig, context: Context
-) -> dict[Node, Quantizer]:
-    observers = {node: _ActivationStart(codes) for node in nodes}
-    observe(model, observers, config, context)
-    return {node: observer.quantizer(config.initialization) for node, observer in observers.items()}
 
 
 class _ActivationStart:

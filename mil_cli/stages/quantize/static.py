@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -13,7 +12,7 @@ from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.stages.context import Context
-from mil_cli.stages.quantize.calibrate import observe
+from mil_cli.stages.quantize.calibrate import place_observed
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_quantized
 from mil_cli.stages.quantize.observers import ObserverName, make_observer
@@ -63,20 +62,18 @@ def quantize(model: Model, config: StaticConfig, context: Context) -> Model:
     folded = fold_batch_norm(model)
     graph = folded.graph
     make_functional(graph)
-    known: dict[tuple[Node, bool], tuple[float, float]] = {}
-    silent: set[Node] = set()
-    while True:
-        placement = place_any(graph, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent)
-        asked = [(node, False) for node in placement.owned] + [(node, True) for node in placement.narrow]
-        _find_ranges(known, asked, folded, rules, config, context)
-        without = {node for node, few in asked if known[node, few] == (0.0, 0.0)}
-        if not without:
-            break
-        silent |= without  # a scale for zeros would clip whatever else comes, such as the states of a later call
+    placement, seen = place_observed(
+        folded,
+        lambda silent: place_any(graph, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent),
+        lambda codes: make_observer(config.observer, codes=codes, percentile=config.percentile),
+        rules,
+        config,
+        context,
+    )
 
     def quantizer(node: Node, *, few: bool) -> Quantizer:
         codes = rules.values(narrow=few)
-        scale, zero_point = affine_parameters(*known[node, few], codes)
+        scale, zero_point = affine_parameters(*seen.ranges[node, few], codes)
         return Quantizer(torch.tensor(scale), torch.tensor(zero_point), codes)
 
     def weight(layer: Layer) -> Quantizer:
@@ -92,23 +89,3 @@ def quantize(model: Model, config: StaticConfig, context: Context) -> Model:
     context.note(**placement.facts(), **rules.facts(), observer=config.observer)
     context.note(calibration_samples=config.calibration_samples)
     return folded
-
-
-def _find_ranges(
-    known: dict[tuple[Node, bool], tuple[float, float]],
-    asked: Sequence[tuple[Node, bool]],
-    model: Model,
-    rules: Rules,
-    config: StaticConfig,
-    context: Context,
-) -> None:
-    """Add the ranges of values that are not known yet, each with whether it is read in few bits."""
-    for few in (False, True):
-        codes = rules.values(narrow=few)
-        observers = {
-            node: make_observer(config.observer, codes=codes, percentile=config.percentile)
-            for node, narrow in asked
-            if narrow == few and (node, few) not in known
-        }
-        observe(model, observers, config, context)
-        known.update({(node, few): observer.range() for node, observer in observers.items()})

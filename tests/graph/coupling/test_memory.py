@@ -94,14 +94,23 @@ def brute_force(model: Model) -> int:
         sum(size for birth, last, size in tensors.values() if birth <= step <= last) + scratch(node, runner)
         for step, node in enumerate(nodes)
     ]
-    weights = sum(value.numel() * value.element_size() for value in dict(model.named_parameters()).values())
-    return weights + max(live)
+    stored = {**dict(model.named_parameters()), **constants(model)}
+    return sum(value.numel() * value.element_size() for value in stored.values()) + max(live)
+
+
+def constants(model: Model) -> dict[str, Tensor]:
+    """Return the buffers that something else than a batch norm reads."""
+    read = (node for node in model.graph.graph.nodes if node.op == "get_attr")
+    names = {str(node.target) for node in read if any("batch_norm" not in str(user.target) for user in node.users)}
+    return {name: value for name, value in model.graph.named_buffers() if name in names}
 
 
 def scratch(node: Node, runner: Sizes) -> int:
     if "scaled_dot_product_attention" not in str(node.target):
         return 0
-    query, key = node.all_input_nodes[:2]
+    query, key = node.args[:2]
+    assert isinstance(query, Node)
+    assert isinstance(key, Node)
     shapes = [tuple(used.meta["val"].shape) for used in (query, key)]
     (heads, length), others = shapes[0][1:3], shapes[1][2]
     return 2 * int(heads) * int(length) * int(others) * 4
@@ -152,9 +161,52 @@ def test_what_is_read_later_is_not_written_over() -> None:
     assert MemoryEstimate(Counter(analyse(model))).activations({}) == 4 * 3 * 8
 
 
+class Attending(nn.Module):
+    """One tensor is query, key and value; masks, positions and scales are no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.layer, self.out = nn.Linear(16, 24), nn.Linear(24, 4)
+        self.register_buffer("mask", torch.ones(12, 12).tril().bool())
+        self.register_buffer("places", torch.randn(6, 24))
+        self.register_buffer("scale", torch.rand(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(self.norm(x)) * self.scale + self.places
+        h = h[:, None]
+        h = nn.functional.scaled_dot_product_attention(h, h, h)[:, 0]
+        h = h.masked_fill(self.mask[3:9, 1:2], 0.0)  # type: ignore[index]
+        result: Tensor = self.out(h)
+        return result
+
+
+class Scaled(nn.Module):
+    """A buffer has as many entries as a layer that can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 3)
+        self.register_buffer("scale", torch.rand(16, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(torch.relu(self.norm(self.first(x))) * self.scale)
+        return result
+
+
+def test_a_tensor_that_attends_to_itself_and_what_is_read_beside_weights() -> None:
+    model = Model.capture(Attending().eval(), (torch.randn(2, 6, 16),))
+    estimate = MemoryEstimate(Counter(analyse(model)))
+    # what is cut out of the mask, positions, and scales: single numbers but for the mask
+    assert estimate.constants({}) == 6 + 4 * 6 * 24 + 4 * 24
+    # the input, what attends, what comes of it; its scores and their softmax
+    assert estimate.activations({}) == 4 * (6 * 16 + 2 * 6 * 24 + 2 * 6 * 6)
+
+
 NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "joined": lambda: (Joined(), torch.randn(2, 3, 8, 8)),
     "resnet": lambda: (resnet20(width=8), torch.randn(2, 1, 16, 16)),
+    "buffers": lambda: (Scaled(), torch.randn(2, 3, 8, 8)),
     "vit": lambda: (vit(image_size=16, patch=4, dim=32, depth=2, heads=4), torch.randn(2, 1, 16, 16)),
 }
 

@@ -124,9 +124,27 @@ def test_short_training_is_part_of_the_choice(model: Model, monkeypatch: pytest.
     assert len(around.notes["history"]) == 1  # type: ignore[arg-type]
     for entry in iterations:
         uncut, *others = entry["proposals"]
-        growth = {one["name"]: (one["loss"] - uncut["loss"]) / (uncut["left"] - one["left"]) for one in others}
         assert uncut["name"] == ""
-        assert entry["chosen"] == min(growth, key=growth.__getitem__)
+        free = {one["name"]: one["left"] for one in others if one["loss"] <= uncut["loss"]}
+        growth = {one["name"]: (one["loss"] - uncut["loss"]) / (uncut["left"] - one["left"]) for one in others}
+        best = min(free, key=free.__getitem__) if free else min(growth, key=growth.__getitem__)
+        assert entry["chosen"] == best
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5])
+def test_of_cuts_that_cost_nothing_the_one_that_saves_most_is_kept(
+    gain: float, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = model.macs()
+    monkeypatch.setattr(method, "mean_loss", lambda model, *_, **__: 1.0 - gain * (model.macs() < whole))
+    around = blocks.context()
+    netadapt(model, config(macs=0.8, finetune_steps=0, reduction=0.1), around)
+    iterations = around.notes["iterations"]
+    assert isinstance(iterations, list)
+    _, *others = iterations[0]["proposals"]
+    left = {one["name"]: one["left"] for one in others}
+    assert len(set(left.values())) > 1
+    assert iterations[0]["chosen"] == min(left, key=left.__getitem__)
 
 
 def test_a_loss_that_is_not_finite_is_never_chosen(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -306,6 +306,42 @@ def test_scales_stay_positive_whatever_the_learning_rate(model: Model, data: Dat
     assert all(bool((scale > 0).all()) for scale in scales(result).values())
 
 
+class Stateful(nn.Module):
+    """What comes in is an image, and a state that is zero in all that calibration and training see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.carried, self.head = nn.Conv2d(1, 8, 1, bias=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image, state = x.chunk(2, 1)
+        x = self.second(torch.relu(self.first(image) + self.carried(state)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("low", [{}, {"weight_bits": 8, "activation_bits": 8}])
+def test_a_state_that_was_always_zero_stays_float(per_channel: bool, low: dict[str, int], data: Data) -> None:
+    def beside_zeros(split: Split) -> TensorSplit:
+        (seen, labels) = (torch.cat(parts) for parts in zip(*split.batches(64), strict=True))
+        return TensorSplit((torch.cat([seen, torch.zeros_like(seen)], 1), labels))
+
+    splits = {name: beside_zeros(getattr(data, name)) for name in ("train", "val", "test")}
+    torch.manual_seed(0)
+    net = Model.capture(Stateful().eval(), (torch.randn(2, 2, 8, 8),))
+    used = context(Data(name="states", **splits))
+    result = quantize(net, config(per_channel=per_channel, **low, trainer={"epochs": 1}), used)
+    assert used.notes["kept_float"] == {"carried": "its input was nothing but zeros in calibration"}
+    assert used.notes["quantized_layers"] == 3
+    assert min(float(scale.min()) for scale in scales(result).values()) > 1e-5
+    x = torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert not torch.equal(result(x), result(torch.cat([x[:, :1], torch.zeros(16, 1, 8, 8)], 1)))
+
+
 def test_one_scale_for_a_weight_where_the_device_wants_it(model: Model, data: Data) -> None:
     result = quantize(model, config(per_channel=False, trainer={"epochs": 2}), context(data))
     assert all(scale.ndim == 0 for scale in scales(result).values())

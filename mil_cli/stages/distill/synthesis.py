@@ -1,0 +1,250 @@
+"""Inputs made from a teacher alone, while a student trains on them: a split that reads no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mil_cli.data.augment import Augment
+from mil_cli.data.base import Batch, batch_count, mix_seed
+from mil_cli.graph.taps import Tapped
+from mil_cli.stages.distill.generator import Bank, Generator
+from mil_cli.stages.distill.inversion import (
+    NormStatistics,
+    activation_loss,
+    agreement,
+    balance_loss,
+    certainty_loss,
+    last_features,
+    variation,
+)
+from mil_cli.training.layout import images_channels_last, use_channels_last
+
+if TYPE_CHECKING:
+    from mil_cli.events import Progress
+    from mil_cli.graph.model import Model
+    from mil_cli.training.objective import Running
+
+_FEATURES = "features"
+_BETAS = (0.5, 0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How inputs are made; see `DataFreeConfig` for the meaning of the weights.
+
+    Attributes:
+        generator_steps: Steps of the generator for each batch that is kept.
+        warmup: Steps before the first.
+        learning_rate: Of the generator.
+        statistics: Weight of the distance of statistics; 0 where the teacher has none.
+        first_norm: Factor on the first batch norm in it.
+        classes: Weight of the cross-entropy to the classes asked for, or of certainty where none are.
+        adversarial: Weight of the student's agreement with the teacher.
+        activation: Weight of minus the activation of the features.
+        balance: Weight of minus the entropy of the classes.
+        variation: Weight of the total variation.
+        magnitude: Weight of the mean square.
+    """
+
+    generator_steps: int
+    warmup: int
+    learning_rate: float
+    statistics: float
+    first_norm: float
+    classes: float
+    adversarial: float
+    activation: float
+    balance: float
+    variation: float
+    magnitude: float
+
+
+class Synthesis(nn.Module):
+    """A generator with its optimizer, and the bank of what it made: all that a checkpoint of the synthesis holds.
+
+    Args:
+        generator: Makes inputs.
+        bank: Keeps them.
+        recipe: How they are made.
+        teacher: The teacher; not changed.
+        scores: (outputs, labels) -> class scores of shape (batch, classes).
+        call: Inputs -> the (args, kwargs) of a model.
+        seed: Of noise and classes.
+        progress: Where the first steps are reported.
+        description: What progress calls them.
+    """
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        generator: Generator,
+        bank: Bank,
+        recipe: Recipe,
+        *,
+        teacher: Model,
+        scores: Callable[[Any], Tensor],
+        call: Callable[[Tensor], tuple[tuple[Any, ...], Mapping[str, Any]]],
+        seed: int,
+        progress: Progress,
+        description: str,
+    ) -> None:
+        super().__init__()
+        self.generator, self.bank = generator, bank
+        # The training that the student goes through must not take the generator's parameters for its own.
+        self.generator.requires_grad_(False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._optimizer = torch.optim.Adam(generator.parameters(), lr=recipe.learning_rate, betas=_BETAS)
+        self._recipe, self._scores, self._call, self._seed = recipe, scores, call, seed
+        self._progress, self._description = progress, description
+        # Kept out of the module's own children: a checkpoint does not hold the teacher.
+        self._parts: dict[str, Any] = {"teacher": teacher}
+
+    def begin(self, running: Running) -> None:
+        """Take over the device and the student of a training."""
+        teacher = self._parts["teacher"].clone().eval()
+        use_channels_last(teacher, wanted=running.channels_last)
+        teacher.graph.to(running.device).requires_grad_(False)
+        statistics = NormStatistics(teacher, first_weight=self._recipe.first_norm)
+        taps = dict(statistics.taps) if self._recipe.statistics else {}
+        features = last_features(teacher)
+        if self._recipe.activation and features is not None:
+            taps[_FEATURES] = features
+        # A graph of its own: it stays in evaluation mode while the student trains, on the same weights.
+        student = running.model
+        student.eval()
+        evaluated = Tapped(student, {}).graph()
+        student.train()
+        self._parts |= {
+            "statistics": statistics,
+            "watched": Tapped(teacher, taps).graph(),
+            "student": evaluated,
+            "running": running,
+        }
+
+    def get_extra_state(self) -> Any:
+        """Return the state of the optimizer, which checkpoints keep with the rest."""
+        return self._optimizer.state_dict()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the state of the optimizer from a checkpoint."""
+        self._optimizer.load_state_dict(state)
+
+    def make(self, samples: int) -> None:
+        """Train the generator for some steps, and keep the batch that it then makes."""
+        recipe = self._recipe
+        self.generator.requires_grad_(True)
+        if self.steps == 0 and recipe.warmup:
+            with self._progress.work(f"{self._description}", recipe.warmup) as bar:
+                for _ in range(recipe.warmup):
+                    loss = self._step(samples, adversarial=0.0)
+                    bar.advance(note=f"loss {loss:.4g}")
+        for _ in range(recipe.generator_steps):
+            self._step(samples, adversarial=recipe.adversarial)
+        self.generator.requires_grad_(False)
+        with torch.no_grad():
+            self.bank.add(self.generator(*self._draw(samples)))
+
+    def _draw(self, samples: int) -> tuple[Tensor, Tensor]:
+        random = torch.Generator().manual_seed(mix_seed(self._seed, int(self.steps)))
+        noise = torch.randn(samples, self.generator.noise, generator=random)
+        labels = torch.randint(max(self.generator.classes, 1), (samples,), generator=random)
+        device = self._parts["running"].device
+        return noise.to(device), labels.to(device)
+
+    def _step(self, samples: int, *, adversarial: float) -> float:
+        """Take one step of the generator; return its loss."""
+        noise, labels = self._draw(samples)
+        loss = self._loss(self.generator(noise, labels), labels, adversarial=adversarial)
+        parameters = list(self.generator.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return float(loss.detach())
+
+    def _loss(self, inputs: Tensor, labels: Tensor, *, adversarial: float) -> Tensor:
+        recipe, parts = self._recipe, self._parts
+        args, kwargs = self._call(images_channels_last(inputs) if parts["running"].channels_last else inputs)
+        outputs, values = parts["watched"](*args, **kwargs)
+        scores = self._scores(outputs)
+        certain = functional.cross_entropy(scores, labels) if self.generator.classes else certainty_loss(scores)
+        loss = recipe.classes * certain
+        if recipe.statistics:
+            loss = loss + recipe.statistics * parts["statistics"].distance(values)
+        if adversarial:
+            answers, _ = parts["student"](*args, **kwargs)
+            loss = loss + adversarial * agreement(self._scores(answers), scores)
+        if recipe.activation and _FEATURES in values:
+            loss = loss + recipe.activation * activation_loss(values[_FEATURES])
+        if recipe.balance:
+            loss = loss + recipe.balance * balance_loss(scores)
+        if recipe.variation:
+            loss = loss + recipe.variation * variation(inputs)
+        if recipe.magnitude:
+            loss = loss + recipe.magnitude * inputs.square().mean()
+        return loss
+
+
+class MadeSplit:
+    """A split of inputs that are made while it is read; a training reads it once, in order.
+
+    Args:
+        synthesis: Makes them.
+        samples: How many an epoch gives.
+        every: Batches between two that are made; the others are drawn from the bank.
+        augment: Applied to what is drawn where augmentation is asked for.
+        form: Inputs -> a batch as the task reads it.
+        settings: All that the inputs depend on, for the fingerprint.
+    """
+
+    def __init__(
+        self,
+        synthesis: Synthesis,
+        *,
+        samples: int,
+        every: int,
+        augment: Augment | None,
+        form: Callable[[Tensor], Batch],
+        fingerprint: str,
+    ) -> None:
+        self._synthesis, self._samples, self._every = synthesis, samples, every
+        self._augment, self._form, self._fingerprint = augment, form, fingerprint
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        drop_last: bool = False,
+        skip: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Iterator[Batch]:
+        """Give the batches of one pass; see `Split.batches`. Each `every`-th makes a batch for the bank first."""
+        rank, count = shard
+        for number in range(skip, batch_count(self._samples, batch_size, drop_last=drop_last)):
+            if number % self._every == 0:
+                self._synthesis.make(batch_size)
+            random = torch.Generator().manual_seed(mix_seed(seed, epoch, number, rank))
+            size = min(batch_size, self._samples - number * batch_size)
+            inputs = self._synthesis.bank.draw(len(range(rank, size, count)), random)
+            if augment and self._augment is not None:
+                inputs = self._augment(inputs, random)
+            yield self._form(inputs)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of what the inputs are made from."""
+        return self._fingerprint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
 from pydantic import Field
@@ -19,7 +19,7 @@ from mil_cli.training.objective import Objective, Running
 if TYPE_CHECKING:
     from torch import nn
 
-    from mil_cli.data.base import Batch
+    from mil_cli.data.base import Batch, Data
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
     from mil_cli.task.base import Task
@@ -30,25 +30,46 @@ Source: TypeAlias = str | dict[str, Any]
 """A `.pt2` file, or a model source: ``_target_`` with its arguments and ``checkpoint``."""
 
 
-class DistillConfig(StageConfig):
-    """Settings of every distillation.
+class StudentConfig(StageConfig):
+    """Settings of every distillation, also of one without the recipe's data.
 
     Attributes:
         student: None: the model in the chain; else a source of another one, which takes its place.
-        beside_plain: Whether to train the same student plainly too, for as many steps, and to report both curves and
-            how many steps each needs to reach a quality.
         trainer: Overrides of the recipe's trainer settings.
     """
 
     family: ClassVar[str] = "distill"
 
     student: Source | None = None
-    beside_plain: bool = False
     trainer: dict[str, Any] = Field(default_factory=dict)
 
     def for_finetuning(self) -> Self:
         """Return the settings without what only a chain has use for."""
+        return self.model_copy(update={"student": None})
+
+
+class DistillConfig(StudentConfig):
+    """Settings of every distillation on the recipe's data.
+
+    Attributes:
+        beside_plain: Whether to train the same student plainly too, for as many steps, and to report both curves and
+            how many steps each needs to reach a quality.
+    """
+
+    beside_plain: bool = False
+
+    def for_finetuning(self) -> Self:
+        """Return the settings without what only a chain has use for."""
         return self.model_copy(update={"student": None, "beside_plain": False})
+
+
+class HasTeacher(Protocol):
+    """Settings that name a teacher."""
+
+    @property
+    def teacher(self) -> Source | None:
+        """None: the uncompressed model; else a source of another one."""
+        ...
 
 
 class TaughtConfig(DistillConfig):
@@ -88,7 +109,7 @@ Bind: TypeAlias = Callable[[Lesson], Objective]
 """Makes the objective of a lesson."""
 
 
-def student_of(model: Model, config: DistillConfig, context: Context) -> Model:
+def student_of(model: Model, config: StudentConfig, context: Context) -> Model:
     """Return the model to train: that of the chain, or the source that takes its place.
 
     Raises:
@@ -109,7 +130,7 @@ def student_of(model: Model, config: DistillConfig, context: Context) -> Model:
     return student
 
 
-def teacher_of(config: TaughtConfig, context: Context) -> Model:
+def teacher_of(config: HasTeacher, context: Context) -> Model:
     """Return the teacher; not to be changed."""
     return context.original if config.teacher is None else context.source(config.teacher)
 
@@ -170,6 +191,7 @@ def teach(
     taps: Sequence[str] = (),
     teacher_taps: Sequence[str] = (),
     companions: nn.Module | None = None,
+    data: Data | None = None,
 ) -> FitResult:
     """Train a copy of a student by teachers, resumably; notes nothing but whether answers were kept.
 
@@ -185,9 +207,11 @@ def teach(
         taps: Module paths of the student that the objective reads.
         teacher_taps: Those of every teacher; answers are not kept where they are read.
         companions: Modules that are trained along and dropped.
+        data: The splits, where `train` is not that of the recipe.
     """
+    data = context.data if data is None else data
     with ExitStack() as stack:
-        kept = bool(teachers) and cache_gb > 0 and views_repeat(context.data, context.task, seed=context.seed)
+        kept = bool(teachers) and cache_gb > 0 and views_repeat(data, context.task, seed=context.seed)
         limit = int(cache_gb * 1e9) // max(len(teachers), 1)
         memories = [
             Memory(stack.enter_context(context.scratch(f"{slot}-teacher{index}")), limit=limit) if kept else None
@@ -203,7 +227,7 @@ def teach(
             return bind(Lesson(context.task, running, at_work))
 
         return context.train(
-            student, settings=settings, doing=doing, slot=slot, bind=begin, taps=taps, companions=companions
+            student, settings=settings, doing=doing, slot=slot, bind=begin, taps=taps, companions=companions, data=data
         )
 
 

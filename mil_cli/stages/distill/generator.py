@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,7 @@ class Generator(nn.Module):
         self.start = nn.Linear(noise + classes, math.prod(self._start_shape))
         self.norms = nn.ModuleList(_NORMS[axes](count) for count in widths)
         self.layers = nn.ModuleList(
-            _CONVOLUTIONS[axes](before, after, 3, padding=1, bias=False)
-            for before, after in zip(widths, widths[1:], strict=False)
+            _CONVOLUTIONS[axes](before, after, 3, padding=1, bias=False) for before, after in pairwise(widths)
         )
         self.end: nn.Module = (
             _CONVOLUTIONS[axes](widths[-1], channels, 3, padding=1) if axes else nn.Linear(widths[-1], channels)
@@ -102,3 +102,9 @@ class Bank(nn.Module):
         """Return so many of the inputs, drawn with replacement, on the CPU."""
         chosen = torch.randint(len(self), (samples,), generator=generator)
         return self.images[chosen.to(self.images.device)].cpu()
+
+    def batches(self, samples: int = 256) -> Iterator[Tensor]:
+        """Give all inputs once, so many at a time, on the CPU; fewer that are left over are left out."""
+        size = min(samples, len(self))
+        for start in range(0, len(self) - size + 1, size):
+            yield self.images[start : start + size].cpu()

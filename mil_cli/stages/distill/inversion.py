@@ -65,7 +65,11 @@ class NormStatistics:
 def last_features(model: Model) -> Node | None:
     """Return what the last linear layer or convolution of a model reads: its features; None if it has none."""
     layers = [node for node in calls(model.graph) if op_name(node) in _LAST_LAYERS]
-    return next((argument for argument in layers[-1].all_input_nodes if argument.op != "get_attr"), None) if layers else None
+    return (
+        next((argument for argument in layers[-1].all_input_nodes if argument.op != "get_attr"), None)
+        if layers
+        else None
+    )
 
 
 def certainty_loss(scores: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,50 +27,20 @@ from mil_cli.training.layout import images_channels_last, use_channels_last
 if TYPE_CHECKING:
     from mil_cli.events import Progress
     from mil_cli.graph.model import Model
+    from mil_cli.stages.distill.data_free import DataFreeConfig
     from mil_cli.training.objective import Running
 
 _FEATURES = "features"
 _BETAS = (0.5, 0.999)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How inputs are made; see `DataFreeConfig` for the meaning of the weights.
-
-    Attributes:
-        generator_steps: Steps of the generator for each batch that is kept.
-        warmup: Steps before the first.
-        learning_rate: Of the generator.
-        statistics: Weight of the distance of statistics; 0 where the teacher has none.
-        first_norm: Factor on the first batch norm in it.
-        classes: Weight of the cross-entropy to the classes asked for, or of certainty where none are.
-        adversarial: Weight of the student's agreement with the teacher.
-        activation: Weight of minus the activation of the features.
-        balance: Weight of minus the entropy of the classes.
-        variation: Weight of the total variation.
-        magnitude: Weight of the mean square.
-    """
-
-    generator_steps: int
-    warmup: int
-    learning_rate: float
-    statistics: float
-    first_norm: float
-    classes: float
-    adversarial: float
-    activation: float
-    balance: float
-    variation: float
-    magnitude: float
-
-
 class Synthesis(nn.Module):
     """A generator with its optimizer, and the bank of what it made: all that a checkpoint of the synthesis holds.
 
     Args:
-        generator: Makes inputs.
+        config: How inputs are made.
+        generator: Makes them.
         bank: Keeps them.
-        recipe: How they are made.
         teacher: The teacher; not changed.
         scores: (outputs, labels) -> class scores of shape (batch, classes).
         call: Inputs -> the (args, kwargs) of a model.
@@ -84,9 +53,9 @@ class Synthesis(nn.Module):
 
     def __init__(
         self,
+        config: DataFreeConfig,
         generator: Generator,
         bank: Bank,
-        recipe: Recipe,
         *,
         teacher: Model,
         scores: Callable[[Any], Tensor],
@@ -100,8 +69,8 @@ class Synthesis(nn.Module):
         # The training that the student goes through must not take the generator's parameters for its own.
         self.generator.requires_grad_(False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._optimizer = torch.optim.Adam(generator.parameters(), lr=recipe.learning_rate, betas=_BETAS)
-        self._recipe, self._scores, self._call, self._seed = recipe, scores, call, seed
+        self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_learning_rate, betas=_BETAS)
+        self._config, self._scores, self._call, self._seed = config, scores, call, seed
         self._progress, self._description = progress, description
         # Kept out of the module's own children: a checkpoint does not hold the teacher.
         self._parts: dict[str, Any] = {"teacher": teacher}
@@ -111,11 +80,11 @@ class Synthesis(nn.Module):
         teacher = self._parts["teacher"].clone().eval()
         use_channels_last(teacher, wanted=running.channels_last)
         teacher.graph.to(running.device).requires_grad_(False)
-        statistics = NormStatistics(teacher, first_weight=self._recipe.first_norm)
-        taps = dict(statistics.taps) if self._recipe.statistics else {}
-        features = last_features(teacher)
-        if self._recipe.activation and features is not None:
-            taps[_FEATURES] = features
+        statistics = NormStatistics(teacher, first_weight=self._config.first_norm_weight)
+        taps = statistics.taps
+        if self._config.generator_only:
+            features = last_features(teacher)
+            taps = {} if features is None else {_FEATURES: features}
         # A graph of its own: it stays in evaluation mode while the student trains, on the same weights.
         student = running.model
         student.eval()
@@ -138,15 +107,15 @@ class Synthesis(nn.Module):
 
     def make(self, samples: int) -> None:
         """Train the generator for some steps, and keep the batch that it then makes."""
-        recipe = self._recipe
+        config = self._config
         self.generator.requires_grad_(True)
-        if self.steps == 0 and recipe.warmup:
-            with self._progress.work(f"{self._description}", recipe.warmup) as bar:
-                for _ in range(recipe.warmup):
+        if self.steps == 0 and config.warmup:
+            with self._progress.work(self._description, config.warmup) as bar:
+                for _ in range(config.warmup):
                     loss = self._step(samples, adversarial=0.0)
                     bar.advance(note=f"loss {loss:.4g}")
-        for _ in range(recipe.generator_steps):
-            self._step(samples, adversarial=recipe.adversarial)
+        for _ in range(config.generator_steps):
+            self._step(samples, adversarial=config.adversarial_weight)
         self.generator.requires_grad_(False)
         with torch.no_grad():
             self.bank.add(self.generator(*self._draw(samples)))
@@ -171,25 +140,24 @@ class Synthesis(nn.Module):
         return float(loss.detach())
 
     def _loss(self, inputs: Tensor, labels: Tensor, *, adversarial: float) -> Tensor:
-        recipe, parts = self._recipe, self._parts
+        config, parts = self._config, self._parts
         args, kwargs = self._call(images_channels_last(inputs) if parts["running"].channels_last else inputs)
         outputs, values = parts["watched"](*args, **kwargs)
         scores = self._scores(outputs)
-        certain = functional.cross_entropy(scores, labels) if self.generator.classes else certainty_loss(scores)
-        loss = recipe.classes * certain
-        if recipe.statistics:
-            loss = loss + recipe.statistics * parts["statistics"].distance(values)
+        if config.generator_only:
+            loss = config.class_weight * certainty_loss(scores) + config.balance_weight * balance_loss(scores)
+            if _FEATURES in values:
+                loss = loss + config.activation_weight * activation_loss(values[_FEATURES])
+        else:
+            loss = config.class_weight * functional.cross_entropy(scores, labels)
+            loss = loss + config.statistics_weight * parts["statistics"].distance(values)
         if adversarial:
             answers, _ = parts["student"](*args, **kwargs)
             loss = loss + adversarial * agreement(self._scores(answers), scores)
-        if recipe.activation and _FEATURES in values:
-            loss = loss + recipe.activation * activation_loss(values[_FEATURES])
-        if recipe.balance:
-            loss = loss + recipe.balance * balance_loss(scores)
-        if recipe.variation:
-            loss = loss + recipe.variation * variation(inputs)
-        if recipe.magnitude:
-            loss = loss + recipe.magnitude * inputs.square().mean()
+        if config.variation_weight:
+            loss = loss + config.variation_weight * variation(inputs)
+        if config.magnitude_weight:
+            loss = loss + config.magnitude_weight * inputs.square().mean()
         return loss
 
 

@@ -84,7 +84,7 @@ class Plan:
 
 @dataclass
 class _Head:
-    """The first batches of a split; counts the time that their user spends on them, and if `made` that of making them."""
+    """The first batches of a split; counts the time that their user spends on them, if `made` also that of making."""
 
     split: Split
     clock: Callable[[], float]

@@ -65,11 +65,8 @@ class NormStatistics:
 def last_features(model: Model) -> Node | None:
     """Return what the last linear layer or convolution of a model reads: its features; None if it has none."""
     layers = [node for node in calls(model.graph) if op_name(node) in _LAST_LAYERS]
-    return (
-        next((argument for argument in layers[-1].all_input_nodes if argument.op != "get_attr"), None)
-        if layers
-        else None
-    )
+    read = layers[-1].all_input_nodes if layers else []
+    return next((node for node in read if node.op != "get_attr"), None)
 
 
 def certainty_loss(scores: Tensor) -> Tensor:
@@ -94,14 +91,14 @@ def balance_loss(scores: Tensor) -> Tensor:
     The information entropy loss of Chen et al. 2019, equation 5.
     """
     shares = functional.softmax(scores, 1).mean(0)
-    return torch.special.entr(shares).sum().neg()
+    return (shares * shares.clamp(min=torch.finfo(shares.dtype).tiny).log()).sum()
 
 
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:
     """Return minus the mean divergence KL(teacher || student) over the samples whose best class is the same.
 
-    It is low for inputs that the student has yet to learn from; those on which the two disagree already are left as they
-    are (Fang et al. 2022, "Up to 100x Faster Data-Free Knowledge Distillation", AAAI).
+    It is low for inputs that the student has yet to learn from; those on which the two disagree already are left as
+    they are (Fang et al. 2022, "Up to 100x Faster Data-Free Knowledge Distillation", AAAI).
 
     Args:
         student: Scores of shape (batch, classes).

@@ -40,6 +40,8 @@ METHODS: dict[tuple[str, str], str] = {
     ("prune", "wanda"): "mil_cli.stages.prune.wanda",
     ("prune", "sparsegpt"): "mil_cli.stages.prune.sparsegpt",
     ("distill", "soft_labels"): "mil_cli.stages.distill.soft_labels",
+    ("distill", "unlabelled"): "mil_cli.stages.distill.unlabelled",
+    ("distill", "data_free"): "mil_cli.stages.distill.data_free",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }

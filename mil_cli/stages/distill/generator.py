@@ -94,8 +94,9 @@ class Bank(nn.Module):
 
     def add(self, images: Tensor) -> None:
         """Keep inputs of shape (batch, ...) in the place of the oldest ones."""
-        places = (int(self.made) + torch.arange(len(images))) % len(self.images)
-        self.images[places] = images.detach().to(self.images)
+        made, capacity = int(self.made) + len(images), len(self.images)
+        last = images[-capacity:]
+        self.images[torch.arange(made - len(last), made) % capacity] = last.detach().to(self.images)
         self.made += len(images)
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:

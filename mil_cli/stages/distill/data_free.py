@@ -21,6 +21,7 @@ from mil_cli.stages.registry import stage
 from mil_cli.task.classification import Classification
 from mil_cli.task.fields import TARGET_KEYS, output_tensor
 from mil_cli.training.batch_norm import norms_with_statistics, recalibrate
+from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.data.base import Batch
@@ -147,8 +148,6 @@ def data_free(model: Model, config: DataFreeConfig, context: Context) -> Model:
         scores=scores,
         call=lambda inputs: _call(student, inputs),
         seed=context.seed,
-        progress=context.progress,
-        description=f"{context.name}: making the first inputs",
     )
     split = MadeSplit(
         synthesis,
@@ -159,8 +158,12 @@ def data_free(model: Model, config: DataFreeConfig, context: Context) -> Model:
         fingerprint=fingerprint_of([config.model_dump(mode="json"), context.seed, teacher.fingerprint()]),
     )
 
+    settings = context.trainer({**config.trainer, "early_stopping": None})
+
     def bind(running: Running) -> Objective:
         synthesis.begin(running)
+        with context.progress.work(f"{context.name}: training the generator", config.warmup) as bar:
+            synthesis.warm_up(fixed_batch(student) or settings.batch_size, context.slot("generator"), bar)
         answering = Teacher(teacher, context.task, running)
         return lambda outputs, batch: context.task.distance(
             outputs, answering(batch), batch, temperature=config.temperature
@@ -168,7 +171,7 @@ def data_free(model: Model, config: DataFreeConfig, context: Context) -> Model:
 
     result = context.train(
         student,
-        settings=context.trainer({**config.trainer, "early_stopping": None}),
+        settings=settings,
         doing="distilling without data",
         bind=bind,
         companions=synthesis,

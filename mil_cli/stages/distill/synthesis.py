@@ -25,9 +25,10 @@ from mil_cli.stages.distill.inversion import (
 from mil_cli.training.layout import images_channels_last, use_channels_last
 
 if TYPE_CHECKING:
-    from mil_cli.events import Progress
+    from mil_cli.events import Bar
     from mil_cli.graph.model import Model
     from mil_cli.stages.distill.data_free import DataFreeConfig
+    from mil_cli.training.checkpoint import CheckpointSlot
     from mil_cli.training.objective import Running
 
 _FEATURES = "features"
@@ -45,8 +46,6 @@ class Synthesis(nn.Module):
         scores: (outputs, labels) -> class scores of shape (batch, classes).
         call: Inputs -> the (args, kwargs) of a model.
         seed: Of noise and classes.
-        progress: Where the first steps are reported.
-        description: What progress calls them.
     """
 
     steps: Tensor
@@ -61,17 +60,13 @@ class Synthesis(nn.Module):
         scores: Callable[[Any], Tensor],
         call: Callable[[Tensor], tuple[tuple[Any, ...], Mapping[str, Any]]],
         seed: int,
-        progress: Progress,
-        description: str,
     ) -> None:
         super().__init__()
         self.generator, self.bank = generator, bank
-        # The training that the student goes through must not take the generator's parameters for its own.
         self.generator.requires_grad_(False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_learning_rate, betas=_BETAS)
         self._config, self._scores, self._call, self._seed = config, scores, call, seed
-        self._progress, self._description = progress, description
         # Kept out of the module's own children: a checkpoint does not hold the teacher.
         self._parts: dict[str, Any] = {"teacher": teacher}
 
@@ -97,6 +92,24 @@ class Synthesis(nn.Module):
             "running": running,
         }
 
+    def warm_up(self, samples: int, slot: CheckpointSlot, bar: Bar) -> None:
+        """Train the generator before the student looks at anything, or take what was reached from a checkpoint.
+
+        Args:
+            samples: Of a batch.
+            slot: Keeps the generator that this ends with.
+            bar: Counts the steps.
+        """
+        state = slot.load()
+        if state is not None:
+            self.load_state_dict(state, strict=False)
+            return
+        for _ in range(self._config.warmup):
+            loss = self._step(samples, adversarial=0.0)
+            bar.advance(note=f"loss {loss:.4g}")
+        # The bank is empty yet, and large.
+        slot.save({name: value for name, value in self.state_dict().items() if not name.startswith("bank.")})
+
     def get_extra_state(self) -> Any:
         """Return the state of the optimizer, which checkpoints keep with the rest."""
         return self._optimizer.state_dict()
@@ -108,15 +121,8 @@ class Synthesis(nn.Module):
     def make(self, samples: int) -> None:
         """Train the generator for some steps, and keep the batch that it then makes."""
         config = self._config
-        self.generator.requires_grad_(True)
-        if self.steps == 0 and config.warmup:
-            with self._progress.work(self._description, config.warmup) as bar:
-                for _ in range(config.warmup):
-                    loss = self._step(samples, adversarial=0.0)
-                    bar.advance(note=f"loss {loss:.4g}")
         for _ in range(config.generator_steps):
             self._step(samples, adversarial=config.adversarial_weight)
-        self.generator.requires_grad_(False)
         with torch.no_grad():
             self.bank.add(self.generator(*self._draw(samples)))
 
@@ -130,12 +136,15 @@ class Synthesis(nn.Module):
     def _step(self, samples: int, *, adversarial: float) -> float:
         """Take one step of the generator; return its loss."""
         noise, labels = self._draw(samples)
+        # Only now, so that the student's training does not take the generator's parameters for its own.
+        self.generator.requires_grad_(True)
         loss = self._loss(self.generator(noise, labels), labels, adversarial=adversarial)
         parameters = list(self.generator.parameters())
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self.generator.requires_grad_(False)
         self.steps += 1
         return float(loss.detach())
 

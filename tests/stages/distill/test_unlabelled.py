@@ -14,7 +14,7 @@ from torch import nn
 from mil_cli.data.base import Data
 from mil_cli.data.digits import digits
 from mil_cli.data.tensors import TensorSplit
-from mil_cli.errors import DataError, StageError
+from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
 from mil_cli.stages.distill.unlabelled import UnlabelledConfig, unlabelled
@@ -124,11 +124,3 @@ def test_data_that_do_not_fit_are_refused_with_the_way_out(tensors: tuple[torch.
         unlabelled(model, UnlabelledConfig(data=SETTINGS), _context(other))
     assert caught.value.hint
     assert re.search(problem, str(caught.value))
-
-
-def test_data_that_cannot_be_read_are_named_by_the_stages_key() -> None:
-    def load(settings: object) -> Data:
-        raise DataError("the image folder is missing", where="data.root", value="nowhere")
-
-    with pytest.raises(DataError, match=r"stages\.stage\.data\.root: the image folder is missing"):
-        _run(_other(), load_data=load)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional
 
 from mil_cli.data.augment import Augment
@@ -33,6 +35,16 @@ if TYPE_CHECKING:
 
 _FEATURES = "features"
 _BETAS = (0.5, 0.999)
+
+
+@dataclass(frozen=True)
+class _AtWork:
+    """What a synthesis uses of a training."""
+
+    statistics: NormStatistics
+    watched: GraphModule
+    student: GraphModule
+    running: Running
 
 
 class Synthesis(nn.Module):
@@ -67,12 +79,12 @@ class Synthesis(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_learning_rate, betas=_BETAS)
         self._config, self._scores, self._call, self._seed = config, scores, call, seed
-        # Kept out of the module's own children: a checkpoint does not hold the teacher.
-        self._parts: dict[str, Any] = {"teacher": teacher}
+        self._teacher = teacher
+        self._at_work: _AtWork | None = None
 
     def begin(self, running: Running) -> None:
         """Take over the device and the student of a training."""
-        teacher = self._parts["teacher"].clone().eval()
+        teacher = self._teacher.clone().eval()
         use_channels_last(teacher, wanted=running.channels_last)
         teacher.graph.to(running.device).requires_grad_(False)
         statistics = NormStatistics(teacher, first_weight=self._config.first_norm_weight)
@@ -85,12 +97,9 @@ class Synthesis(nn.Module):
         student.eval()
         evaluated = Tapped(student, {}).graph()
         student.train()
-        self._parts |= {
-            "statistics": statistics,
-            "watched": Tapped(teacher, taps).graph(),
-            "student": evaluated,
-            "running": running,
-        }
+        self._at_work = _AtWork(
+            statistics=statistics, watched=Tapped(teacher, taps).graph(), student=evaluated, running=running
+        )
 
     def warm_up(self, samples: int, slot: CheckpointSlot, bar: Bar) -> None:
         """Train the generator before the student looks at anything, or take what was reached from a checkpoint.
@@ -130,7 +139,7 @@ class Synthesis(nn.Module):
         random = torch.Generator().manual_seed(mix_seed(self._seed, int(self.steps)))
         noise = torch.randn(samples, self.generator.noise, generator=random)
         labels = torch.randint(max(self.generator.classes, 1), (samples,), generator=random)
-        device = self._parts["running"].device
+        device = self._present.running.device
         return noise.to(device), labels.to(device)
 
     def _step(self, samples: int, *, adversarial: float) -> float:
@@ -138,7 +147,7 @@ class Synthesis(nn.Module):
         noise, labels = self._draw(samples)
         # Only now, so that the student's training does not take the generator's parameters for its own.
         self.generator.requires_grad_(True)
-        loss = self._loss(self.generator(noise, labels), labels, adversarial=adversarial)
+        loss = self.loss(self.generator(noise, labels), labels, adversarial=adversarial)
         parameters = list(self.generator.parameters())
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
@@ -148,10 +157,23 @@ class Synthesis(nn.Module):
         self.steps += 1
         return float(loss.detach())
 
-    def _loss(self, inputs: Tensor, labels: Tensor, *, adversarial: float) -> Tensor:
-        config, parts = self._config, self._parts
-        args, kwargs = self._call(images_channels_last(inputs) if parts["running"].channels_last else inputs)
-        outputs, values = parts["watched"](*args, **kwargs)
+    @property
+    def _present(self) -> _AtWork:
+        if self._at_work is None:
+            raise RuntimeError("no training has begun")
+        return self._at_work
+
+    def loss(self, inputs: Tensor, labels: Tensor, *, adversarial: float) -> Tensor:
+        """Return what the generator minimises, a scalar.
+
+        Args:
+            inputs: What it made, of shape (batch, channels, ...).
+            labels: The classes that it was asked for, of shape (batch,).
+            adversarial: Weight of the student's agreement with the teacher.
+        """
+        config, present = self._config, self._present
+        args, kwargs = self._call(images_channels_last(inputs) if present.running.channels_last else inputs)
+        outputs, values = present.watched(*args, **kwargs)
         scores = self._scores(outputs)
         if config.generator_only:
             loss = config.class_weight * certainty_loss(scores) + config.balance_weight * balance_loss(scores)
@@ -159,9 +181,9 @@ class Synthesis(nn.Module):
                 loss = loss + config.activation_weight * activation_loss(values[_FEATURES])
         else:
             loss = config.class_weight * functional.cross_entropy(scores, labels)
-            loss = loss + config.statistics_weight * parts["statistics"].distance(values)
+            loss = loss + config.statistics_weight * present.statistics.distance(values)
         if adversarial:
-            answers, _ = parts["student"](*args, **kwargs)
+            answers, _ = present.student(*args, **kwargs)
             loss = loss + adversarial * agreement(self._scores(answers), scores)
         if config.variation_weight:
             loss = loss + config.variation_weight * variation(inputs)

@@ -16,14 +16,26 @@ from mil_cli.data.base import Data
 from mil_cli.data.digits import digits
 from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
+from mil_cli.graph.taps import Tapped
 from mil_cli.models.resnet import resnet20
 from mil_cli.stages.context import Context
 from mil_cli.stages.distill.data_free import DataFreeConfig, data_free
+from mil_cli.stages.distill.generator import Bank, Generator
+from mil_cli.stages.distill.inversion import (
+    NormStatistics,
+    activation_loss,
+    agreement,
+    balance_loss,
+    certainty_loss,
+    last_features,
+    variation,
+)
+from mil_cli.stages.distill.synthesis import Synthesis
 from mil_cli.task.classification import Classification
 from mil_cli.task.regression import Regression
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import evaluate
-from tests.stages.contexts import make_context, run_through_kills, trained_digits
+from tests.stages.contexts import make_context, run_through_kills, running, trained_digits
 
 TOY: dict[str, Any] = {"range": [-1.0, 1.0], "samples": 256, "warmup": 3, "width": 8, "noise": 16, "bank": 200}
 
@@ -76,6 +88,43 @@ def test_a_student_learns_from_the_teacher_alone() -> None:
     history = cast("list[dict[str, Any]]", context.notes["history"])
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     assert context.notes["inputs_made"] == 6 * -(-31 // 4) * 64
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_generators_loss_is_the_weighted_sum_of_its_terms(alone: bool) -> None:
+    """The student answers in evaluation mode, by the weights that it has now."""
+    weights: dict[str, Any] = {"statistics_weight": 0.3, "first_norm_weight": 2.0, "class_weight": 0.7}
+    weights |= {"variation_weight": 0.2, "magnitude_weight": 0.4, "activation_weight": 0.6, "balance_weight": 0.9}
+    config = DataFreeConfig(**weights, generator_only=alone)
+    teacher, student = trained_digits(), _student().train()
+    synthesis = Synthesis(
+        config,
+        Generator((1, 8, 8), classes=0 if alone else 10, noise=3, width=2, span=None),
+        Bank((1, 8, 8), capacity=4),
+        teacher=teacher,
+        scores=lambda outputs: outputs,
+        call=lambda inputs: ((inputs,), {}),
+        seed=0,
+    )
+    synthesis.begin(running(student))
+    assert student.training
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.5)
+    x, labels = torch.randn(12, 1, 8, 8), torch.arange(12) % 10
+    statistics = NormStatistics(teacher, first_weight=2.0)
+    features = last_features(teacher)
+    assert features is not None
+    with torch.no_grad():
+        scores, values = Tapped(teacher, {**statistics.taps, "features": features})(x)
+        answers = student.clone().eval()(x)
+        expected = 0.2 * variation(x) + 0.4 * x.square().mean() + 1.1 * agreement(answers, scores)
+        if alone:
+            expected += 0.7 * certainty_loss(scores) + 0.9 * balance_loss(scores)
+            expected += 0.6 * activation_loss(values["features"])
+        else:
+            expected += 0.7 * nn.functional.cross_entropy(scores, labels) + 0.3 * statistics.distance(values)
+        torch.testing.assert_close(synthesis.loss(x, labels, adversarial=1.1), expected)
 
 
 def test_a_killed_run_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from mil_cli.stages.distill.teacher import Teacher
 from mil_cli.stages.registry import stage
 from mil_cli.task.classification import Classification
 from mil_cli.task.fields import TARGET_KEYS, output_tensor
-from mil_cli.training.batch_norm import norms_with_statistics, recalibrate
+from mil_cli.training.batch_norm import norms_with_statistics
 from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def data_free(model: Model, config: DataFreeConfig, context: Context) -> Model:
     a bounded bank, on which the student takes several steps for each batch that is made (Fang et al. 2022, "Up to 100x
     Faster Data-Free Knowledge Distillation", AAAI; there the generator is fitted to each batch from a common start).
     With `generator_only` the statistics are replaced by the losses of Chen et al. 2019, "Data-Free Learning of Student
-    Networks" (ICCV). The student's own batch norms take their statistics from the bank in the end.
+    Networks" (ICCV). The student's own batch norms keep the statistics of what it was trained on.
 
     The recipe's train split is never read. Val is read for the report alone and decides nothing, unless the training
     diverges: then it tells the last good weights.
@@ -178,7 +178,7 @@ def data_free(model: Model, config: DataFreeConfig, context: Context) -> Model:
         data=context.with_train(split, made=True),
     )
     context.note(history=result.history, stopped=result.stopped, inputs_made=int(synthesis.bank.made))
-    return recalibrate(result.model, (_call(student, inputs) for inputs in synthesis.bank.batches()))
+    return result.model
 
 
 def _input_shape(model: Model, where: str) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -103,9 +103,3 @@ class Bank(nn.Module):
         """Return so many of the inputs, drawn with replacement, on the CPU."""
         chosen = torch.randint(len(self), (samples,), generator=generator)
         return self.images[chosen.to(self.images.device)].cpu()
-
-    def batches(self, samples: int = 256) -> Iterator[Tensor]:
-        """Give all inputs once, so many at a time, on the CPU; fewer that are left over are left out."""
-        size = min(samples, len(self))
-        for start in range(0, len(self) - size + 1, size):
-            yield self.images[start : start + size].cpu()

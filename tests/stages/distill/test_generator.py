@@ -15,7 +15,7 @@ def _make(shape: tuple[int, ...], span: tuple[float, float] | None, *, classes: 
     generator = Generator(shape, classes=classes, noise=6, width=4, span=span)
     with torch.no_grad():
         generator.end.weight.mul_(20)  # type: ignore[operator]
-    return generator(torch.randn(32, 6), torch.arange(32) % 4)  # type: ignore[no-any-return]
+    return generator(torch.randn(32, 6), torch.arange(32) % 4).detach()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -157,6 +157,13 @@ def test_val_decides_nothing() -> None:
     assert results[0] == results[1]
 
 
+def test_a_student_learns_without_statistics_too() -> None:
+    context = _context(trainer=TrainerConfig(epochs=8, batch_size=64, learning_rate=0.05))
+    changes = {"samples": 2000, "warmup": 100, "bank": 2000, "flip": False, "adversarial_weight": 20.0}
+    config = DataFreeConfig.model_validate({**TOY, **changes, "generator_only": True})
+    assert _accuracy(data_free(_student(), config, context)) > 0.5
+
+
 def _without_norms() -> Model:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()

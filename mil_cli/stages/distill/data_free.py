@@ -43,8 +43,9 @@ class DataFreeConfig(StudentConfig):
         range: (low, high) of the values that the model's inputs have; None: each channel has mean 0 and variance 1.
         samples: Inputs that an epoch gives to the student.
         every: The student's steps for each batch that is made; the other batches are drawn from the bank.
-        generator_steps: The generator's steps for each batch that is made.
-        warmup: The generator's steps before the first one.
+        generators: How many make batches in turn; each finds inputs of its own.
+        generator_steps: The steps of one generator for each batch that is made.
+        warmup: The steps of each before the first one.
         bank: How many inputs are kept.
         noise: Numbers of noise that an input is made of.
         width: Channels of the generator's last hidden layer.
@@ -70,6 +71,7 @@ class DataFreeConfig(StudentConfig):
     range: tuple[float, float] | None = None
     samples: int = Field(20_000, ge=1)
     every: int = Field(4, ge=1)
+    generators: int = Field(1, ge=1)
     generator_steps: int = Field(2, ge=1)
     warmup: int = Field(150, ge=0)
     bank: int = Field(8192, ge=1)
@@ -139,10 +141,13 @@ def data_free(model: Model, config: DataFreeConfig, context: Context) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         told = 0 if config.generator_only else classes
-        generator = Generator(shape, classes=told, noise=config.noise, width=config.width, span=config.range)
+        generators = [
+            Generator(shape, classes=told, noise=config.noise, width=config.width, span=config.range)
+            for _ in range(config.generators)
+        ]
     synthesis = Synthesis(
         config,
-        generator,
+        generators,
         Bank(shape, capacity=config.bank),
         teacher=teacher,
         scores=scores,
@@ -162,8 +167,10 @@ def data_free(model: Model, config: DataFreeConfig, context: Context) -> Model:
 
     def bind(running: Running) -> Objective:
         synthesis.begin(running)
-        with context.progress.work(f"{context.name}: training the generator", config.warmup) as bar:
-            synthesis.warm_up(fixed_batch(student) or settings.batch_size, context.slot("generator"), bar)
+        with context.progress.work(
+            f"{context.name}: training the generators", config.generators * config.warmup
+        ) as bar:
+            synthesis.warm_up(fixed_batch(student) or settings.batch_size, context.slot("generators"), bar)
         answering = Teacher(teacher, context.task, running)
         return lambda outputs, batch: context.task.distance(
             outputs, answering(batch), batch, temperature=config.temperature

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,11 @@ class _AtWork:
 
 
 class Synthesis(nn.Module):
-    """A generator with its optimizer, and the bank of what it made: all that a checkpoint of the synthesis holds.
+    """Generators with their optimizer, and the bank of what it made: all that a checkpoint of the synthesis holds.
 
     Args:
         config: How inputs are made.
-        generator: Makes them.
+        generators: Make them, in turn.
         bank: Keeps them.
         teacher: The teacher; not changed.
         scores: (outputs, labels) -> class scores of shape (batch, classes).
@@ -65,7 +65,7 @@ class Synthesis(nn.Module):
     def __init__(
         self,
         config: DataFreeConfig,
-        generator: Generator,
+        generators: Sequence[Generator],
         bank: Bank,
         *,
         teacher: Model,
@@ -74,10 +74,12 @@ class Synthesis(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        self.generator, self.bank = generator, bank
-        self.generator.requires_grad_(False)
+        self.generators, self.bank = nn.ModuleList(generators), bank
+        self.generators.requires_grad_(False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._optimizer = torch.optim.Adam(generator.parameters(), lr=config.generator_learning_rate, betas=_BETAS)
+        self._optimizer = torch.optim.Adam(
+            self.generators.parameters(), lr=config.generator_learning_rate, betas=_BETAS
+        )
         self._config, self._scores, self._call, self._seed = config, scores, call, seed
         self._teacher = teacher
         self._at_work: _AtWork | None = None
@@ -102,20 +104,21 @@ class Synthesis(nn.Module):
         )
 
     def warm_up(self, samples: int, slot: CheckpointSlot, bar: Bar) -> None:
-        """Train the generator before the student looks at anything, or take what was reached from a checkpoint.
+        """Train the generators before the student looks at anything, or take what was reached from a checkpoint.
 
         Args:
             samples: Of a batch.
-            slot: Keeps the generator that this ends with.
+            slot: Keeps the generators that this ends with.
             bar: Counts the steps.
         """
         state = slot.load()
         if state is not None:
             self.load_state_dict(state, strict=False)
             return
-        for _ in range(self._config.warmup):
-            loss = self._step(samples, adversarial=0.0)
-            bar.advance(note=f"loss {loss:.4g}")
+        for generator in self._each():
+            for _ in range(self._config.warmup):
+                loss = self._step(generator, samples, adversarial=0.0)
+                bar.advance(note=f"loss {loss:.4g}")
         # The bank is empty yet, and large.
         slot.save({name: value for name, value in self.state_dict().items() if not name.startswith("bank.")})
 
@@ -128,32 +131,37 @@ class Synthesis(nn.Module):
         self._optimizer.load_state_dict(state)
 
     def make(self, samples: int) -> None:
-        """Train the generator for some steps, and keep the batch that it then makes."""
+        """Train the next generator for some steps, and keep the batch that it then makes."""
         config = self._config
+        generators = list(self._each())
+        generator = generators[int(self.bank.made) // samples % len(generators)]
         for _ in range(config.generator_steps):
-            self._step(samples, adversarial=config.adversarial_weight)
+            self._step(generator, samples, adversarial=config.adversarial_weight)
         with torch.no_grad():
-            self.bank.add(self.generator(*self._draw(samples)))
+            self.bank.add(generator(*self._draw(generator, samples)))
 
-    def _draw(self, samples: int) -> tuple[Tensor, Tensor]:
+    def _each(self) -> Iterator[Generator]:
+        yield from cast("Iterable[Generator]", self.generators)
+
+    def _draw(self, generator: Generator, samples: int) -> tuple[Tensor, Tensor]:
         random = torch.Generator().manual_seed(mix_seed(self._seed, int(self.steps)))
-        noise = torch.randn(samples, self.generator.noise, generator=random)
-        labels = torch.randint(max(self.generator.classes, 1), (samples,), generator=random)
+        noise = torch.randn(samples, generator.noise, generator=random)
+        labels = torch.randint(max(generator.classes, 1), (samples,), generator=random)
         device = self._present.running.device
         return noise.to(device), labels.to(device)
 
-    def _step(self, samples: int, *, adversarial: float) -> float:
-        """Take one step of the generator; return its loss."""
-        noise, labels = self._draw(samples)
+    def _step(self, generator: Generator, samples: int, *, adversarial: float) -> float:
+        """Take one step of a generator; return its loss."""
+        noise, labels = self._draw(generator, samples)
         # Only now, so that the student's training does not take the generator's parameters for its own.
-        self.generator.requires_grad_(True)
-        loss = self.loss(self.generator(noise, labels), labels, adversarial=adversarial)
-        parameters = list(self.generator.parameters())
+        generator.requires_grad_(True)
+        loss = self.loss(generator(noise, labels), labels, adversarial=adversarial)
+        parameters = list(generator.parameters())
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.generator.requires_grad_(False)
+        generator.requires_grad_(False)
         self.steps += 1
         return float(loss.detach())
 

@@ -107,7 +107,7 @@ def test_the_generators_loss_is_the_weighted_sum_of_its_terms(alone: bool) -> No
     teacher, student = trained_digits(), _student().train()
     synthesis = Synthesis(
         config,
-        Generator((1, 8, 8), classes=0 if alone else 10, noise=3, width=2, span=None),
+        [Generator((1, 8, 8), classes=0 if alone else 10, noise=3, width=2, span=None)],
         Bank((1, 8, 8), capacity=4),
         teacher=teacher,
         scores=lambda outputs: outputs,
@@ -137,7 +137,7 @@ def test_the_generators_loss_is_the_weighted_sum_of_its_terms(alone: bool) -> No
 
 def test_a_killed_run_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TrainerConfig(epochs=3, batch_size=64, learning_rate=0.05, checkpoint_every_seconds=0)
-    config = DataFreeConfig.model_validate({**TOY, "every": 2})
+    config = DataFreeConfig.model_validate({**TOY, "every": 2, "generators": 2})
 
     def run(workspace: Path) -> Model:
         return data_free(_student(), config, _context(trainer=settings, workspace=workspace))

@@ -48,14 +48,14 @@ class _AtWork:
 
 
 class Synthesis(nn.Module):
-    """Generators with their optimizer, and the bank of what it made: all that a checkpoint of the synthesis holds.
+    """Generators with their optimizer, and the bank of what they made: all that a checkpoint of the synthesis holds.
 
     Args:
         config: How inputs are made.
         generators: Make them, in turn.
         bank: Keeps them.
         teacher: The teacher; not changed.
-        scores: (outputs, labels) -> class scores of shape (batch, classes).
+        scores: A model's outputs -> class scores of shape (batch, classes).
         call: Inputs -> the (args, kwargs) of a model.
         seed: Of noise and classes.
     """
@@ -209,7 +209,7 @@ class MadeSplit:
         every: Batches between two that are made; the others are drawn from the bank.
         augment: Applied to what is drawn where augmentation is asked for.
         form: Inputs -> a batch as the task reads it.
-        settings: All that the inputs depend on, for the fingerprint.
+        fingerprint: Of all that the inputs depend on.
     """
 
     def __init__(

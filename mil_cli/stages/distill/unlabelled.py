@@ -48,8 +48,9 @@ def unlabelled(model: Model, config: UnlabelledConfig, context: Context) -> Mode
     """Train the student to answer as the teacher does on data other than the recipe's, whose train split is not read.
 
     Any inputs on which the teacher's answers differ teach something, the more the nearer they are to the model's own
-    (Beyer et al. 2022, "Knowledge Distillation: A Good Teacher Is Patient and Consistent", CVPR, section 4.4). What is
-    minimised is the task's distance alone. Images of another size, grey for colour, or colour for grey are adapted.
+    (Beyer et al. 2022, "Knowledge Distillation: A Good Teacher Is Patient and Consistent", CVPR, distil on images of
+    other kinds too). What is minimised is the task's distance alone. Images of another size, grey for colour, or colour
+    for grey are adapted.
 
     Args:
         model: The model in the chain; not changed.

@@ -163,14 +163,14 @@ def data_free(model: Model, config: DataFreeConfig, context: Context) -> Model:
         fingerprint=fingerprint_of([config.model_dump(mode="json"), context.seed, teacher.fingerprint()]),
     )
 
+    data = context.with_train(split, made=True)
     settings = context.trainer({**config.trainer, "early_stopping": None})
 
     def bind(running: Running) -> Objective:
         synthesis.begin(running)
-        with context.progress.work(
-            f"{context.name}: training the generators", config.generators * config.warmup
-        ) as bar:
-            synthesis.warm_up(fixed_batch(student) or settings.batch_size, context.slot("generators"), bar)
+        each = -(-config.warmup * len(data.train) // len(split))  # a dry run takes as little of it as of an epoch
+        with context.progress.work(f"{context.name}: training the generators", config.generators * each) as bar:
+            synthesis.warm_up(each, fixed_batch(student) or settings.batch_size, context.slot("generators"), bar)
         answering = Teacher(teacher, context.task, running)
         return lambda outputs, batch: context.task.distance(
             outputs, answering(batch), batch, temperature=config.temperature
@@ -182,7 +182,7 @@ def data_free(model: Model, config: DataFreeConfig, context: Context) -> Model:
         doing="distilling without data",
         bind=bind,
         companions=synthesis,
-        data=context.with_train(split, made=True),
+        data=data,
     )
     context.note(history=result.history, stopped=result.stopped, inputs_made=int(synthesis.bank.made))
     return result.model

@@ -103,10 +103,11 @@ class Synthesis(nn.Module):
             statistics=statistics, watched=Tapped(teacher, taps).graph(), student=evaluated, running=running
         )
 
-    def warm_up(self, samples: int, slot: CheckpointSlot, bar: Bar) -> None:
+    def warm_up(self, steps: int, samples: int, slot: CheckpointSlot, bar: Bar) -> None:
         """Train the generators before the student looks at anything, or take what was reached from a checkpoint.
 
         Args:
+            steps: Of each generator.
             samples: Of a batch.
             slot: Keeps the generators that this ends with.
             bar: Counts the steps.
@@ -116,7 +117,7 @@ class Synthesis(nn.Module):
             self.load_state_dict(state, strict=False)
             return
         for generator in self._each():
-            for _ in range(self._config.warmup):
+            for _ in range(steps):
                 loss = self._step(generator, samples, adversarial=0.0)
                 bar.advance(note=f"loss {loss:.4g}")
         # The bank is empty yet, and large.

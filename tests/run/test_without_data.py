@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from mil_cli.data.base import Batch
-from mil_cli.errors import DataError
+from mil_cli.errors import DataError, RecipeErrors
 from mil_cli.events import SilentProgress
 from mil_cli.models.user_code import importable
 from mil_cli.recipe.load import load_recipe
@@ -19,6 +19,7 @@ from mil_cli.run.cache import Cache
 from mil_cli.run.plan import _Head, plan_recipe
 from mil_cli.run.runner import run_chain
 from mil_cli.run.surroundings import build_surroundings
+from mil_cli.stages.distill.unlabelled import UnlabelledConfig
 
 RECIPE = """
 defaults:
@@ -83,6 +84,18 @@ def test_other_data_recompute_what_learned_from_them_and_the_recipes_own_do_not(
     assert _cached(project, "stages.other.data.seed=6") == []
     assert _cached(project, "data.shift=1") == ["other", "none"]
     assert _cached(project, "stages.other.data.shift=1") == []
+
+
+def test_other_data_come_from_a_group_of_the_recipes_defaults(project: Path) -> None:
+    lines = "  - /stage/distill@stages.other: unlabelled\n"
+    changed = RECIPE.replace(lines, lines + "  - /data@stages.other.data: digits\n").replace("  other: {data: ", "  # ")
+    (project / "recipe.yaml").write_text(changed)
+    config = cast("UnlabelledConfig", load_recipe(project / "recipe.yaml", []).stages["other"])
+    assert config.data is not None
+    assert config.data["_target_"] == "mil_cli.data.digits.digits"
+    (project / "recipe.yaml").write_text(RECIPE.replace("  other: {data: ", "  # "))
+    with pytest.raises(RecipeErrors, match=r"stages\.other: .*give data"):
+        load_recipe(project / "recipe.yaml", [])
 
 
 def test_settings_that_are_no_data_are_refused(project: Path) -> None:

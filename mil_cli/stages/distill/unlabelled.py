@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mil_cli.data.fitted import FittedImages
 from mil_cli.errors import MilError, StageError
@@ -37,10 +37,16 @@ class UnlabelledConfig(StudentConfig):
 
     method: ClassVar[str] = "unlabelled"
 
-    data: dict[str, Any]
+    data: dict[str, Any] | None = None
     teacher: Source | None = None
     cache_gb: float = Field(2.0, ge=0, allow_inf_nan=False)
     temperature: float = Field(4.0, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _some_data(self) -> UnlabelledConfig:
+        if self.data is None:
+            raise ValueError("give data: _target_ and its arguments, as in the recipe's own section data")
+        return self
 
 
 @stage(UnlabelledConfig)

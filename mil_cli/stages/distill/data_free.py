@@ -80,8 +80,8 @@ class DataFreeConfig(StudentConfig):
     generator_learning_rate: float = Field(5e-3, gt=0, allow_inf_nan=False)
     statistics_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     first_norm_weight: float = Field(10.0, ge=0, allow_inf_nan=False)
-    class_weight: float = Field(5.0, ge=0, allow_inf_nan=False)
-    adversarial_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    class_weight: float = Field(3.0, ge=0, allow_inf_nan=False)
+    adversarial_weight: float = Field(5.0, ge=0, allow_inf_nan=False)
     variation_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     magnitude_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     generator_only: bool = False

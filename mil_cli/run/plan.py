@@ -84,24 +84,36 @@ class Plan:
 
 @dataclass
 class _Head:
-    """The first batches of a split; counts the time that their user spends on them."""
+    """The first batches of a split; counts the time that their user spends on them, if `made` also that of making."""
 
     split: Split
     clock: Callable[[], float]
     limit: int
+    made: bool = False
     seconds: float = 0.0
 
     def __len__(self) -> int:
         return min(self.limit, len(self.split))
 
     def batches(self, batch_size: int, **options: Any) -> Iterator[Batch]:
+        since = self.clock()
         for batch in itertools.islice(self.split.batches(batch_size, **options), -(-len(self) // batch_size)):
-            started = self.clock()
-            yield batch
-            self.seconds += self.clock() - started
+            if not self.made:
+                since = self.clock()
+            try:
+                yield batch
+            finally:  # a user may stop at the last one
+                now = self.clock()
+                self.seconds += now - since
+                since = now
 
     def fingerprint(self) -> str:
         return f"the first {self.limit} of {self.split.fingerprint()}"
+
+    @property
+    def growth(self) -> float:
+        """How many times larger the whole split is."""
+        return len(self.split) / len(self)
 
     def take_seconds(self) -> float:
         """Return the seconds spent since the last call."""
@@ -130,19 +142,28 @@ def _plan(recipe: Recipe, progress: Progress, clock: Callable[[], float]) -> Pla
     full = surroundings.data
     limit = BATCHES * recipe.trainer.batch_size
     heads = {name: _Head(getattr(full, name), clock, limit) for name in ("train", "val", "test")}
-    small = replace(surroundings, data=Data(name=full.name, **heads))
+    others: list[_Head] = []
     stages: list[PlannedStage] = []
 
+    def shorten(split: Split, *, made: bool = True) -> Split:
+        others.append(_Head(split, clock, limit, made))
+        return others[-1]
+
+    def load_data(settings: object) -> Data:
+        other = surroundings.load_data(settings)
+        return replace(other, train=shorten(other.train, made=False))
+
+    small = replace(surroundings, data=Data(name=full.name, **heads), load_data=load_data, shorten=shorten)
+
     def keep(_: int, result: StageResult) -> None:
-        handled = {name: head.take_seconds() for name, head in heads.items()}
-        growth = {name: len(getattr(full, name)) / len(head) for name, head in heads.items()}
-        fixed = result.facts["seconds"] - sum(handled.values())
+        handled = [(head.take_seconds(), head.growth) for head in [*heads.values(), *others]]
+        fixed = result.facts["seconds"] - sum(seconds for seconds, _ in handled)
         stages.append(
             PlannedStage(
                 name=result.name,
                 family=result.config.family,
                 method=result.config.method,
-                seconds=max(0.0, fixed) + sum(handled[name] * growth[name] for name in heads),
+                seconds=max(0.0, fixed) + sum(seconds * growth for seconds, growth in handled),
                 macs=result.facts["macs"],
                 params=result.facts["params"],
             )

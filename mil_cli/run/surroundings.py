@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mil_cli.data.source import build_data
 from mil_cli.device.host import resolve
-from mil_cli.errors import ModelError, RecipeError
+from mil_cli.errors import DataError, ModelError, RecipeError
 from mil_cli.files import sha256_of_file
 from mil_cli.graph.model import Model
 from mil_cli.models.source import ModelSource, build_model
@@ -45,6 +46,7 @@ def build_surroundings(recipe: Recipe) -> Surroundings:
         stages=recipe.stages,
         load_source=sources.load,
         source_fingerprint=sources.fingerprint,
+        load_data=_OtherData(recipe.root).load,
     )
 
 
@@ -60,6 +62,23 @@ def source_model(recipe: Recipe, surroundings: Surroundings) -> Model:
 def _build(source: ModelSource, recipe: Recipe, data: Data, task: Task, *, purpose: str) -> Model:
     example = task.inputs(next(iter(data.train.batches(EXAMPLE_BATCH))))
     return build_model(source, root=recipe.root, example=example, seed=derive_seed(recipe.seed, purpose))
+
+
+class _OtherData:
+    """Data that a stage may ask for beside the recipe's; each is built once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._built: dict[str, Data] = {}
+
+    def load(self, settings: object) -> Data:
+        if not isinstance(settings, Mapping) or "_target_" not in settings:
+            hint = "write data: {_target_: ..., ...} as in the recipe's own section data"
+            raise DataError("these are no settings of data", where="data", value=settings, hint=hint)
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self._built:
+            self._built[key] = build_data(settings, root=self._root)
+        return self._built[key]
 
 
 class _Sources:

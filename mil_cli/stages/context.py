@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from mil_cli.errors import RecipeError, StageError, did_you_mean
+from mil_cli.errors import DataError, RecipeError, StageError, did_you_mean
 from mil_cli.events import Progress
 from mil_cli.measure.latency import LATENCY_VERSION, measure_latency
 from mil_cli.stages.registry import StageConfig, config_type, function_of
@@ -64,6 +64,14 @@ class StoredModel(Protocol):
         ...
 
 
+def _no_other_data(settings: object) -> Data:
+    raise KeyError(f"no data other than the recipe's: {settings!r}")
+
+
+def _whole(split: Split) -> Split:
+    return split
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """Everything of a recipe that stages may read, each part with a fingerprint.
@@ -79,6 +87,8 @@ class Surroundings:
         load_source: Builds a model from a source other than the recipe's (a teacher).
         source_fingerprint: Fingerprint of such a source: its settings and the content of its files.
         original: The uncompressed model where it is stored; absent while it is itself being made.
+        load_data: Builds data other than the recipe's, from settings as those of its section ``data``.
+        shorten: What a dry run makes of a split that a stage makes itself; a real run leaves it as it is.
     """
 
     seed: int
@@ -91,6 +101,8 @@ class Surroundings:
     load_source: Callable[[object], Model]
     source_fingerprint: Callable[[object], str]
     original: StoredModel | None = None
+    load_data: Callable[[object], Data] = _no_other_data
+    shorten: Callable[[Split], Split] = _whole
 
     def fingerprint(self, read: str) -> str:
         """Return the present fingerprint of what a stage read under the name `read`.
@@ -121,6 +133,8 @@ class Surroundings:
                 return str(LATENCY_VERSION)
             case "source":
                 return self.source_fingerprint(json.loads(name))
+            case "other_data":
+                return self.load_data(json.loads(name)).train.fingerprint()
         raise KeyError(read)
 
     @cached_property
@@ -145,13 +159,16 @@ class _ReadDevice:
 class _ReadData:
     """The data as a stage may see them: `train` and `val`, recorded; `test` is for the report alone."""
 
-    def __init__(self, data: Data, record: Callable[[str], None]) -> None:
+    def __init__(self, data: Data, record: Callable[[str], None], train: Split | None = None) -> None:
         self._data = data
         self._record = record
+        self._train = train
         self.name = data.name
 
     @property
     def train(self) -> Split:
+        if self._train is not None:
+            return self._train
         self._record("data/train")
         return self._data.train
 
@@ -242,6 +259,32 @@ class Context:
     def data(self) -> Data:
         """The `train` and `val` splits; reading `test` raises."""
         return cast("Data", _ReadData(self._surroundings.data, self._record))
+
+    def with_train(self, train: Split, *, made: bool = False) -> Data:
+        """Return the splits as `data` gives them, but with another one to train on; that of the recipe is not read.
+
+        Args:
+            train: The split; its fingerprint must follow from what was read.
+            made: Whether the stage makes its samples itself, so that a dry run has yet to shorten it.
+        """
+        train = self._surroundings.shorten(train) if made else train
+        return cast("Data", _ReadData(self._surroundings.data, self._record, train))
+
+    def other_data(self, settings: object) -> Data:
+        """Return data other than the recipe's, of which a stage may read `train`.
+
+        Args:
+            settings: As in the recipe's section ``data``: ``_target_`` and its arguments.
+
+        Raises:
+            DataError: What is missing, empty or malformed, under the key ``data`` of this stage.
+        """
+        try:
+            self._record(f"other_data/{json.dumps(settings, sort_keys=True)}")
+            return self._surroundings.load_data(settings)
+        except DataError as problem:
+            problem.where = f"stages.{self.name}.{problem.where or 'data'}"
+            raise
 
     @property
     def device(self) -> DeviceProfile:

@@ -51,6 +51,8 @@ METHODS: dict[tuple[str, str], str] = {
     ("distill", "attention_transfer"): "mil_cli.stages.distill.attention_transfer",
     ("distill", "relational"): "mil_cli.stages.distill.relational",
     ("distill", "similarity"): "mil_cli.stages.distill.similarity",
+    ("distill", "unlabelled"): "mil_cli.stages.distill.unlabelled",
+    ("distill", "data_free"): "mil_cli.stages.distill.data_free",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }

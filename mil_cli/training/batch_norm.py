@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import get_argument, get_attribute, op_name, set_argument
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_argument
 
-_NAMES = ("running_mean", "running_var")
+STATISTICS = ("running_mean", "running_var")
+"""The arguments of a batch norm that hold its running statistics."""
 
 
 def recalibrate(model: Model, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]) -> Model:
@@ -23,14 +24,14 @@ def recalibrate(model: Model, calls: Iterable[tuple[Sequence[Any], Mapping[str, 
         calls: Inputs as (args, kwargs), without augmentation.
     """
     result = model.clone().eval()
-    nodes = [node for node in result.graph.graph.nodes if op_name(node) == "batch_norm" and _keeps_statistics(node)]
+    nodes = norms_with_statistics(result)
     if not nodes:
         return result
     before = [(bool(get_argument(node, "training")), float(get_argument(node, "momentum"))) for node in nodes]
     buffers = {
         str(source.target): get_attribute(result.graph, str(source.target))
         for node in nodes
-        for source in (get_argument(node, name) for name in _NAMES)
+        for source in (get_argument(node, name) for name in STATISTICS)
     }
     for node in nodes:
         set_argument(node, "training", True)
@@ -54,5 +55,10 @@ def recalibrate(model: Model, calls: Iterable[tuple[Sequence[Any], Mapping[str, 
     return result
 
 
+def norms_with_statistics(model: Model) -> list[Node]:
+    """Return the nodes of the batch norms that have running statistics, in order of execution."""
+    return [node for node in calls(model.graph) if op_name(node) == "batch_norm" and _keeps_statistics(node)]
+
+
 def _keeps_statistics(node: Node) -> bool:
-    return all(isinstance(source := get_argument(node, name), Node) and source.op == "get_attr" for name in _NAMES)
+    return all(isinstance(source := get_argument(node, name), Node) and source.op == "get_attr" for name in STATISTICS)

@@ -95,7 +95,7 @@ def fit(
             must keep nothing from step to step, so that a resumed training goes on alike.
         taps: Module paths whose outputs a bound objective reads by `Running.tapped`, of the same forward.
         companions: Modules that the objective runs and that are trained along, such as adapters; changed in place, kept
-            in checkpoints, no part of the result.
+            in checkpoints, no part of the result. Parameters that need no gradient are left to whoever changes them.
         steps: Train for so many steps, whatever the settings' `epochs`, and do not evaluate; passes over more than an
             epoch are of equal length, so that there may be a few more. None: as the settings say.
         checkpoint: Where to keep checkpoints; the last one stays there, so that a finished training is not repeated.
@@ -459,7 +459,11 @@ class _Loop:
     def _sign(self) -> str:
         """Tell this training from others that might share its slot."""
         tensors = {**self._weights, **self._companions.state_dict(prefix="companions.")}
-        shapes = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+        shapes = {
+            name: [str(tensor.dtype), list(tensor.shape)]
+            for name, tensor in tensors.items()
+            if isinstance(tensor, torch.Tensor)  # what else a companion keeps has no form that is known before
+        }
         facts = [_STATE_VERSION, self._settings.model_dump(mode="json"), self._seed, self._steps, shapes]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

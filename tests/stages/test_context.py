@@ -12,7 +12,7 @@ import torch
 
 from mil_cli.data.base import Data
 from mil_cli.device.host import resolve
-from mil_cli.errors import RecipeError, StageError
+from mil_cli.errors import DataError, RecipeError, StageError
 from mil_cli.events import SilentProgress
 from mil_cli.stages import context as module
 from mil_cli.stages.context import Context, Surroundings, Trace, derive_seed
@@ -57,6 +57,7 @@ def surroundings(**changes: Any) -> Surroundings:
         "stages": {"recover": config_type("train", "supervised")()},
         "load_source": lambda source: f"model of {source}",
         "source_fingerprint": lambda source: f"content of {source}",
+        "load_data": lambda settings: Data(name="other", train=Split("images"), val=Split("-"), test=Split("-")),
     }
     return Surroundings(**{**base, **changes})
 
@@ -74,6 +75,7 @@ READS = {
     "goal/size": lambda context: context.goal("size"),
     "seed": lambda context: context.generator(),
     'source/"teacher.pt2"': lambda context: context.source("teacher.pt2"),
+    'other_data/{"_target_": "images"}': lambda context: context.other_data({"_target_": "images"}).train,
 }
 
 
@@ -94,6 +96,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "goal/size": {"goals": {"size": {"max": 200.0}}},
     "seed": {"seed": 1},
     'source/"teacher.pt2"': {"source_fingerprint": lambda source: "other content"},
+    'other_data/{"_target_": "images"}': {
+        "load_data": lambda settings: Data(name="other", train=Split("changed"), val=Split("-"), test=Split("-"))
+    },
 }
 
 
@@ -137,6 +142,26 @@ def test_a_stage_that_is_gone_makes_the_trace_invalid() -> None:
 def test_the_test_split_is_out_of_reach() -> None:
     with pytest.raises(RuntimeError, match="reporting only"):
         _ = context(surroundings()).data.test
+
+
+def test_another_split_to_train_on_leaves_the_recipes_own_unread() -> None:
+    reader = context(surroundings(shorten=lambda split: Split("shortened")))
+    data = reader.with_train(Split("made"))
+    assert data.train == Split("made")
+    assert reader.trace.reads == {}
+    assert data.val == Split("val")
+    assert list(reader.trace.reads) == ["data/val"]
+    assert reader.with_train(Split("made"), made=True).train == Split("shortened")
+    with pytest.raises(RuntimeError, match="reporting only"):
+        _ = data.test
+
+
+def test_other_data_that_cannot_be_read_are_named_by_the_stages_key() -> None:
+    def load(settings: object) -> Data:
+        raise DataError("the image folder is missing", where="data.root", value="nowhere")
+
+    with pytest.raises(DataError, match=r"stages\.cut\.data\.root: the image folder is missing"):
+        context(surroundings(load_data=load)).other_data({"_target_": "images"})
 
 
 def test_the_original_is_out_of_reach_while_it_is_made() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
 from pydantic import Field
@@ -30,25 +30,46 @@ Source: TypeAlias = str | dict[str, Any]
 """A `.pt2` file, or a model source: ``_target_`` with its arguments and ``checkpoint``."""
 
 
-class DistillConfig(StageConfig):
-    """Settings of every distillation.
+class StudentConfig(StageConfig):
+    """Settings of every distillation, also of one without the recipe's data.
 
     Attributes:
         student: None: the model in the chain; else a source of another one, which takes its place.
-        beside_plain: Whether to train the same student plainly too, for as many steps, and to report both curves and
-            how many steps each needs to reach a quality.
         trainer: Overrides of the recipe's trainer settings.
     """
 
     family: ClassVar[str] = "distill"
 
     student: Source | None = None
-    beside_plain: bool = False
     trainer: dict[str, Any] = Field(default_factory=dict)
 
     def for_finetuning(self) -> Self:
         """Return the settings without what only a chain has use for."""
+        return self.model_copy(update={"student": None})
+
+
+class DistillConfig(StudentConfig):
+    """Settings of every distillation on the recipe's data.
+
+    Attributes:
+        beside_plain: Whether to train the same student plainly too, for as many steps, and to report both curves and
+            how many steps each needs to reach a quality.
+    """
+
+    beside_plain: bool = False
+
+    def for_finetuning(self) -> Self:
+        """Return the settings without what only a chain has use for."""
         return self.model_copy(update={"student": None, "beside_plain": False})
+
+
+class HasTeacher(Protocol):
+    """Settings that name a teacher."""
+
+    @property
+    def teacher(self) -> Source | None:
+        """None: the uncompressed model; else a source of another one."""
+        ...
 
 
 class TaughtConfig(DistillConfig):
@@ -88,7 +109,7 @@ Bind: TypeAlias = Callable[[Lesson], Objective]
 """Makes the objective of a lesson."""
 
 
-def student_of(model: Model, config: DistillConfig, context: Context) -> Model:
+def student_of(model: Model, config: StudentConfig, context: Context) -> Model:
     """Return the model to train: that of the chain, or the source that takes its place.
 
     Raises:
@@ -109,7 +130,7 @@ def student_of(model: Model, config: DistillConfig, context: Context) -> Model:
     return student
 
 
-def teacher_of(config: TaughtConfig, context: Context) -> Model:
+def teacher_of(config: HasTeacher, context: Context) -> Model:
     """Return the teacher; not to be changed."""
     return context.original if config.teacher is None else context.source(config.teacher)
 

@@ -77,10 +77,10 @@ def test_the_plain_training_beside_is_the_first_generation(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("final", ["best", "last", "mean"])
-def test_beside_plain_training_all_that_had_to_be_trained_counts(final: Any) -> None:
+def test_beside_plain_training_all_that_had_to_be_trained_counts(final: Any, tmp_path: Path) -> None:
     # Of a student that knows its task the mean may be best, and of one that does not the last generation is.
-    for start in (net(6), trained()):
-        context = context_of()
+    for name, start in (("new", net(6)), ("trained", trained())):
+        context = context_of(workspace=tmp_path / name)
         born_again(start, BornAgainConfig(final=final, beside_plain=True, **SHORT), context)
         facts, generations = _convergence(context), _qualities(context)
         if generations["kept"] == "mean":
@@ -90,7 +90,9 @@ def test_beside_plain_training_all_that_had_to_be_trained_counts(final: Any) -> 
             assert [steps for steps, _ in facts["distilled"]] == [20 * number + 10, 20 * number + 20]
             assert facts["distilled"][-1][1] == generations["qualities"][number]
             assert number or facts["distilled"] == facts["plain"]
-        assert facts["seconds"] > 1.5 * facts["plain_seconds"]
+        assert (
+            facts["seconds"] > facts["plain_seconds"]
+        )  # that of the first generation, whose checkpoint it goes on from
 
 
 def test_killed_generations_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

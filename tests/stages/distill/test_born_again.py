@@ -90,9 +90,7 @@ def test_beside_plain_training_all_that_had_to_be_trained_counts(final: Any, tmp
             assert [steps for steps, _ in facts["distilled"]] == [20 * number + 10, 20 * number + 20]
             assert facts["distilled"][-1][1] == generations["qualities"][number]
             assert number or facts["distilled"] == facts["plain"]
-        assert (
-            facts["seconds"] > facts["plain_seconds"]
-        )  # that of the first generation, whose checkpoint it goes on from
+        assert facts["seconds"] > facts["plain_seconds"]  # the first generation is the plain training
 
 
 def test_killed_generations_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ beside the page, so that an interrupted comparison goes on.
 from __future__ import annotations
 
 import argparse
-import inspect
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -161,9 +160,9 @@ def _recipe(file: Path, overrides: Sequence[str], method: str, *, epochs: int | 
 def _origin(file: Path, overrides: Sequence[str], method: str) -> str:
     recipe = _recipe(file, overrides, method)
     if method not in PEERS:
-        return origin_of(recipe)
+        return origin_of(recipe, Path(__file__))
     settings = recipe.stages["distil"].model_dump(mode="json")
-    return origin_of(recipe, settings, PEER_VERSION, inspect.getsource(_peer), inspect.getsource(_peer_loss))
+    return origin_of(recipe, Path(__file__), method, settings, PEER_VERSION)
 
 
 def _run(file: Path, overrides: Sequence[str], location: Path, point: Point) -> Result:

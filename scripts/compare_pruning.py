@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -87,9 +86,9 @@ def _recipe(file: Path, overrides: Sequence[str], method: str) -> Recipe:
 def _origin(file: Path, overrides: Sequence[str], method: str) -> str:
     recipe = _recipe(file, overrides, method)
     if method not in PEERS:
-        return origin_of(recipe)
+        return origin_of(recipe, Path(__file__))
     tune = recipe.stages["tune"].model_dump(mode="json")
-    return origin_of(recipe, tune, PEER_VERSION, inspect.getsource(_peer), inspect.getsource(_cut_by_peer))
+    return origin_of(recipe, Path(__file__), method, tune, PEER_VERSION)
 
 
 def _run(file: Path, overrides: Sequence[str], location: Path, point: Point) -> Result:

@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
+import mil_cli
 from mil_cli.recipe.schema import Recipe
-from mil_cli.run.environment import code_fingerprint, computing_environment
+from mil_cli.run.environment import computing_environment
 from mil_cli.stages.context import fingerprint_of
+from mil_cli.stages.registry import StageConfig
 from scripts.pool import Report, append_row, read_rows, run
 
 Point = dict[str, Any]
@@ -37,6 +39,7 @@ Compute = Callable[[Point], Result]
 Value = Callable[[str, Mapping[str, Any], int], float | None]
 """(method, coordinates of a column, seed) -> what the table compares, smaller being better; None: not known."""
 
+_CODE = ("stages", "training")
 _SHOWN = 16
 """Hexadecimal digits of a fingerprint that rows hold."""
 
@@ -96,21 +99,36 @@ def _machine(environment: Mapping[str, Any]) -> str:
     return f"torch {environment['torch']} on {environment['gpu'] or environment['isa']}"
 
 
-def origin_of(recipe: Recipe, *more: object) -> str:
-    """Return the fingerprint of what a recipe's chain computes, whatever the seed: settings, and code of its stages.
+def origin_of(recipe: Recipe, script: Path, *more: object) -> str:
+    """Return the fingerprint of what a recipe's chain computes, whatever the seed: settings, and the code behind them.
+
+    Settings are those of all stages, since one may run another; code is that of all stages, of the training, and of the
+    comparison, since methods share most of it.
 
     Args:
         recipe: The recipe.
+        script: The file of the comparison.
         more: What else the result rests on, JSON-able: the version of a peer.
     """
-    stages = [recipe.stages[name] for name in recipe.chain]
-    configs = [*stages, *([recipe.baseline] if recipe.baseline is not None else [])]
-    facts = [
-        [config.family, config.method, config.version, config.model_dump(mode="json"), code_fingerprint(config)]
-        for config in configs
-    ]
+    stages = {name: _settings(config) for name, config in recipe.stages.items()} if recipe.chain else {}
+    baseline = None if recipe.baseline is None else _settings(recipe.baseline)
     settings = [recipe.model.model_dump(mode="json"), recipe.data, recipe.task, recipe.trainer.model_dump(mode="json")]
-    return fingerprint_of([facts, settings, *more])[:_SHOWN]
+    facts = [list(recipe.chain), stages, baseline, settings]
+    return fingerprint_of([facts, code_of(script), *more])[:_SHOWN]
+
+
+def _settings(config: StageConfig) -> list[object]:
+    return [config.family, config.method, config.version, config.model_dump(mode="json")]
+
+
+@cache
+def code_of(script: Path) -> str:
+    """Return the fingerprint of the sources of all stages, the training, and a comparison."""
+    package = Path(mil_cli.__file__).parent
+    shared = [file for folder in _CODE for file in sorted((package / folder).rglob("*.py"))]
+    sources = {file.relative_to(package).as_posix(): file.read_text(encoding="utf-8") for file in shared}
+    own = [file.read_text(encoding="utf-8") for file in (Path(__file__), script)]
+    return fingerprint_of([sources, own])
 
 
 def compute(work: Compute, phases: Sequence[Sequence[Point]], kept: Path, limits: Limits) -> list[str]:
@@ -254,7 +272,7 @@ def carry_out(
     *,
     preload: tuple[str, ...],
 ) -> int:
-    """Compute what is missing, write the page, print it; return 1 if a point failed.
+    """Compute what is missing, write the page, print it; return 1 if a point failed or nothing is known for a page.
 
     Args:
         arguments: What a parser of `parser_of` made.
@@ -263,13 +281,17 @@ def carry_out(
         page: Makes the page's lines of the rows.
         preload: Modules that processes find imported.
     """
+    points = [point for phase in phases for point in phase]
     kept = arguments.out.with_suffix(".jsonl")
     limits = Limits(jobs=arguments.jobs, timeout=arguments.timeout, seconds=arguments.seconds, preload=preload)
     failures = [] if arguments.known_only else compute(work, phases, kept, limits)
     rows = Rows(kept)
-    stale = rows.stale([point for phase in phases for point in phase])
+    stale = rows.stale(points)
     if stale:
         print(f"{stale} rows of {kept} are of other code or settings and are left out", file=sys.stderr)
+    if arguments.known_only and arguments.out.exists() and not any(point in rows for point in points):
+        print(f"no row of {kept} is of these points, code and settings: {arguments.out} is left alone", file=sys.stderr)
+        return 1
     text = "\n".join(page(rows)) + "\n"
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")

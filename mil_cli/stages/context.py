@@ -27,7 +27,7 @@ from mil_cli.training.checkpoint import CheckpointSlot, FileSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import Quality, evaluate
 from mil_cli.training.loop import FitResult, fit
-from mil_cli.training.objective import Binding, Objective, StepHook
+from mil_cli.training.objective import Binding, StepHook
 
 if TYPE_CHECKING:
     from torch import nn
@@ -360,7 +360,6 @@ class Context:
         settings: TrainerConfig,
         doing: str,
         slot: str = "fit",
-        objective: Objective | None = None,
         bind: Binding | None = None,
         taps: Sequence[str] = (),
         companions: nn.Module | None = None,
@@ -373,8 +372,7 @@ class Context:
             settings: The trainer's settings, from `trainer`.
             doing: What progress calls it, such as ``training``.
             slot: Where its checkpoint is kept.
-            objective: What to minimise; None: the task's loss.
-            bind: Makes the objective from the training under way, in place of `objective`.
+            bind: Makes the objective from the training under way; None: the task's loss.
             taps: Module paths whose values a bound objective reads; see `mil_cli.training.loop.fit`.
             companions: Modules that are trained along and dropped; see there.
             data: The splits, where `train` is not that of the recipe; its fingerprint must follow from what was read.
@@ -388,7 +386,6 @@ class Context:
             data=self.data if data is None else data,
             settings=settings,
             seed=self.seed,
-            objective=objective,
             bind=bind,
             before_step=self._before_step,
             taps=taps,

@@ -216,7 +216,6 @@ class _Loop:
                 model=self._model,
                 steps=self._steps_so_far,
                 total_steps=settings.epochs * self._steps,
-                epoch_steps=self._steps,
                 forward=partial(run_in_precision, fabric),
                 tapped=lambda: self._tapped,
                 device=fabric.device,
@@ -386,6 +385,9 @@ class _Loop:
         elif self._average is not None:
             self._load_weights(self._average.tensors())
         self._share_buffers()
+        # What an objective holds, teachers on the GPU say, would stay until the cycle of both were collected.
+        del self._objective
+        self._tapped = {}
         model = self._model
         for parameter in model.parameters():
             parameter.grad = None

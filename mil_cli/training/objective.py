@@ -23,7 +23,6 @@ class Running:
         model: The model in training.
         steps: Tells the number of steps taken.
         total_steps: Steps of the whole training, if nothing ends it early.
-        epoch_steps: Steps of an epoch.
         forward: ``(graph, *args, **kwargs)`` runs another graph over the same weights as the model itself is run: in
             the precision of the training.
         tapped: Gives the values that the model's last forward had at the module paths asked for.
@@ -34,7 +33,6 @@ class Running:
     model: Model
     steps: Callable[[], int]
     total_steps: int
-    epoch_steps: int
     forward: Callable[..., Any]
     tapped: Callable[[], Mapping[str, torch.Tensor]]
     device: torch.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 from scipy import stats
 
+import mil_cli
 from mil_cli.recipe.load import load_recipe
 from scripts.compare_pruning import main
-from scripts.comparison import Limits, Point, Result, Rows, compute, origin_of, paired_interval, table
+from scripts.comparison import Limits, Point, Result, Rows, code_of, compute, origin_of, paired_interval, table
 from scripts.pool import append_row, read_rows
 from tests.recipe.conftest import RECIPE
 
@@ -120,19 +122,34 @@ def recipe_file(folder: Path) -> Path:
 def test_the_origin_follows_from_settings_and_code_and_not_from_the_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = recipe_file(tmp_path)
+    file, script = recipe_file(tmp_path), tmp_path / "compare.py"
+    script.write_text("SEEDS = 3")
 
     def origin(*overrides: str) -> str:
-        return origin_of(load_recipe(file, overrides))
+        return origin_of(load_recipe(file, overrides), script)
 
     assert origin() == origin("seed=5") == origin("device.price_per_hour=3")
     changes = ["stages.prune.norm=1", "stages.tune.trainer.epochs=2", "trainer.learning_rate=0.3"]
     different = [origin(), *(origin(change) for change in changes)]
     assert len(set(different)) == len(different)
     before = origin()
-    monkeypatch.setattr("scripts.comparison.code_fingerprint", lambda config: "other code")
-    assert origin() != before
-    assert origin_of(load_recipe(file), "1.0") != origin_of(load_recipe(file), "1.1")
+    assert origin_of(load_recipe(file), script, "1.0") != origin_of(load_recipe(file), script, "1.1")
+    # A stage that another one runs is no link of the chain itself.
+    assert origin("chain=[prune]") != origin("chain=[prune]", "stages.tune.trainer.epochs=2")
+    package = tmp_path / "package"
+    for folder in ("stages", "training", "report"):
+        shutil.copytree(Path(mil_cli.__file__).parent / folder, package / folder)
+    monkeypatch.setattr(mil_cli, "__file__", str(package / "__init__.py"))
+    code_of.cache_clear()
+    assert origin() == before
+    for changed in (package / "stages" / "judging.py", package / "training" / "loop.py", script):
+        changed.write_text(changed.read_text() + "# changed")
+        code_of.cache_clear()
+        assert origin() != before
+        before = origin()
+    (package / "report" / "text.py").write_text("# of no matter")
+    code_of.cache_clear()
+    assert origin() == before
 
 
 def test_pruning_is_compared_point_by_point_and_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +167,9 @@ def test_pruning_is_compared_point_by_point_and_shown_again(tmp_path: Path, caps
     capsys.readouterr()
     assert main([*words, "--known-only"]) == 0
     assert out.read_text() == text
-    assert main([*words, "--known-only", "--set", "trainer.learning_rate=0.01"]) == 0
-    assert "| `magnitude` | - |" in out.read_text()
-    assert "2 rows of" in capsys.readouterr().err
+    assert main([*words, "--known-only", "--set", "trainer.learning_rate=0.01"]) == 1
+    assert out.read_text() == text
+    told = capsys.readouterr().err
+    assert "2 rows of" in told
+    assert "page.md is left alone" in told
     assert json.loads(out.with_suffix(".jsonl").read_text().splitlines()[0])["point"]["method"] == "original"

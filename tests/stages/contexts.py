@@ -69,7 +69,6 @@ def running(model: Model, **changes: Any) -> Running:
         "model": model,
         "steps": lambda: 0,
         "total_steps": 100,
-        "epoch_steps": 10,
         "forward": lambda graph, *args, **kwargs: graph(*args, **kwargs),
         "tapped": dict,
         "device": torch.device("cpu"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -499,6 +501,32 @@ def test_taps_give_the_values_of_the_same_forward_with_gradients(
     assert float(after["conv.weight"].norm()) < float(before["conv.weight"].norm())
     assert all(torch.equal(before[name], after[name]) for name in ("head.weight", "bn.weight"))
     assert after.keys() == before.keys()
+
+
+def test_what_an_objective_holds_is_free_after_training(tiny: Model, patterns: Data, task: Classification) -> None:
+    class Held:
+        """Stands for a teacher."""
+
+    kept: list[weakref.ref[Held]] = []
+
+    def bind(running: Running) -> Objective:
+        held = Held()
+        kept.append(weakref.ref(held))
+
+        def objective(outputs: Any, batch: Any) -> torch.Tensor:
+            assert held
+            assert running.tapped()
+            return task.loss(outputs, batch)
+
+        return objective
+
+    gc.collect()
+    gc.disable()
+    try:
+        fit(tiny, task=task, data=patterns, settings=_settings(epochs=1), seed=3, bind=bind, taps=["bn"])
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_taps_change_no_training(tiny: Model, patterns: Data, task: Classification) -> None:

@@ -14,43 +14,51 @@ _POOLING: Any = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d,
 Positions = tuple[int, ...]
 """Sizes of the axes that count positions: () for vectors, (tokens,) for sequences, (height, width) for maps."""
 
+Tokens = tuple[bool, bool]
+"""For each of two features, whether its sequence is one of tokens, which may stand for the parts of an image."""
 
-def aligned(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+
+def aligned(one: Tensor, other: Tensor, *, tokens: Tokens = (True, True)) -> tuple[Tensor, Tensor]:
     """Return two features at the same positions; channels are left alone.
 
-    The finer is averaged, on each axis, to as many positions as the coarser has. A sequence is laid out as the map that
-    it is compared with has it, row by row, without the extra tokens at its start; two sequences of different lengths
-    are taken for square maps if both can be, with as many extra tokens. Against a vector all positions are averaged.
+    The finer is averaged, on each axis, to as many positions as the coarser has. Tokens are laid out as the map that
+    they are compared with has it, row by row, without the extra ones at the start; two sequences of different numbers
+    of tokens are taken for square maps if both can be, with as many extra tokens. Other sequences, sound say, keep
+    their one axis. Against a vector all positions are averaged.
 
     Args:
         one: Of shape (batch, channels, *positions).
         other: The same; channels and positions may differ.
+        tokens: Whether each, where it is a sequence, is one of tokens.
 
     Raises:
         ValueError: Positions of so many axes can't be compared.
     """
-    found = meeting(tuple(one.shape[2:]), tuple(other.shape[2:]))
+    found = meeting(tuple(one.shape[2:]), tuple(other.shape[2:]), tokens=tokens)
     if found is None:
         raise ValueError(f"positions {list(one.shape[2:])} and {list(other.shape[2:])} cannot be compared")
     return _pooled(one, found[0], found[2]), _pooled(other, found[1], found[2])
 
 
-def meeting(one: Positions, other: Positions) -> tuple[Positions, Positions, Positions] | None:
+def meeting(
+    one: Positions, other: Positions, *, tokens: Tokens = (True, True)
+) -> tuple[Positions, Positions, Positions] | None:
     """Return how each of two lies, and the positions at which they are compared; None if they can't be.
 
     Args:
         one: Positions of one feature.
         other: Positions of the other.
+        tokens: Whether each, where it is a sequence, is one of tokens.
     """
     if one == other:
         return one, other, one
     if not one or not other:
         return one, other, ()
-    if len(one) == 1 and len(other) == 2:
+    if len(one) == 1 and len(other) == 2 and tokens[0]:
         one = _grid(one[0], other) or one
-    elif len(one) == 2 and len(other) == 1:
+    elif len(one) == 2 and len(other) == 1 and tokens[1]:
         other = _grid(other[0], one) or other
-    elif len(one) == len(other) == 1:
+    elif len(one) == len(other) == 1 and all(tokens):
         one, other = _squares(one[0], other[0]) or (one, other)
     if len(one) != len(other) or len(one) > len(_POOLING):
         return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from mil_cli.errors import StageError
+from mil_cli.stages.distill.convergence import after
 from mil_cli.stages.distill.distil import Source, TaughtConfig, report, student_of, teach, teacher_of
 from mil_cli.stages.distill.soft_labels import SoftLabelsConfig, soft_label_objective
 from mil_cli.stages.registry import stage
@@ -37,6 +38,7 @@ class AssistantsConfig(TaughtConfig):
     """
 
     method: ClassVar[str] = "assistants"
+    version: ClassVar[int] = 2
 
     by: str | None = None
     count: int = Field(1, ge=1, le=10)
@@ -92,7 +94,7 @@ def assistants(model: Model, config: AssistantsConfig, context: Context) -> Mode
             )
     taught = SoftLabelsConfig(temperature=config.temperature, weight=config.weight)
     direct = settings.epochs * _epoch_cost(macs[0], macs[-1])
-    before, facts = teacher, []
+    before, facts, results = teacher, [], []
     for number, (learner, passes) in enumerate(zip(learners, epochs, strict=True), start=1):
         last = number == len(learners)
         result = teach(
@@ -105,13 +107,16 @@ def assistants(model: Model, config: AssistantsConfig, context: Context) -> Mode
             slot="fit" if last else f"assistant{number}",
             doing="distilling" if last else f"distilling assistant {number} of {len(learners) - 1}",
         )
+        results.append(result)
         share = passes * _epoch_cost(macs[number - 1], macs[number]) / direct
         facts.append({"macs": macs[number], "epochs": passes, "share_of_direct": share})
         if not last:
             facts[-1]["quality"] = context.evaluate(result.model).value
             before = result.model
     context.note(assistants=facts[:-1], student=facts[-1], teacher_macs=macs[0])
-    return report(student, result, config, context, settings=settings.model_copy(update={"epochs": epochs[-1]}))
+    settings = settings.model_copy(update={"epochs": epochs[-1]})
+    course = after(results[:-1], result)
+    return report(student, result, config, context, settings=settings, course=course)
 
 
 def share_budget(epochs: int, macs: Sequence[int]) -> list[int]:

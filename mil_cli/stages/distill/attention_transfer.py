@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from mil_cli.stages.distill.alignment import aligned
+from mil_cli.stages.distill.alignment import Tokens, aligned
 from mil_cli.stages.distill.features import FeatureConfig, distil_features
 from mil_cli.stages.registry import stage
 
@@ -21,6 +22,7 @@ class AttentionTransferConfig(FeatureConfig):
     """Settings of distillation by attention transfer, those of `FeatureConfig`."""
 
     method: ClassVar[str] = "attention_transfer"
+    version: ClassVar[int] = 2
 
     feature_weight: float = Field(10.0, ge=0, allow_inf_nan=False)
 
@@ -44,14 +46,22 @@ def attention_transfer(model: Model, config: AttentionTransferConfig, context: C
     Raises:
         StageError: Teacher or student do not fit the model, or there is nothing to compare.
     """
-    return distil_features(model, config, context, lambda pair: attention_difference, mapped=True)
+    return distil_features(
+        model, config, context, lambda pair: partial(attention_difference, tokens=pair.tokens), mapped=True
+    )
 
 
-def attention_difference(student: Tensor, teacher: Tensor) -> Tensor:
+def attention_difference(student: Tensor, teacher: Tensor, *, tokens: Tokens = (True, True)) -> Tensor:
     """Return the mean squared distance of the attention of features of shape (batch, channels, *positions).
 
     Between 0 and 2 for each sample, however many positions there are; the paper divides it by their number and
     multiplies it by 1000.
+
+    Args:
+        student: The student's.
+        teacher: The teacher's; channels and positions may differ.
+        tokens: Whether sequences of each are of tokens.
     """
-    one, other = aligned(student.square().mean(1, keepdim=True), teacher.square().mean(1, keepdim=True))
+    maps = [feature.square().mean(1, keepdim=True) for feature in (student, teacher)]
+    one, other = aligned(*maps, tokens=tokens)
     return (functional.normalize(one.flatten(1)) - functional.normalize(other.flatten(1))).square().sum(1).mean()

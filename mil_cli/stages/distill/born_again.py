@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from mil_cli.stages.distill.distil import DistillConfig, report, student_of, teach
+from mil_cli.stages.distill.convergence import after, steps_of
+from mil_cli.stages.distill.distil import DistillConfig, KeepingConfig, report, student_of, teach
 from mil_cli.stages.distill.soft_labels import SoftLabelsConfig, soft_label_objective
 from mil_cli.stages.judging import with_fresh_statistics
 from mil_cli.stages.registry import stage
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mil_cli.stages.context import Context
 
 
-class BornAgainConfig(DistillConfig):
+class BornAgainConfig(KeepingConfig, DistillConfig):
     """Settings of born-again training.
 
     Attributes:
@@ -29,18 +30,16 @@ class BornAgainConfig(DistillConfig):
         temperature: T, by which the class scores are divided; no meaning for tasks without classes.
         weight: Share of the teacher's term in each loss.
         recalibrate_samples: Training samples from which the statistics of batch norms are taken for the mean.
-        cache_gb: Where training gives the same views in each epoch, the teachers' outputs are kept on disk, up to so
-            many GB (0: computed each time).
     """
 
     method: ClassVar[str] = "born_again"
+    version: ClassVar[int] = 2
 
     generations: int = Field(2, ge=1, le=20)
     final: Literal["best", "last", "mean"] = "best"
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     weight: float = Field(0.5, ge=0, le=1)
     recalibrate_samples: int = Field(512, ge=0)
-    cache_gb: float = Field(2.0, ge=0, allow_inf_nan=False)
 
 
 @stage(BornAgainConfig)
@@ -87,6 +86,7 @@ def born_again(model: Model, config: BornAgainConfig, context: Context) -> Model
     facts: dict[str, object] = {"qualities": [quality.value for quality in qualities]}
     kept = best if config.final != "last" else config.generations
     result = results[kept]
+    course = after(results[:kept], result)
     if config.final == "mean":
         mean = mean_of_weights([each.model for each in results[1:]])
         mean = with_fresh_statistics(mean, context, samples=config.recalibrate_samples)
@@ -94,9 +94,13 @@ def born_again(model: Model, config: BornAgainConfig, context: Context) -> Model
         facts["quality_of_the_mean"] = quality.value
         if quality.better_than(qualities[best]):
             result = replace(result, model=mean)
+            # It has no course of its own: it is there when all generations are.
+            course = replace(result, history=[{"steps": steps_of(results), "val": quality.value}])
             facts["kept"] = "mean"
     context.note(generations={"kept": kept, **facts})
-    return report(student, result, config, context, settings=settings)
+    # To choose among the generations all had to be trained.
+    course = replace(course, seconds=sum(each.seconds for each in results))
+    return report(student, result, config, context, settings=settings, course=course)
 
 
 def mean_of_weights(models: Sequence[Model]) -> Model:

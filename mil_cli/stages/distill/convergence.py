@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mil_cli.training.loop import FitResult
 
-_LEVELS = (0.9, 0.95, 1.0)
+_LEVELS = (0.9, 0.95)
 
 
 def compare(distilled: FitResult, plain: FitResult, *, higher_is_better: bool) -> dict[str, Any]:
@@ -32,7 +34,9 @@ def compare(distilled: FitResult, plain: FitResult, *, higher_is_better: bool) -
     levels = []
     if alone:
         first, last = alone[0][1], alone[-1][1]
-        levels = sorted({first + share * (last - first) for share in _LEVELS}, reverse=not higher_is_better)
+        # All of it is the last value itself, which the sum may miss by its rounding.
+        between = {first + share * (last - first) for share in _LEVELS}
+        levels = sorted({*between, last}, reverse=not higher_is_better)
     return {
         "distilled": taught,
         "plain": alone,
@@ -47,6 +51,23 @@ def compare(distilled: FitResult, plain: FitResult, *, higher_is_better: bool) -
             for level in levels
         ],
     }
+
+
+def after(before: Sequence[FitResult], last: FitResult) -> FitResult:
+    """Return a training as one that began with others, on which it rests: their steps and seconds count as its own.
+
+    Args:
+        before: The trainings that came first.
+        last: The one that rests on them.
+    """
+    steps = steps_of(before)
+    history = [{**entry, "steps": steps + entry["steps"]} for entry in last.history]
+    return replace(last, history=history, seconds=last.seconds + sum(result.seconds for result in before))
+
+
+def steps_of(results: Sequence[FitResult]) -> int:
+    """Return how many steps some trainings took together."""
+    return sum(int(result.history[-1]["steps"]) for result in results if result.history)
 
 
 def steps_to(curve: list[list[float]], quality: float, *, higher_is_better: bool) -> int | None:

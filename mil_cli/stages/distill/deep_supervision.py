@@ -55,7 +55,8 @@ def deep_supervision(model: Model, config: DeepSupervisionConfig, context: Conte
     """Train the student on loss + sum over heads of (1 - weight) * loss + weight * distance to the model's own outputs.
 
     Zhang et al. 2019, "Be Your Own Teacher": the deepest outputs teach the shallow layers, through small heads that are
-    trained along and dropped. No teacher is needed. The distance gives the final outputs no gradient.
+    trained along and dropped. No teacher is needed. The distance gives the final outputs no gradient. The paper's third
+    term, the distance of shallow features to the deepest ones, is left out.
 
     Args:
         model: The model in the chain; not changed.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
 
+_CONSTANT = 1e-3  # share of a row's size
+
 
 class DistConfig(TaughtConfig):
     """Settings of distillation by relations.
@@ -31,6 +33,7 @@ class DistConfig(TaughtConfig):
     """
 
     method: ClassVar[str] = "dist"
+    version: ClassVar[int] = 2
 
     beta: float = Field(2.0, ge=0, allow_inf_nan=False)
     gamma: float = Field(2.0, ge=0, allow_inf_nan=False)
@@ -67,6 +70,8 @@ def dist_objective(lesson: Lesson, config: DistConfig) -> Objective:
     def relations(outputs: Any, batch: Batch) -> Tensor:
         pair = [lesson.task.class_scores(each, batch)[0] for each in (outputs, lesson.teacher(batch))]
         check_same_shape(*pair)
+        if not len(pair[0]):  # no position of the batch has a label
+            return pair[0].float().sum()
         student, teacher = (torch.softmax(scores.float() / config.temperature, 1) for scores in pair)
         between_classes = uncorrelated(student, teacher)
         between_samples = uncorrelated(student.T, teacher.T)
@@ -76,6 +81,16 @@ def dist_objective(lesson: Lesson, config: DistConfig) -> Objective:
 
 
 def uncorrelated(left: Tensor, right: Tensor) -> Tensor:
-    """Return 1 - Pearson's correlation between the rows of two matrices, mean over the rows; 1 for constant rows."""
+    """Return 1 - Pearson's correlation between the rows of two matrices, mean over the rows.
+
+    It is 1, without a gradient, for rows that vary by less than a thousandth of their size, as those of a head do whose
+    weights start at 0: the gradient of a correlation is that of the direction, which grows beyond bounds there.
+    """
     one, other = (rows - rows.mean(1, keepdim=True) for rows in (left, right))
-    return (1 - functional.cosine_similarity(one, other, dim=1)).sum() / max(len(left), 1)
+    vary = _varies(one, left) & _varies(other, right)
+    return 1 - functional.cosine_similarity(one[vary], other[vary], dim=1).sum() / max(len(left), 1)
+
+
+def _varies(centred: Tensor, rows: Tensor) -> Tensor:
+    sizes: list[Tensor] = [torch.linalg.vector_norm(each.detach(), dim=1) for each in (centred, rows)]
+    return sizes[0] > _CONSTANT * sizes[1]

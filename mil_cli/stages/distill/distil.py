@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
@@ -12,8 +12,10 @@ from pydantic import Field
 
 from mil_cli.errors import ModelError, StageError
 from mil_cli.stages.distill.convergence import compare
-from mil_cli.stages.distill.teacher import Memory, Teacher, views_repeat
+from mil_cli.stages.distill.teacher import Memory, Teacher, answers_by_sample, views_repeat
 from mil_cli.stages.registry import StageConfig
+from mil_cli.training.evaluate import fixed_batch
+from mil_cli.training.layout import place
 from mil_cli.training.objective import Objective, Running
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from mil_cli.task.base import Task
     from mil_cli.training.config import TrainerConfig
     from mil_cli.training.loop import FitResult
+
+_FIRST_SAMPLES = 2
 
 Source: TypeAlias = str | dict[str, Any]
 """A `.pt2` file, or a model source: ``_target_`` with its arguments and ``checkpoint``."""
@@ -72,17 +76,25 @@ class HasTeacher(Protocol):
         ...
 
 
-class TaughtConfig(DistillConfig):
+class KeepingConfig(StageConfig):
+    """Settings of distillation whose teachers' outputs may be kept.
+
+    Attributes:
+        cache_gb: Where training gives the same views in each epoch, the teachers' outputs are kept on disk, up to so
+            many GB together (0: computed each time).
+    """
+
+    cache_gb: float = Field(2.0, ge=0, allow_inf_nan=False)
+
+
+class TaughtConfig(KeepingConfig, DistillConfig):
     """Settings of distillation from a teacher.
 
     Attributes:
         teacher: None: the uncompressed model; else a source of another one.
-        cache_gb: Where training gives the same views in each epoch, the teacher's outputs are kept on disk, up to so
-            many GB (0: computed each time).
     """
 
     teacher: Source | None = None
-    cache_gb: float = Field(2.0, ge=0, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -135,26 +147,14 @@ def teacher_of(config: HasTeacher, context: Context) -> Model:
     return context.original if config.teacher is None else context.source(config.teacher)
 
 
-def distil(
-    model: Model,
-    config: TaughtConfig,
-    context: Context,
-    bind: Bind,
-    *,
-    taps: Sequence[str] = (),
-    teacher_taps: Sequence[str] = (),
-    companions: nn.Module | None = None,
-) -> Model:
-    """Train the student of `config` by one teacher: what a method of one training calls.
+def distil(model: Model, config: TaughtConfig, context: Context, bind: Bind) -> Model:
+    """Train the student of `config` by one teacher's outputs: what a method of one training calls.
 
     Args:
         model: The model in the chain; not changed.
         config: The settings.
         context: Gives everything else.
         bind: Makes the objective.
-        taps: Module paths of the student that the objective reads.
-        teacher_taps: Those of the teacher, which `Teacher.study` gives.
-        companions: Modules that are trained along and dropped.
 
     Returns:
         The trained student, in evaluation mode.
@@ -164,17 +164,7 @@ def distil(
     """
     student, teacher = student_of(model, config, context), teacher_of(config, context)
     settings = context.trainer(config.trainer)
-    result = teach(
-        student,
-        [teacher],
-        context,
-        bind,
-        settings=settings,
-        cache_gb=config.cache_gb,
-        taps=taps,
-        teacher_taps=teacher_taps,
-        companions=companions,
-    )
+    result = teach(student, [teacher], context, bind, settings=settings, cache_gb=config.cache_gb)
     return report(student, result, config, context, settings=settings)
 
 
@@ -208,22 +198,34 @@ def teach(
         teacher_taps: Those of every teacher; answers are not kept where they are read.
         companions: Modules that are trained along and dropped.
         data: The splits, where `train` is not that of the recipe; see `Context.train`.
+
+    Raises:
+        StageError: A teacher does not run on the student's inputs; told before training.
     """
     seen = context.data if data is None else data
     with ExitStack() as stack:
         kept = bool(teachers) and cache_gb > 0 and views_repeat(seen, context.task, seed=context.seed)
         limit = int(cache_gb * 1e9) // max(len(teachers), 1)
         memories = [
-            Memory(stack.enter_context(context.scratch(f"{slot}-teacher{index}")), limit=limit) if kept else None
-            for index in range(len(teachers))
+            Memory(
+                stack.enter_context(context.scratch(f"{slot}-teacher{index}")), limit=limit, progress=context.progress
+            )
+            if kept and answers_by_sample(teacher)
+            else None
+            for index, teacher in enumerate(teachers)
         ]
-        context.note(teacher_outputs_kept=kept and not teacher_taps)
+        if teachers:
+            context.note(teacher_outputs_kept=any(memory is not None for memory in memories) and not teacher_taps)
+        where = f"stages.{context.name}.{'teacher' if len(teachers) == 1 else 'teachers'}"
+        first = next(iter(seen.train.batches(_first_samples([student, *teachers]))))
 
         def begin(running: Running) -> Objective:
             at_work = [
-                Teacher(teacher, context.task, running, taps=teacher_taps, memory=memory)
+                Teacher(teacher, context.task, running, taps=teacher_taps, memory=memory, where=where)
                 for teacher, memory in zip(teachers, memories, strict=True)
             ]
+            for teacher in at_work:
+                teacher.study(place(first, device=running.device, channels_last=running.channels_last))
             return bind(Lesson(context.task, running, at_work))
 
         return context.train(
@@ -231,8 +233,19 @@ def teach(
         )
 
 
+def _first_samples(models: Iterable[Model]) -> int:
+    """Return on how many samples models are tried: as many as those want that take batches of one size only."""
+    return next((size for model in models if (size := fixed_batch(model)) is not None), _FIRST_SAMPLES)
+
+
 def report(
-    student: Model, result: FitResult, config: DistillConfig, context: Context, *, settings: TrainerConfig
+    student: Model,
+    result: FitResult,
+    config: DistillConfig,
+    context: Context,
+    *,
+    settings: TrainerConfig,
+    course: FitResult | None = None,
 ) -> Model:
     """Note the history of a training, and that of the same student's plain training where it is asked for.
 
@@ -242,6 +255,7 @@ def report(
         config: The settings.
         context: Takes the notes.
         settings: Of both trainings.
+        course: What is compared with plain training, where it is not `result` alone that was trained; see `after`.
 
     Returns:
         The trained model.
@@ -249,7 +263,8 @@ def report(
     context.note(history=result.history, stopped=result.stopped)
     if config.beside_plain:
         plain = context.train(student, settings=settings, doing="training the student plainly", slot="plain")
-        context.note(convergence=compare(result, plain, higher_is_better=context.task.higher_is_better))
+        taught = result if course is None else course
+        context.note(convergence=compare(taught, plain, higher_is_better=context.task.higher_is_better))
     return result.model
 
 

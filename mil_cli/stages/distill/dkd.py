@@ -101,7 +101,7 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: 
     def split(scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return log probabilities of right and not, and those of the others among themselves."""
         logs = torch.log_softmax(scores.float() / temperature, 1)
-        others = logs[~right].reshape(len(logs), -1)
+        others = logs[~right].reshape(len(logs), logs.shape[1] - 1)
         wrong = torch.logsumexp(others, 1, keepdim=True)
         return torch.cat([logs[right][:, None], wrong], 1), others - wrong
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mil_cli.data.base import mix_seed
 from mil_cli.errors import StageError
-from mil_cli.stages.distill.distil import DistillConfig, Lesson, Source, mixed, report, student_of, teach
+from mil_cli.stages.distill.distil import DistillConfig, KeepingConfig, Lesson, Source, mixed, report, student_of, teach
 from mil_cli.stages.judging import mean_loss
 from mil_cli.stages.registry import stage
 from mil_cli.training.objective import Objective
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mil_cli.stages.context import Context
 
 
-class EnsembleConfig(DistillConfig):
+class EnsembleConfig(KeepingConfig, DistillConfig):
     """Settings of distillation by several teachers.
 
     Attributes:
@@ -33,8 +33,6 @@ class EnsembleConfig(DistillConfig):
             ``one_per_batch``: one teacher is drawn by the weights at each step, and the others do not run.
         temperature: T, by which the class scores of all are divided; no meaning for tasks without classes.
         weight: Share of the teachers' term in the loss, between 0 (labels only) and 1 (teachers only).
-        cache_gb: Where training gives the same views in each epoch, the teachers' outputs are kept on disk, up to so
-            many GB together (0: computed each time).
     """
 
     method: ClassVar[str] = "ensemble"
@@ -44,7 +42,6 @@ class EnsembleConfig(DistillConfig):
     mode: Literal["mean", "one_per_batch"] = "mean"
     temperature: float = Field(4.0, gt=0, allow_inf_nan=False)
     weight: float = Field(0.9, ge=0, le=1)
-    cache_gb: float = Field(2.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check_teachers(self) -> Self:

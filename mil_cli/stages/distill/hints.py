@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mil_cli.stages.distill.alignment import aligned
+from mil_cli.stages.distill.alignment import Tokens, aligned
 from mil_cli.stages.distill.features import FeatureConfig, distil_features
 from mil_cli.stages.registry import stage
 
@@ -24,6 +24,7 @@ class HintsConfig(FeatureConfig):
     """Settings of distillation by hints, those of `FeatureConfig`."""
 
     method: ClassVar[str] = "hints"
+    version: ClassVar[int] = 2
 
 
 @stage(HintsConfig)
@@ -49,7 +50,7 @@ def hints(model: Model, config: HintsConfig, context: Context) -> Model:
         model,
         config,
         context,
-        lambda pair: Hint(pair.student.channels, pair.teacher.channels, generator=generator),
+        lambda pair: Hint(pair.student.channels, pair.teacher.channels, generator=generator, tokens=pair.tokens),
     )
 
 
@@ -63,10 +64,14 @@ class Hint(nn.Module):
         student: Channels of the student's features.
         teacher: Channels of the teacher's.
         generator: Draws the weights.
+        tokens: Whether sequences of each are of tokens.
     """
 
-    def __init__(self, student: int, teacher: int, *, generator: torch.Generator) -> None:
+    def __init__(
+        self, student: int, teacher: int, *, generator: torch.Generator, tokens: Tokens = (True, True)
+    ) -> None:
         super().__init__()
+        self._tokens = tokens
         self.adapter = nn.Linear(student, teacher)
         nn.init.zeros_(self.adapter.bias)
         if student == teacher:
@@ -80,7 +85,7 @@ class Hint(nn.Module):
         Each is divided by the root of its mean square over the batch: the size of features differs a lot between layers
         and networks, and with it the weight of the error and the learning rate at which an adapter is stable would.
         """
-        student, teacher = aligned(student, teacher)
+        student, teacher = aligned(student, teacher, tokens=self._tokens)
         ours, theirs = _size(student), _size(teacher)
         # The adapter takes both sizes in, so that no feature has to be copied.
         weight, bias = self.adapter.weight * (theirs / ours), self.adapter.bias * theirs

@@ -18,7 +18,7 @@ from mil_cli.graph.channels import channel_axis
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_attribute, module_stack, op_name
 from mil_cli.graph.taps import module_output, module_outputs, tap
-from mil_cli.stages.distill.alignment import Positions, meeting
+from mil_cli.stages.distill.alignment import Positions, Tokens, meeting
 
 _CONTAINERS = ("Sequential", "ModuleList")
 _FEW = 3  # of bottlenecks: long shortcuts, as in a U-net, go around everything, and any module's output will do
@@ -49,6 +49,11 @@ class Layer:
         return self.shape[2:]
 
     @property
+    def tokens(self) -> bool:
+        """Whether its sequence is one of tokens, channels last: those of a convolution over time stand second."""
+        return self.axis == 2
+
+    @property
     def resolution(self) -> int:
         """How many positions there are."""
         return math.prod(self.positions)
@@ -69,6 +74,15 @@ class Pair:
 
     student: Layer
     teacher: Layer
+
+    @property
+    def tokens(self) -> Tokens:
+        """Whether the sequences of both are of tokens; see `mil_cli.stages.distill.alignment.aligned`."""
+        return self.student.tokens, self.teacher.tokens
+
+    def meeting(self) -> tuple[Positions, Positions, Positions] | None:
+        """Return how both lie and where they are compared, or None; see `mil_cli.stages.distill.alignment.meeting`."""
+        return meeting(self.student.positions, self.teacher.positions, tokens=self.tokens)
 
     def facts(self) -> dict[str, Any]:
         """Return what the report shows."""
@@ -150,7 +164,7 @@ def _known(model: Model, paths: Sequence[str], *, who: str, where: str) -> dict[
 
 
 def _comparable(student: Layer, teacher: Layer, *, mapped: bool, where: str) -> Pair:
-    found = meeting(student.positions, teacher.positions)
+    found = Pair(student, teacher).meeting()
     pair, shapes = {student.path: teacher.path}, f"{list(student.shape)} and {list(teacher.shape)}"
     if found is None:
         raise StageError(
@@ -291,7 +305,7 @@ def _by_resolution(student: Sequence[Layer], chosen: Sequence[int], teacher: Seq
 
     def cost(one: int, other: int) -> float:
         ends = one == len(student) - 1, other == len(teacher) - 1
-        if ends[0] != ends[1] or meeting(student[one].positions, teacher[other].positions) is None:
+        if ends[0] != ends[1] or Pair(student[one], teacher[other]).meeting() is None:
             return math.inf
         finer = math.log2(student[one].resolution) - math.log2(teacher[other].resolution)
         return abs(finer) + abs(ours[one] - theirs[other])

@@ -29,6 +29,7 @@ class RelationalConfig(FeatureConfig):
     """
 
     method: ClassVar[str] = "relational"
+    version: ClassVar[int] = 2
 
     feature_weight: float = Field(25.0, ge=0, allow_inf_nan=False)
     count: int = Field(1, ge=1)
@@ -101,8 +102,8 @@ def _vector(feature: Tensor) -> Tensor:
 
 
 def _relative_distances(vectors: Tensor, pairs: int) -> Tensor:
-    differences = vectors[:, None] - vectors[None]
-    distances: Tensor = torch.linalg.vector_norm(differences, dim=2)
+    # Not as |a|^2 + |b|^2 - 2ab, in which small distances drown.
+    distances = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
     return distances * (pairs / distances.sum().clamp(min=1e-12))
 
 

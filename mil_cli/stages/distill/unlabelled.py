@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mil_cli.data.fitted import FittedImages
 from mil_cli.errors import MilError, StageError
-from mil_cli.stages.distill.distil import Lesson, Source, StudentConfig, student_of, teach, teacher_of
+from mil_cli.stages.distill.distil import KeepingConfig, Lesson, Source, StudentConfig, student_of, teach, teacher_of
 from mil_cli.stages.registry import stage
 from mil_cli.training.evaluate import fixed_batch
 
@@ -24,14 +24,12 @@ _PROBE = 2
 _IMAGE_AXES = 4
 
 
-class UnlabelledConfig(StudentConfig):
+class UnlabelledConfig(KeepingConfig, StudentConfig):
     """Settings of distillation on other data.
 
     Attributes:
         data: The data, as in the recipe's section ``data``; its train split is read.
         teacher: None: the uncompressed model; else a source of another one.
-        cache_gb: Where training gives the same views in each epoch, the teacher's outputs are kept on disk, up to so
-            many GB (0: computed each time).
         temperature: T, by which the class scores of both are divided; no meaning for tasks without classes.
     """
 
@@ -39,7 +37,6 @@ class UnlabelledConfig(StudentConfig):
 
     data: dict[str, Any] | None = None
     teacher: Source | None = None
-    cache_gb: float = Field(2.0, ge=0, allow_inf_nan=False)
     temperature: float = Field(4.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")

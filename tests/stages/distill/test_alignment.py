@@ -44,6 +44,17 @@ def test_sequences_are_compared_token_by_token_if_they_can_be() -> None:
     assert meeting((30,), (15,)) == ((30,), (15,), (15,))
 
 
+def test_sequences_of_a_convolution_keep_their_axis() -> None:
+    one, other = torch.rand(2, 3, 16), torch.rand(2, 5, 64)
+    left, right = aligned(one, other, tokens=(False, False))
+    assert left is one
+    torch.testing.assert_close(right, other.reshape(2, 5, 16, 4).mean(3))
+    assert meeting((16,), (64,)) == ((4, 4), (8, 8), (4, 4))
+    assert meeting((16,), (4, 4), tokens=(False, True)) is None
+    assert meeting((4, 4), (16,), tokens=(True, False)) is None
+    assert meeting((16,), (4, 4), tokens=(True, False)) == ((4, 4), (4, 4), (4, 4))
+
+
 def test_against_a_vector_positions_are_averaged() -> None:
     vector, feature = torch.rand(2, 5), torch.rand(2, 3, 4, 4)
     one, other = aligned(feature, vector)

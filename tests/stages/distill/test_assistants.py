@@ -94,6 +94,16 @@ def test_an_equal_budget_costs_no_more_than_direct_distillation() -> None:
     assert len(history) == facts[-1]["epochs"] < 9
 
 
+def test_beside_plain_training_the_assistants_steps_count() -> None:
+    context = _context()
+    assistants(net(3), _config(count=2, beside_plain=True), context)
+    history: Any = context.notes["history"]
+    facts: Any = context.notes["convergence"]
+    # Two assistants of four epochs of ten steps.
+    assert facts["distilled"] == [[80 + entry["steps"], entry["val"]] for entry in history]
+    assert [steps for steps, _ in facts["plain"]] == [10, 20, 30, 40]
+
+
 def test_a_foreign_student_takes_the_models_place() -> None:
     context = _context(load_source={"student.pt2": net(4)}.__getitem__)
     learned = assistants(net(12), _config(student="student.pt2"), context)

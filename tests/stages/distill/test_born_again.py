@@ -15,7 +15,7 @@ from mil_cli.stages.distill.born_again import BornAgainConfig, born_again, mean_
 from mil_cli.stages.distill.soft_labels import SoftLabelsConfig, soft_labels
 from mil_cli.stages.train.supervised import SupervisedConfig, supervised
 from tests.stages.contexts import run_through_kills
-from tests.stages.distill.planes import context_of, net
+from tests.stages.distill.planes import context_of, net, trained
 
 SHORT: dict[str, Any] = {"trainer": {"epochs": 2}}
 
@@ -23,6 +23,11 @@ SHORT: dict[str, Any] = {"trainer": {"epochs": 2}}
 def _qualities(context: Context) -> Any:
     generations: Any = context.notes["generations"]
     return generations
+
+
+def _convergence(context: Context) -> Any:
+    convergence: Any = context.notes["convergence"]
+    return convergence
 
 
 def _by_hand(generations: int) -> list[Model]:
@@ -68,8 +73,24 @@ def test_the_mean_is_taken_weight_by_weight() -> None:
 def test_the_plain_training_beside_is_the_first_generation(tmp_path: Path) -> None:
     context = context_of(workspace=tmp_path)
     born_again(net(6), BornAgainConfig(beside_plain=True, **SHORT), context)
-    convergence: Any = context.notes["convergence"]
-    assert convergence["plain"][-1][1] == _qualities(context)["qualities"][0]
+    assert _convergence(context)["plain"][-1][1] == _qualities(context)["qualities"][0]
+
+
+@pytest.mark.parametrize("final", ["best", "last", "mean"])
+def test_beside_plain_training_all_that_had_to_be_trained_counts(final: Any, tmp_path: Path) -> None:
+    # Of a student that knows its task the mean may be best, and of one that does not the last generation is.
+    for name, start in (("new", net(6)), ("trained", trained())):
+        context = context_of(workspace=tmp_path / name)
+        born_again(start, BornAgainConfig(final=final, beside_plain=True, **SHORT), context)
+        facts, generations = _convergence(context), _qualities(context)
+        if generations["kept"] == "mean":
+            assert facts["distilled"] == [[60, generations["quality_of_the_mean"]]]
+        else:
+            number = generations["kept"]
+            assert [steps for steps, _ in facts["distilled"]] == [20 * number + 10, 20 * number + 20]
+            assert facts["distilled"][-1][1] == generations["qualities"][number]
+            assert number or facts["distilled"] == facts["plain"]
+        assert facts["seconds"] > facts["plain_seconds"]  # the first generation is the plain training
 
 
 def test_killed_generations_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

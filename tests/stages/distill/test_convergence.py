@@ -11,7 +11,7 @@ from torch import nn
 from mil_cli.data.digits import digits
 from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
-from mil_cli.stages.distill.convergence import compare, steps_to
+from mil_cli.stages.distill.convergence import after, compare, steps_to
 from mil_cli.stages.distill.soft_labels import SoftLabelsConfig, soft_labels
 from mil_cli.stages.train.supervised import SupervisedConfig, supervised
 from mil_cli.training.config import TrainerConfig
@@ -33,6 +33,23 @@ def test_steps_to_a_quality_are_read_off_both_curves() -> None:
     assert facts["reached"][-1] == {"quality": 0.8, "steps": 20, "plain_steps": 30}
     assert [level["quality"] for level in facts["reached"]] == pytest.approx([0.72, 0.76, 0.8])
     assert (facts["seconds"], facts["plain_seconds"]) == (1.0, 0.5)
+
+
+def test_the_last_quality_is_reached_by_the_training_that_gave_it() -> None:
+    for first, last in ((0.1, 0.7), (0.3, 0.9), (0.13, 0.8312)):
+        facts = compare(_result([first, last]), _result([first, last]), higher_is_better=True)
+        assert facts["reached"][-1] == {"quality": last, "steps": 20, "plain_steps": 20}
+    flat = compare(_result([0.5, 0.5]), _result([0.5, 0.5]), higher_is_better=True)
+    assert flat["reached"] == [{"quality": 0.5, "steps": 10, "plain_steps": 10}]
+
+
+def test_trainings_before_count_with_their_steps_and_seconds() -> None:
+    chain = after([_result([0.1, 0.2], 3.0), _result([0.3], 4.0)], _result([0.7, 0.8], 1.0))
+    facts = compare(chain, _result([0.2, 0.8]), higher_is_better=True)
+    assert facts["distilled"] == [[40, 0.7], [50, 0.8]]
+    assert facts["seconds"] == 8.0
+    assert facts["reached"][-1] == {"quality": 0.8, "steps": 50, "plain_steps": 20}
+    assert after([], chain) == chain
 
 
 def test_where_lower_is_better_the_quality_falls() -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch.nn import functional
 
 from mil_cli.stages.distill.dist import DistConfig, dist, dist_objective, uncorrelated
+from mil_cli.task.classification import Classification
 from tests.stages.distill.lessons import lesson_of
 from tests.stages.distill.planes import batch_of, context_of, divergence, net, trained
 
@@ -27,6 +28,30 @@ def test_scale_and_shift_of_a_row_do_not_count() -> None:
     torch.testing.assert_close(uncorrelated(changed, right), uncorrelated(left, right))
     assert float(uncorrelated(changed, left)) == pytest.approx(0, abs=1e-6)
     assert float(uncorrelated(-left, left)) == pytest.approx(2, abs=1e-6)
+
+
+def test_rows_of_nearly_no_variance_give_no_gradient() -> None:
+    start = torch.zeros(8, 10)
+    for scores in (start, start + 1e-6 * torch.randn(8, 10), start + torch.tensor([9.0] + 9 * [0.0])):
+        scores.requires_grad_()
+        student, teacher = torch.softmax(scores, 1), torch.softmax(torch.randn(8, 10), 1)
+        (uncorrelated(student, teacher) + uncorrelated(student.T, teacher.T)).backward()
+        assert scores.grad is not None
+        assert float(scores.grad.abs().max()) < 10
+    small = torch.softmax(0.02 * torch.randn(8, 10), 1)
+    torch.testing.assert_close(uncorrelated(small, small), torch.tensor(0.0), atol=1e-5, rtol=0)
+    mixed = torch.cat([torch.ones(1, 10), small])
+    torch.testing.assert_close(uncorrelated(mixed, mixed), torch.tensor(1 / 9), atol=1e-5, rtol=0)
+
+
+def test_a_batch_without_labels_has_no_loss() -> None:
+    images, outputs = torch.randn(4, 5), torch.randn(4, 3, requires_grad=True)
+    lesson = lesson_of(trained(), task=Classification(ignore_index=-100))
+    loss = dist_objective(lesson, DistConfig(label_weight=0.0))(outputs, (images, torch.full((4,), -100)))
+    assert float(loss.detach()) == 0
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert outputs.grad is not None
+    assert not outputs.grad.any()
 
 
 @pytest.mark.parametrize(("beta", "gamma", "weight"), [(2.0, 2.0, 1.0), (1.0, 0.0, 0.0), (0.0, 3.0, 0.5)])

@@ -99,6 +99,20 @@ def test_the_student_comes_nearer_to_the_teacher() -> None:
     assert learned.fingerprint() == dkd(student, DkdConfig(), context_of()).fingerprint()
 
 
+def test_a_batch_without_labels_has_no_loss() -> None:
+    student = torch.randn(0, 5, requires_grad=True)
+    target, others = decoupled(student, torch.randn(0, 5), torch.zeros(0, dtype=torch.long), temperature=2.0)
+    assert target.shape == others.shape == (0,)
+    images, outputs = torch.randn(4, 5), torch.randn(4, 3, requires_grad=True)
+    unlabelled = (images, torch.full((4,), -100))
+    lesson = lesson_of(trained(), task=Classification(ignore_index=-100))
+    loss = dkd_objective(lesson, DkdConfig(label_weight=0.0))(outputs, unlabelled)
+    assert float(loss.detach()) == 0
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert outputs.grad is not None
+    assert not outputs.grad.any()
+
+
 def test_a_task_without_classes_is_told() -> None:
     x = torch.randn(40, 5)
     split = TensorSplit((x, x[:, :3]))

@@ -136,6 +136,18 @@ def test_paths_that_are_unknown_or_do_not_fit_are_told() -> None:
         _pairs(sequences, "resnet20", given={"1": "stages"})
 
 
+def test_sequences_of_a_convolution_are_no_tokens() -> None:
+    wave = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 6, 1))
+    model = Model.capture(wave, (torch.rand(2, 1, 16),))
+    assert _pairs(model, model, given={"1": "1"})[0].tokens == (False, False)
+    assert _pairs("vit", "vit", given={"blocks.1": "blocks.1"})[0].tokens == (True, True)
+    images = Model.capture(
+        nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 1)), (torch.rand(2, 1, 4, 4),)
+    )
+    with pytest.raises(StageError, match="cannot be compared"):
+        _pairs(model, images, given={"1": "1"})
+
+
 class Hourglass(nn.Module):
     """A U-net with a state beside it: shortcuts go around everything, and one module returns what nobody reads here."""
 

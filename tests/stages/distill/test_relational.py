@@ -72,6 +72,14 @@ def test_samples_that_fall_together_and_small_batches_give_finite_gradients() ->
     assert float(loss) == 0
 
 
+def test_distances_of_many_wide_features_take_little_memory() -> None:
+    vectors = torch.randn(512, 4096, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        distance_difference(vectors, torch.randn(512, 4)).backward()
+    # All pairs of all channels would be 4 GB.
+    assert max(event.cpu_memory_usage for event in profile.events()) < 50e6
+
+
 def test_angles_are_those_of_the_first_samples() -> None:
     student, teacher = torch.randn(140, 3), torch.randn(140, 3)
     result = relational_difference(student, teacher, distance_weight=0, angle_weight=1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mil_cli.data.base import Data
@@ -94,6 +94,24 @@ def test_a_teacher_that_does_not_fit_is_told(student: Model) -> None:
     wrong_inputs = Model.capture(nn.Linear(7, 3), (torch.randn(4, 7),))
     with pytest.raises(MilError, match="same inputs"):
         soft_labels(student, SoftLabelsConfig(), context_of(original=wrong_inputs))
+
+
+class _TwoInputs(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+@pytest.mark.parametrize(
+    ("teacher", "sample"),
+    [(_TwoInputs(), (torch.zeros(4, 3), torch.zeros(4, 3))), (nn.Embedding(7, 3), (torch.zeros(4, dtype=torch.long),))],
+)
+def test_a_teacher_of_other_inputs_is_told_before_training(
+    teacher: nn.Module, sample: tuple[Tensor, ...], student: Model
+) -> None:
+    context = context_of(original=Model.capture(teacher, sample), name="recover")
+    with pytest.raises(MilError, match=r"stages\.recover\.teacher") as caught:
+        soft_labels(student, SoftLabelsConfig(), context)
+    assert "same inputs" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [{"temperature": 0}, {"weight": 1.1}, {"weight": -0.1}, {"alpha": 0.5}])

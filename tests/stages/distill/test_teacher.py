@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from mil_cli.data.base import Data
 from mil_cli.data.digits import digits
+from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
 from mil_cli.stages.distill.soft_labels import SoftLabelsConfig, soft_label_objective, soft_labels
-from mil_cli.stages.distill.teacher import Memory, Teacher, views_repeat
+from mil_cli.stages.distill.teacher import Memory, Teacher, answers_by_sample, views_repeat
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
-from tests.stages.contexts import make_context, run_through_kills, running, trained_digits
+from tests.stages.contexts import Notices, make_context, run_through_kills, running, trained_digits
 from tests.stages.distill.lessons import lesson_of
 
 
@@ -106,6 +108,95 @@ def test_outputs_that_are_no_rows_of_samples_are_not_kept(tmp_path: Path) -> Non
     for value in (1.0, 2.0):
         mean = memory.answer((x,), {}, lambda args, kwargs, value=value: args[0].mean() * value)
         assert float(mean) == pytest.approx(float(x.mean()) * value)
+
+
+@pytest.mark.parametrize("problem", [TypeError, ValueError, IndexError, RuntimeError, KeyError])
+def test_whatever_a_teacher_stumbles_over_is_told(problem: type[Exception]) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise problem("of another kind")
+
+    teacher = Teacher(_student(), Classification(), running(_student(), forward=fail), where="stages.a.teacher")
+    with pytest.raises(StageError, match="of another kind") as caught:
+        teacher((_images()[0], torch.zeros(4)))
+    assert caught.value.where == "stages.a.teacher"
+
+
+def test_a_full_gpu_is_not_taken_for_a_wrong_teacher() -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Teacher(_student(), Classification(), running(_student(), forward=fail))((_images()[0], torch.zeros(4)))
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64, torch.float64, torch.complex64])
+def test_any_dtype_is_kept_beside_any_other(dtype: torch.dtype, samples: int, tmp_path: Path) -> None:
+    def compute(args: tuple[Tensor], kwargs: Any) -> list[Tensor]:
+        (x,) = args
+        calls.append(len(x))
+        return [x.real.float() > 0, x.real.float().double().exp(), x[:, 0], x[:, :0]]
+
+    x = torch.arange(3 * samples).view(samples, 3).to(dtype)
+    calls: list[int] = []
+    memory = Memory(tmp_path, limit=1_000_000)
+    first, second = (memory.answer((x,), {}, compute) for _ in range(2))
+    assert calls == [samples]
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(first, second, strict=True))
+
+
+def test_dtypes_and_shapes_tell_samples_apart(tmp_path: Path) -> None:
+    memory = Memory(tmp_path, limit=1_000_000)
+    zeros = [torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 2, 2), torch.zeros(2, 2).double()]
+    for number, x in enumerate(zeros):
+        answer = memory.answer((x,), {}, lambda args, kwargs, number=number: torch.full((2, 1), float(number)))
+        assert answer.tolist() == [[number]] * 2
+
+
+def test_what_is_not_laid_out_in_rows_is_computed(tmp_path: Path) -> None:
+    memory, x = Memory(tmp_path, limit=1_000_000), torch.eye(3)
+    for value in (1.0, 2.0):
+        by_sparse = memory.answer((x.to_sparse(),), {}, lambda args, kwargs, value=value: torch.full((3, 1), value))
+        assert by_sparse.tolist() == [[value]] * 3
+        sparse = memory.answer((x,), {}, lambda args, kwargs, value=value: (args[0] * value).to_sparse())
+        assert torch.equal(sparse.to_dense(), x * value)
+    assert float(memory.answer((torch.tensor(2.0),), {}, lambda args, kwargs: args[0] + 1)) == 3
+    assert memory.answer((x[:0],), {}, lambda args, kwargs: args[0] + 1).shape == (0, 3)
+
+
+@pytest.mark.parametrize("failing", ["write", "read", "space"])
+def test_a_full_disk_ends_the_keeping_and_not_the_run(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, compute = Notices(), _Counted()
+    memory = Memory(tmp_path, limit=1_000_000, progress=told)
+    x = _images(9)[0]
+    expected = compute((x,), {})["logits"]
+    compute.samples = 0
+    if failing == "space":
+        full = SimpleNamespace(free=500_000_000)
+        monkeypatch.setattr("mil_cli.stages.distill.teacher.shutil.disk_usage", lambda folder: full)
+    elif failing == "write":
+        (tmp_path / "answers.bin").symlink_to("/dev/full")  # every write there fails as on a full disk
+    for _ in range(3):
+        assert torch.equal(memory.answer((x,), {}, compute)["logits"], expected)
+        if failing == "read":
+            (tmp_path / "answers.bin").unlink(missing_ok=True)
+    assert compute.samples == 27
+    assert [text.startswith("teacher outputs are no longer kept") for text in told.told] == [True] * (
+        failing != "space"
+    )
+    assert not (tmp_path / "answers.bin").exists()
+
+
+def test_answers_are_kept_only_where_samples_come_first(data: Data) -> None:
+    class Joint(nn.Module):
+        def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+            return x * scale, x.sum()
+
+    assert answers_by_sample(_student())
+    assert not answers_by_sample(Model.capture(Joint(), (torch.rand(4, 3), torch.rand(3))))
+    assert not answers_by_sample(Model.capture(nn.GRU(3, 2), (torch.rand(5, 4, 3),)))
 
 
 class _Augmented:

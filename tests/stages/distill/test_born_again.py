@@ -76,21 +76,27 @@ def test_the_plain_training_beside_is_the_first_generation(tmp_path: Path) -> No
     assert _convergence(context)["plain"][-1][1] == _qualities(context)["qualities"][0]
 
 
-@pytest.mark.parametrize("final", ["best", "last", "mean"])
+@pytest.mark.parametrize("final", ["best", "last"])
 def test_beside_plain_training_all_that_had_to_be_trained_counts(final: Any, tmp_path: Path) -> None:
-    # Of a student that knows its task the mean may be best, and of one that does not the last generation is.
     for name, start in (("new", net(6)), ("trained", trained())):
         context = context_of(workspace=tmp_path / name)
         born_again(start, BornAgainConfig(final=final, beside_plain=True, **SHORT), context)
         facts, generations = _convergence(context), _qualities(context)
-        if generations["kept"] == "mean":
-            assert facts["distilled"] == [[60, generations["quality_of_the_mean"]]]
-        else:
-            number = generations["kept"]
-            assert [steps for steps, _ in facts["distilled"]] == [20 * number + 10, 20 * number + 20]
-            assert facts["distilled"][-1][1] == generations["qualities"][number]
-            assert number or facts["distilled"] == facts["plain"]
+        number = generations["kept"]
+        assert [steps for steps, _ in facts["distilled"]] == [20 * number + 10, 20 * number + 20]
+        assert facts["distilled"][-1][1] == generations["qualities"][number]
+        assert number or facts["distilled"] == facts["plain"]
         assert facts["seconds"] > facts["plain_seconds"]  # the first generation is the plain training
+
+
+def test_a_mean_that_is_kept_has_one_point_after_all_generations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mil_cli.stages.distill.born_again.mean_of_weights", lambda models: trained())
+    context = context_of()
+    result = born_again(
+        net(6), BornAgainConfig(final="mean", beside_plain=True, recalibrate_samples=0, **SHORT), context
+    )
+    assert result.fingerprint() == trained().fingerprint()
+    assert _convergence(context)["distilled"] == [[60, _qualities(context)["quality_of_the_mean"]]]
 
 
 def test_killed_generations_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,9 +185,8 @@ def test_a_pynet_of_impossible_sizes_is_told(files: Path) -> None:
         data("pynet", files, size=33)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "settings"), [pytest.param("hrnet", HRNET, marks=pytest.mark.slow), ("pynet", PYNET)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "settings"), [("hrnet", HRNET), ("pynet", PYNET)])
 def test_the_recipe_runs(recipe: str, settings: dict[str, Any], files: Path, tmp_path: Path) -> None:
     shrunk = {
         **{f"model.{key}": value for key, value in settings.items()},

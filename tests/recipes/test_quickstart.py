@@ -120,6 +120,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert (out / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_runs_at_the_same_time_share_the_cache(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     outs = [tmp_path / "one", tmp_path / "two"]

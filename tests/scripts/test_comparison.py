@@ -152,6 +152,7 @@ def test_the_origin_follows_from_settings_and_code_and_not_from_the_seed(
     assert origin() == before
 
 
+@pytest.mark.slow
 def test_pruning_is_compared_point_by_point_and_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "page.md"
     words = [str(recipe_file(tmp_path)), "--out", str(out), "--macs", "0.5", "--seeds", "0", "--methods", "magnitude"]

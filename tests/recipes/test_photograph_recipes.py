@@ -195,14 +195,15 @@ def test_the_recipe_runs(recipe: str, settings: dict[str, Any], files: Path, tmp
         "trainer.epochs": 1,
         "trainer.batch_size": 8,
         "stages.recover.trainer.epochs": 1,
-        "stages.prune.steps": 1,
         "stages.prune.round_to": 1,
         "stages.prune.latency": "null",
         "stages.prune.macs": 0.6,
         "goals.macs.max_ratio": 0.6,
     }
     if recipe == "hrnet":
-        shrunk["data.folder"] = files
+        shrunk |= {"data.folder": files, "stages.prune.points": 2, "stages.prune.search_samples": 16}
+    else:
+        shrunk["stages.prune.steps"] = 1
     arguments = [f"{key}={value}" for key, value in shrunk.items()]
     out = tmp_path / "run"
     command = ["compress", str(RECIPES / recipe / "recipe.yaml"), *arguments, "~goals.quality", "~goals.latency"]

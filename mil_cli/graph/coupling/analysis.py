@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch.fx import GraphModule, Node
 
+from mil_cli.graph.branches import inline_branches
 from mil_cli.graph.coupling.coupling import Coupling, Frozen, Member, Space
 from mil_cli.graph.coupling.disjoint import NO_LABEL, Labels
 from mil_cli.graph.coupling.normalise import copy_sharing_weights, normalise
@@ -60,6 +61,7 @@ def analyse_graph(
     """
     copy = copy_sharing_weights(graph)
     inline_regions(copy)
+    inline_branches(copy)
     if resized is None:
         recording = record(copy, args, kwargs or {})
         normalise(recording)

@@ -117,7 +117,7 @@ def outline_branches(graph: Graph, attribute: Callable[[str], Any]) -> dict[str,
             root = {name: made.pop(name) if name in made else attribute(name) for name in held}
             bodies.append(GraphModule(root, body))
         with graph.inserting_before(call):
-            readers = [graph.create_node("get_attr", f"{call.name}_{which}") for which in ("true", "false")]
+            readers = [graph.create_node("get_attr", f"mil_{call.name}_{which}") for which in ("true", "false")]
         made.update({str(reader.target): body for reader, body in zip(readers, bodies, strict=True)})
         call.target = COND
         call.args = (predicate, *readers, tuple(operands))

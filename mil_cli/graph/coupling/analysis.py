@@ -59,19 +59,10 @@ def analyse_graph(
         kwargs: Example keyword inputs.
         resized: Gives the inputs with any batch size, if the graph takes any: `args` and `kwargs` are not used then.
     """
-    copy = copy_sharing_weights(graph)
-    inline_regions(copy)
-    inline_branches(copy)
-    if resized is None:
-        recording = record(copy, args, kwargs or {})
-        normalise(recording)
-        shapes = recording.shapes
-    else:
-        single = record(copy, *resized(1)).shapes
-        batch = _batch_unlike(single)
-        recording = record(copy, *resized(batch))
-        normalise(recording)
-        shapes = _of_one_sample(single, recording.shapes, batch)
+    try:
+        recording, shapes = _recorded(graph, args, kwargs or {}, resized, branches=True)
+    except (RuntimeError, IndexError):  # a branch that these inputs do not take may be unable to run on them
+        recording, shapes = _recorded(graph, args, kwargs or {}, resized, branches=False)
     table = relate(recording)
     search = _Search(table)
     search.run()
@@ -83,6 +74,30 @@ def analyse_graph(
         unknown=tuple((node.name, reason, source_line(node) or "") for node, reason in table.unknown),
         single=shapes,
     )
+
+
+def _recorded(
+    graph: GraphModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    resized: Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]] | None,
+    *,
+    branches: bool,
+) -> tuple[Recording, Mapping[Key, tuple[int, ...]]]:
+    """Run a normalised copy of a graph, both branches of every choice if asked, and add the shapes of one sample."""
+    copy = copy_sharing_weights(graph)
+    inline_regions(copy)
+    if branches:
+        inline_branches(copy)
+    if resized is None:
+        recording = record(copy, args, kwargs)
+        normalise(recording)
+        return recording, recording.shapes
+    single = record(copy, *resized(1)).shapes
+    batch = _batch_unlike(single)
+    recording = record(copy, *resized(batch))
+    normalise(recording)
+    return recording, _of_one_sample(single, recording.shapes, batch)
 
 
 def _batch_unlike(shapes: Mapping[Key, tuple[int, ...]]) -> int:

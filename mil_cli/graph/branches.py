@@ -47,6 +47,13 @@ def inline_branches(graph: GraphModule) -> None:
     graph.recompile()
 
 
+def restore_branches(graph: GraphModule) -> None:
+    """Put the written-out branches of a graph back, in place; the graph's code is the caller's."""
+    for name, body in outline_branches(graph.graph, lambda name: get_attribute(graph, name)).items():
+        graph.add_module(name, body)
+    drop_unread_graphs(graph)
+
+
 def _inline(graph: GraphModule, call: Node) -> None:
     predicate, when_true, when_false, operands = call.args
     results = []
@@ -72,12 +79,12 @@ def _inline(graph: GraphModule, call: Node) -> None:
 
 
 def _moved(body: GraphModule, path: str, graph: GraphModule) -> str:
-    """Give a graph what a branch's own graph holds under a path, and return the name that it got."""
+    """Give a graph what a branch's own graph holds under a path, constants or graphs, and return the name it got."""
     value = get_attribute(body, path)
     number = 0
     while has_attribute(graph, name := f"{path.replace('.', '_')}_{number}"):
         number += 1
-    set_attribute(graph, name, value, persistent=path in body.state_dict())
+    set_attribute(graph, name, value, persistent=False)
     return name
 
 

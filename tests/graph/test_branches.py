@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from mil_cli.export.onnx import export_onnx
-from mil_cli.graph.branches import COND, branch_path, choose_branch, inline_branches, outline_branches
+from mil_cli.graph.branches import COND, branch_path, choose_branch, inline_branches, restore_branches
 from mil_cli.graph.count import count_layers
 from mil_cli.graph.coupling import Counter, analyse, check_equivalence, cut, repair
 from mil_cli.graph.model import Model, copy_graph
@@ -64,8 +64,7 @@ def test_written_out_and_put_back_is_the_same(model: Model) -> None:
     assert not any(isinstance(child, GraphModule) for child in graph.children())
     for x in (HIGH, LOW):
         assert torch.equal(graph(x), model(x))
-    for name, body in outline_branches(graph.graph, lambda name: get_attribute(graph, name)).items():
-        graph.add_module(name, body)
+    restore_branches(graph)
     graph.graph.lint()
     graph.recompile()
     assert [op_name(node) for node in calls(graph)].count("linear") == 2
@@ -107,8 +106,11 @@ def test_a_branch_that_no_input_takes_is_compared_as_well(model: Model, weight: 
 
 def test_a_cut_choice_is_archived_and_exported(model: Model, tmp_path: Path) -> None:
     small, _ = half(model)
-    small.save(tmp_path / "m.pt2")
-    loaded = Model.load(tmp_path / "m.pt2")
+    for saved in (model, small):
+        saved.save(tmp_path / "m.pt2")
+        loaded = Model.load(tmp_path / "m.pt2")
+        assert loaded.fingerprint() == saved.fingerprint()
+        assert set(loaded.state_dict()) == set(Choice().state_dict())
     export_onnx(small, tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     for x in (HIGH, LOW):
@@ -116,6 +118,14 @@ def test_a_cut_choice_is_archived_and_exported(model: Model, tmp_path: Path) -> 
         assert torch.equal(loaded(x), expected)
         (given,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         np.testing.assert_allclose(given, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_branch_computes_counts_for_the_fingerprint(model: Model) -> None:
+    other = model.clone()
+    (call,) = other.graph.graph.find_nodes(op="call_function", target=COND)
+    body = get_attribute(other.graph, call.args[1].target)
+    next(node for node in calls(body) if op_name(node) == "relu").target = torch.ops.aten.tanh.default
+    assert other.fingerprint() != model.fingerprint()
 
 
 class Skipping(nn.Module):

@@ -7,7 +7,6 @@ The smaller weights are either copies (`cut_graph`: a model of its own) or views
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mil_cli.errors import ModelError
-from mil_cli.graph.branches import outline_branches
+from mil_cli.graph.branches import outline_branches, restore_branches
 from mil_cli.graph.coupling.coupling import Coupling, Removed
 from mil_cli.graph.coupling.normalise import copy_sharing_weights
 from mil_cli.graph.coupling.operators import Graphed, add_buffer, argument, operator_name
@@ -24,7 +23,6 @@ from mil_cli.graph.coupling.record import Key
 from mil_cli.graph.coupling.rewrites import REWRITES, Edit
 from mil_cli.graph.coupling.selection import Mask, Masks, empty_axes, keep_masks, kept_count
 from mil_cli.graph.nodes import get_attribute
-from mil_cli.graph.regions import drop_unread_graphs
 
 
 def cut_graph(
@@ -54,9 +52,7 @@ def cut_graph(
         _rewrite(old, new, module, coupling, masks, values)
         _refresh_shapes(old, new, coupling, masks)
     module.graph.eliminate_dead_code()
-    for name, body in outline_branches(module.graph, functools.partial(get_attribute, module)).items():
-        module.add_module(name, body)
-    drop_unread_graphs(module)
+    restore_branches(module)
     module.graph.lint()
     module.recompile()
     return module

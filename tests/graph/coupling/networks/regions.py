@@ -191,3 +191,28 @@ def branches_in_a_branch() -> nn.Module:
         "fc": nn.Linear(14, 10),
     }
     return Net(parts, forward)
+
+
+@trick((9, 12), counted=False)
+def attention_or_half_precision_in_a_branch() -> nn.Module:
+    def heads(net: Net, z: Tensor) -> Tensor:
+        batch, length, width = z.shape
+        q, k, v = (part.view(batch, length, 2, width // 2).transpose(1, 2) for part in net.qkv(z).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return z + net.out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def half(net: Net, z: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (net.b(z) * 2).float()
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = F.relu(net.a(x))
+        wanted = y.sum() > 0
+        if torch.compiler.is_exporting():
+            y = torch.cond(wanted, lambda z: heads(net, z), lambda z: half(net, z), (y,))
+        else:
+            y = heads(net, y) if wanted else half(net, y)
+        return net.fc(y.mean(1))
+
+    parts = {"a": nn.Linear(12, 8), "qkv": nn.Linear(8, 24), "out": nn.Linear(8, 8), "b": nn.Linear(8, 8)}
+    return Net({**parts, "fc": nn.Linear(8, 10)}, forward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -50,7 +51,8 @@ def count_layers(model: Model) -> list[Layer]:
     """Count every call of the graph on one sample (the samples' own batch where it is fixed).
 
     Convolutions, linear layers, matrix products, attention and recurrent layers count; embeddings, norms, pooling,
-    activations, element-wise operations and quantizers count nothing. Of `torch.cond` both branches count.
+    activations, element-wise operations and quantizers count nothing. Of `torch.cond` both branches
+    count, where the samples can run both.
     """
     if model.training:  # running the graph would move its running statistics
         model = model.clone().eval()
@@ -91,8 +93,12 @@ class _Counter(Interpreter):
         self._counted: set[int] = set()
 
     def run_node(self, n: Node) -> Any:
-        if n.target is COND:
-            self._count_branches(n)
+        if n.target is COND and self._prefix:
+            self.layers += self._branches(n)
+        elif n.target is COND:
+            # The analysis of what can be cut does not look into branches that the samples cannot run either.
+            with contextlib.suppress(RuntimeError, IndexError):
+                self.layers += self._branches(n)
         result = super().run_node(n)
         if n.op == "call_function":
             shape = _first_shape(result)
@@ -103,12 +109,15 @@ class _Counter(Interpreter):
                 )
         return result
 
-    def _count_branches(self, node: Node) -> None:
+    def _branches(self, node: Node) -> list[Layer]:
+        """Return the layers of all branches of a choice."""
         (_, *branches, operands), _ = self.fetch_args_kwargs_from_env(node)
+        layers = []
         for branch, body in zip(branches, node.args[1:3], strict=True):
             counter = _Counter(branch, f"{self._prefix}{body}.")
             counter.run(*operands)
-            self.layers.extend(counter.layers)
+            layers += counter.layers
+        return layers
 
     def _new_params(self, node: Node) -> int:
         total = 0

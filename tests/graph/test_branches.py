@@ -128,6 +128,32 @@ def test_what_a_branch_computes_counts_for_the_fingerprint(model: Model) -> None
     assert other.fingerprint() != model.fingerprint()
 
 
+class Guarded(nn.Module):
+    """The small table is only looked up where it has all that is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Embedding(4, 16), nn.Embedding(8, 16)
+        self.hidden, self.last, self.inner = nn.Linear(16, 12), nn.Linear(12, 3), nn.Linear(16, 16)
+
+    def forward(self, places: Tensor) -> Tensor:
+        found = torch.cond(places.max() < 4, lambda v: self.small(v), lambda v: self.inner(self.large(v)), (places,))
+        return self.last(self.hidden(found).relu())
+
+
+def test_a_branch_that_the_samples_cannot_run_is_left_whole() -> None:
+    torch.manual_seed(0)
+    places = torch.randint(4, 8, (4, 3))
+    places[:, 0] = 7
+    model = Model.capture(Guarded().eval(), (places,))
+    coupling = analyse(model)
+    assert [reason for _, reason, _ in coupling.unknown] == ["no rule for the operator cond"]
+    assert Counter(coupling).macs({}) == model.macs() == 3 * (16 * 12 + 12 * 3)
+    small, removed = half(model)
+    assert dict(small.named_parameters())["hidden.weight"].shape == (6, 16)
+    assert check_equivalence(model, coupling, removed, small, [((places,), {})]).equivalent
+
+
 class Skipping(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch.fx import GraphModule, Node
+import torch
+from torch.fx import GraphModule, Interpreter, Node
 
-from mil_cli.graph.branches import inline_branches
+from mil_cli.graph.branches import choose_branch, inline_branches
 from mil_cli.graph.coupling.coupling import Coupling, Frozen, Member, Space
 from mil_cli.graph.coupling.disjoint import NO_LABEL, Labels
 from mil_cli.graph.coupling.normalise import copy_sharing_weights, normalise
 from mil_cli.graph.coupling.operators import argument, has_argument, operator_name
-from mil_cli.graph.coupling.record import Key, Recording, record
+from mil_cli.graph.coupling.record import Key, Recording, flat_inputs, record
 from mil_cli.graph.coupling.relations import relate
 from mil_cli.graph.coupling.relations.convolution import NAMES as CONVOLUTIONS
 from mil_cli.graph.coupling.space import Propagation, Reason, Seed, SplitByView
@@ -89,6 +90,11 @@ def _recorded(
     inline_regions(copy)
     if branches:
         inline_branches(copy)
+        if copy.graph.find_nodes(op="call_function", target=choose_branch):
+            # A proof runs both branches; shapes alone would not show that one looks up what its table does not have.
+            single_args, single_kwargs = (args, kwargs) if resized is None else resized(1)
+            with torch.no_grad():
+                Interpreter(copy).run(*flat_inputs(copy, single_args, single_kwargs), enable_io_processing=False)
     if resized is None:
         recording = record(copy, args, kwargs)
         normalise(recording)

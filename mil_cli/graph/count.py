@@ -51,8 +51,8 @@ def count_layers(model: Model) -> list[Layer]:
     """Count every call of the graph on one sample (the samples' own batch where it is fixed).
 
     Convolutions, linear layers, matrix products, attention and recurrent layers count; embeddings, norms, pooling,
-    activations, element-wise operations and quantizers count nothing. Of `torch.cond` both branches
-    count, where the samples can run both.
+    activations, element-wise operations and quantizers count nothing. Of `torch.cond` both branches count,
+    where the samples can run both.
     """
     if model.training:  # running the graph would move its running statistics
         model = model.clone().eval()

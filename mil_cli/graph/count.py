@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from mil_cli.graph.branches import COND
 from mil_cli.graph.nodes import get_argument, get_attribute, module_path, namespace, op_name
 
 with warnings.catch_warnings():
@@ -49,13 +51,14 @@ def count_layers(model: Model) -> list[Layer]:
     """Count every call of the graph on one sample (the samples' own batch where it is fixed).
 
     Convolutions, linear layers, matrix products, attention and recurrent layers count; embeddings, norms, pooling,
-    activations, element-wise operations and quantizers count nothing.
+    activations, element-wise operations and quantizers count nothing. Of `torch.cond` both branches count,
+    where the samples can run both.
     """
     if model.training:  # running the graph would move its running statistics
         model = model.clone().eval()
     batch = 1 if model.spec.batch is not None else None
     args, kwargs = model.samples if batch is None else model.batch_input(batch)
-    counter = _Counter(model)
+    counter = _Counter(model.graph)
     with torch.no_grad():
         counter.run(*pytree.tree_leaves((args, kwargs)), enable_io_processing=False)
     return counter.layers
@@ -83,19 +86,38 @@ class _Value:
 class _Counter(Interpreter):
     """Runs the graph on concrete tensors and keeps a `Layer` for each call."""
 
-    def __init__(self, model: Model) -> None:
-        super().__init__(model.graph)
+    def __init__(self, graph: GraphModule, prefix: str = "") -> None:
+        super().__init__(graph)
         self.layers: list[Layer] = []
+        self._prefix = prefix
         self._counted: set[int] = set()
 
     def run_node(self, n: Node) -> Any:
+        if n.target is COND and self._prefix:
+            self.layers += self._branches(n)
+        elif n.target is COND:
+            # The analysis of what can be cut does not look into branches that the samples cannot run either.
+            with contextlib.suppress(RuntimeError, IndexError):
+                self.layers += self._branches(n)
         result = super().run_node(n)
         if n.op == "call_function":
             shape = _first_shape(result)
             if shape is not None:
                 macs = node_macs(n, self.env, result)
-                self.layers.append(Layer(n.name, module_path(n), op_name(n), shape, macs, self._new_params(n)))
+                self.layers.append(
+                    Layer(self._prefix + n.name, module_path(n), op_name(n), shape, macs, self._new_params(n))
+                )
         return result
+
+    def _branches(self, node: Node) -> list[Layer]:
+        """Return the layers of all branches of a choice."""
+        (_, *branches, operands), _ = self.fetch_args_kwargs_from_env(node)
+        layers = []
+        for branch, body in zip(branches, node.args[1:3], strict=True):
+            counter = _Counter(branch, f"{self._prefix}{body}.")
+            counter.run(*operands)
+            layers += counter.layers
+        return layers
 
     def _new_params(self, node: Node) -> int:
         total = 0

@@ -269,7 +269,10 @@ def _canonical(graph: GraphModule) -> Iterator[str]:
     def show(node: torch.fx.Node) -> _Shown:
         if node.op == "get_attr":
             target = str(node.target)
-            return _Shown(f"@{first_names.get(id(get_attribute(graph, target)), target)}")
+            value = get_attribute(graph, target)
+            if isinstance(value, GraphModule):
+                return _Shown("[" + "; ".join(_canonical(value)) + "]")
+            return _Shown(f"@{first_names.get(id(value), target)}")
         return _Shown(f"%{number[node]}" if node in number else f"${inputs[node]}")
 
     for node in graph.graph.nodes:

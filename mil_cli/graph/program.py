@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from mil_cli.graph.branches import COND, inline_branches, restore_branches
 from mil_cli.graph.nodes import get_attribute, op_name, set_attribute
 from mil_cli.graph.regions import inline_regions
 from mil_cli.graph.tree import plain_spec
@@ -108,6 +109,7 @@ def to_graph(program: ExportedProgram) -> tuple[GraphModule, list[str]]:
     graph._forward_pre_hooks.clear()
     graph._forward_pre_hooks_with_kwargs.clear()
     inline_regions(graph)
+    transient.extend(_hand_constants_to_branches(graph))
     _drop_type_checks(graph)
     _forget_history(graph)
     for node in graph.graph.nodes:
@@ -115,6 +117,22 @@ def to_graph(program: ExportedProgram) -> tuple[GraphModule, list[str]]:
         if stack:
             node.meta["nn_module_stack"] = {_short_key(key): value for key, value in stack.items()}
     return graph, transient
+
+
+def _hand_constants_to_branches(graph: GraphModule) -> list[str]:
+    """Let the graph hold the constants of branches, as it does their weights, and return the names that they got.
+
+    An archive could not keep them otherwise. Besides, a branch is then handed what it reads in one order, whatever the
+    exporter's.
+    """
+    if not graph.graph.find_nodes(op="call_function", target=COND):
+        return []
+    before = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
+    inline_branches(graph)
+    restore_branches(graph)
+    graph.recompile()
+    added = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")} - before
+    return sorted(name for name in added if isinstance(get_attribute(graph, name), Tensor))
 
 
 def export_model(model: Model) -> ExportedProgram:

@@ -46,12 +46,17 @@ def inline_regions(graph: GraphModule) -> None:
         _inline(graph, found)
         changed = True
     if changed:
-        read = tuple(f"{node.target}." for node in graph.graph.find_nodes(op="get_attr"))
-        for name, child in list(graph.named_children()):
-            if isinstance(child, GraphModule) and not any(target.startswith(f"{name}.") for target in read):
-                delattr(graph, name)
+        drop_unread_graphs(graph)
         graph.graph.lint()
         graph.recompile()
+
+
+def drop_unread_graphs(graph: GraphModule) -> None:
+    """Take out of a graph module, in place, the graphs of regions that none of its nodes read any more."""
+    read = tuple(f"{node.target}." for node in graph.graph.find_nodes(op="get_attr"))
+    for name, child in list(graph.named_children()):
+        if isinstance(child, GraphModule) and not any(target.startswith(f"{name}.") for target in read):
+            delattr(graph, name)
 
 
 def _next_region(graph: GraphModule) -> _Region | None:

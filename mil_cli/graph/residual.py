@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+from mil_cli.graph.branches import branch_path
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 
 _ADDITIONS = ("add", "add_")
@@ -52,20 +53,22 @@ def residual_chains(graph: GraphModule) -> list[list[ResidualBranch]]:
     """
     names = {node.name: node for node in graph.graph.nodes}
     ancestors = _Ancestors(graph)
-    branches = [branch for node in calls(graph) if (branch := _branch_of(graph, node, ancestors)) is not None]
+    # What `torch.cond` may skip is the model's own choice.
+    ends = [node for node in calls(graph) if not branch_path(node)]
+    branches = [branch for node in ends if (branch := _branch_of(graph, node, ancestors)) is not None]
     around = {branch.addition: {other.addition for other in branches if other.holds(branch)} for branch in branches}
     chains: list[list[ResidualBranch]] = []
-    ends: dict[Node, list[ResidualBranch]] = {}
+    open_: dict[Node, list[ResidualBranch]] = {}
     for branch in branches:
         end = names[branch.addition]
-        beside = {node: chain for node, chain in ends.items() if around[node.name] == around[end.name]}
+        beside = {node: chain for node, chain in open_.items() if around[node.name] == around[end.name]}
         previous = _previous_end(names[branch.entry], beside, end)
         if previous is None:
             chains.append(chain := [])
         else:
-            chain = ends.pop(previous)
+            chain = open_.pop(previous)
         chain.append(branch)
-        ends[end] = chain
+        open_[end] = chain
     return chains
 
 
@@ -83,7 +86,7 @@ def leave_out(graph: Graph, copies: Mapping[str, Node], branches: Sequence[Resid
     for branch in sorted(branches, key=lambda branch: position[copies[branch.addition]], reverse=True):
         addition = copies[branch.addition]
         addition.replace_all_uses_with(copies[branch.shortcut])
-        gone.update(copies[name] for name in branch.nodes)
+        gone.update(copies[name] for name in branch.nodes if name in copies)  # `torch.cond` keeps its nodes to itself
     pending = list(gone)
     while pending:  # what was added to a branch goes with it
         added = set(pending.pop().users) - gone

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch.fx import GraphModule, Node
+import torch
+from torch.fx import GraphModule, Interpreter, Node
 
+from mil_cli.graph.branches import choose_branch, inline_branches
 from mil_cli.graph.coupling.coupling import Coupling, Frozen, Member, Space
 from mil_cli.graph.coupling.disjoint import NO_LABEL, Labels
 from mil_cli.graph.coupling.normalise import copy_sharing_weights, normalise
 from mil_cli.graph.coupling.operators import argument, has_argument, operator_name
-from mil_cli.graph.coupling.record import Key, Recording, record
+from mil_cli.graph.coupling.record import Key, Recording, flat_inputs, record
 from mil_cli.graph.coupling.relations import relate
 from mil_cli.graph.coupling.relations.convolution import NAMES as CONVOLUTIONS
 from mil_cli.graph.coupling.space import Propagation, Reason, Seed, SplitByView
@@ -58,18 +60,10 @@ def analyse_graph(
         kwargs: Example keyword inputs.
         resized: Gives the inputs with any batch size, if the graph takes any: `args` and `kwargs` are not used then.
     """
-    copy = copy_sharing_weights(graph)
-    inline_regions(copy)
-    if resized is None:
-        recording = record(copy, args, kwargs or {})
-        normalise(recording)
-        shapes = recording.shapes
-    else:
-        single = record(copy, *resized(1)).shapes
-        batch = _batch_unlike(single)
-        recording = record(copy, *resized(batch))
-        normalise(recording)
-        shapes = _of_one_sample(single, recording.shapes, batch)
+    try:
+        recording, shapes = _recorded(graph, args, kwargs or {}, resized, branches=True)
+    except (RuntimeError, IndexError):  # a branch that these inputs do not take may be unable to run on them
+        recording, shapes = _recorded(graph, args, kwargs or {}, resized, branches=False)
     table = relate(recording)
     search = _Search(table)
     search.run()
@@ -81,6 +75,35 @@ def analyse_graph(
         unknown=tuple((node.name, reason, source_line(node) or "") for node, reason in table.unknown),
         single=shapes,
     )
+
+
+def _recorded(
+    graph: GraphModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    resized: Callable[[int], tuple[Sequence[Any], Mapping[str, Any]]] | None,
+    *,
+    branches: bool,
+) -> tuple[Recording, Mapping[Key, tuple[int, ...]]]:
+    """Run a normalised copy of a graph, both branches of every choice if asked, and add the shapes of one sample."""
+    copy = copy_sharing_weights(graph)
+    inline_regions(copy)
+    if branches:
+        inline_branches(copy)
+        if copy.graph.find_nodes(op="call_function", target=choose_branch):
+            # A proof runs both branches; shapes alone would not show that one looks up what its table does not have.
+            single_args, single_kwargs = (args, kwargs) if resized is None else resized(1)
+            with torch.no_grad():
+                Interpreter(copy).run(*flat_inputs(copy, single_args, single_kwargs), enable_io_processing=False)
+    if resized is None:
+        recording = record(copy, args, kwargs)
+        normalise(recording)
+        return recording, recording.shapes
+    single = record(copy, *resized(1)).shapes
+    batch = _batch_unlike(single)
+    recording = record(copy, *resized(batch))
+    normalise(recording)
+    return recording, _of_one_sample(single, recording.shapes, batch)
 
 
 def _batch_unlike(shapes: Mapping[Key, tuple[int, ...]]) -> int:

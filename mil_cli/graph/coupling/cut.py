@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mil_cli.errors import ModelError
+from mil_cli.graph.branches import outline_branches, restore_branches
 from mil_cli.graph.coupling.coupling import Coupling, Removed
 from mil_cli.graph.coupling.normalise import copy_sharing_weights
 from mil_cli.graph.coupling.operators import Graphed, add_buffer, argument, operator_name
@@ -51,6 +52,7 @@ def cut_graph(
         _rewrite(old, new, module, coupling, masks, values)
         _refresh_shapes(old, new, coupling, masks)
     module.graph.eliminate_dead_code()
+    restore_branches(module)
     module.graph.lint()
     module.recompile()
     return module
@@ -98,6 +100,7 @@ def shared_cut(
     graph.eliminate_dead_code()
     device = next((value.device for value in weights.parameters()), torch.device("cpu"))
     attributes.update({name: buffer.to(device) for name, buffer in scratch.named_buffers()})
+    attributes.update(outline_branches(graph, attributes.__getitem__))
     used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     return GraphModule({name: attributes[name] for name in used}, graph)
 

@@ -8,6 +8,7 @@ still compared in full. The ops for which this was done are listed in the report
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node, map_arg
 from torch.utils import _pytree as pytree
 
+from mil_cli.graph.branches import COND, branch_path, choose_branch
 from mil_cli.graph.coupling.coupling import Coupling, Removed
 from mil_cli.graph.coupling.cut import named_tensor
 from mil_cli.graph.coupling.record import Key, flat_inputs
@@ -27,6 +29,7 @@ TOLERANCE = 1e-4
 """Largest difference that counts as equal, relative to the largest value of the output (float32)."""
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
+Decisions = tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -125,16 +128,44 @@ def _difference(
     }
     reference = _Masked(coupling, masks, cut, statistics, original)
     largest = 0.0
-    for args, kwargs in calls:
+    for (args, kwargs), decisions in itertools.product(calls, _all_decisions(coupling.graph)):
         flat = flat_inputs(coupling.graph, args, kwargs)
+        reference.decisions = decisions
         with torch.no_grad():
             try:
                 expected = pytree.tree_leaves(reference.run(*flat, enable_io_processing=False))
-                given = pytree.tree_leaves(Interpreter(cut).run(*flat, enable_io_processing=False))
-            except RuntimeError:  # a shape that the rewriting got wrong
+                given = pytree.tree_leaves(_Decided(cut, decisions).run(*flat, enable_io_processing=False))
+            except (RuntimeError, IndexError):  # a shape that the rewriting got wrong, or a branch not meant for these
                 return float("inf"), tuple(sorted(reference.compacted))
         largest = max([largest, *(relative_difference(a, b) for a, b in zip(expected, given, strict=True))])
     return largest, tuple(sorted(reference.compacted))
+
+
+def _all_decisions(graph: GraphModule) -> list[Decisions]:
+    """Return what makes every branch of a graph run: the inputs' own decisions, then each made at every depth."""
+    choices = graph.graph.find_nodes(op="call_function", target=choose_branch)
+    deepest = max((1 + len(branch_path(choice)) for choice in choices), default=0)
+    return [(), *itertools.product((True, False), repeat=deepest)] if deepest else [()]
+
+
+class _Decided(Interpreter):
+    """Runs a cut graph with the branches that are asked for.
+
+    Args:
+        graph: The graph, or that of a branch.
+        decisions: Which branch is taken by the calls here, by those in it, and so on; empty if the inputs decide.
+    """
+
+    def __init__(self, graph: GraphModule, decisions: Decisions) -> None:
+        super().__init__(graph)
+        self._decisions = decisions
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is COND and self._decisions:
+            _, when_true, when_false, operands = args
+            taken = when_true if self._decisions[0] else when_false
+            return _Decided(taken, self._decisions[1:]).run(*operands)
+        return super().call_function(target, args, kwargs)
 
 
 def relative_difference(expected: Any, given: Any) -> float:
@@ -171,18 +202,24 @@ class _Masked(Interpreter):
         super().__init__(coupling.graph)
         self._recording = coupling.recording
         self._masks = masks
-        self._cut = {node.name: node for node in cut.graph.nodes}
+        self._cut = {
+            node.name: node for part in cut.modules() if isinstance(part, GraphModule) for node in part.graph.nodes
+        }
         self._statistics = statistics
         self._original = original
         self._leaves: dict[Key, Tensor] = {}
         self.compacted: set[str] = set()
+        self.decisions: Decisions = ()
 
     def run_node(self, n: Node) -> Any:
         if n.op == "get_attr":
             return self._leaf(n)
         if n.name in self._statistics and n.name in self._cut and self._is_cut(n):
             return self._compact(n)
-        result = super().run_node(n)
+        if n.target is choose_branch and self.decisions:
+            result = self.fetch_args_kwargs_from_env(n)[0][1 if self.decisions[len(branch_path(n))] else 2]
+        else:
+            result = super().run_node(n)
         if isinstance(result, Tensor):
             return _zeroed(result, self._masks.get(self._recording.key(n)), in_place=n.op == "call_function")
         if isinstance(result, tuple | list):

@@ -10,6 +10,7 @@ from mil_cli.graph.coupling.operators import operator_name
 from mil_cli.graph.coupling.record import Recording
 from mil_cli.graph.coupling.relations import (
     attention,
+    branches,
     contraction,
     convolution,
     indexing,
@@ -36,6 +37,7 @@ RULES: Rules = MappingProxyType(
         **spatial.RULES,
         **spectral.RULES,
         **indexing.RULES,
+        **branches.RULES,
     }
 )
 """Op name -> rule; pointwise ops are recognised besides."""

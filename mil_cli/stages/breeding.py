@@ -190,6 +190,11 @@ class _Breeder:
         return int(torch.randint(count, (), generator=self._generator))
 
 
+def with_choice(candidate: Candidate, place: int, choice: int) -> Candidate:
+    """Return a candidate with another choice at one place."""
+    return (*candidate[:place], choice, *candidate[place + 1 :])
+
+
 def to_state(scored: Sequence[Scored]) -> list[dict[str, Any]]:
     """Return what was scored in the form that a checkpoint keeps."""
     return [{"candidate": list(entry.candidate), "quality": entry.quality, "cost": entry.cost} for entry in scored]

@@ -27,6 +27,9 @@ _AIM = 0.98
 _OFF = 0.02
 """How far below that, as a share of the goal, a measured latency is near enough."""
 
+WHOLE = "whole model"
+"""The key, among those of operators, of what the model before a stage takes when it is measured as a whole."""
+
 
 def latency_ratio(model: Model, reference: Model, context: Context) -> float:
     """Return a model's measured latency over that of another with the same inputs, by the protocol of all latencies.

@@ -193,12 +193,20 @@ class Propagation:
         names = self._sets.names()
         renamed = np.full(len(names) + 1, NO_LABEL)  # the last entry stands for no label
         renamed[used] = np.arange(len(used))
-        settled = {identity: renamed[labels] for identity, labels in roots.items()}
-        self.labels = {
-            key: {axis: settled[id(labels)] for axis, labels in axes.items()}
-            for key, axes in self.labels.items()
-            if axes
-        }
+        # Most tensors of a space have the same labels on the same axes; apart they would take most of the memory.
+        contents: dict[bytes, Labels] = {}
+        settled = {}
+        for identity, labels in roots.items():
+            named = renamed[labels]
+            settled[identity] = contents.setdefault(named.tobytes(), named)
+        alike: dict[tuple[tuple[int, int], ...], dict[int, Labels]] = {}
+        shared = {}
+        for key, axes in self.labels.items():
+            if axes:
+                named_axes = {axis: settled[id(labels)] for axis, labels in axes.items()}
+                signature = tuple((axis, id(labels)) for axis, labels in named_axes.items())
+                shared[key] = alike.setdefault(signature, named_axes)
+        self.labels = shared
         frozen: dict[int, Reason] = {}
         for label, reason in self.frozen.items():
             frozen.setdefault(int(renamed[names[label]]), reason)

@@ -10,6 +10,7 @@ from mil_cli.events import Progress
 from mil_cli.graph.coupling import Counter, Dropped, Removed
 from mil_cli.measure.operators import OperatorLister, OperatorTable
 from mil_cli.stages.breeding import Candidate
+from mil_cli.stages.measured import WHOLE
 from mil_cli.stages.nas.space import ElasticSpace
 from mil_cli.stages.nas.supernet import random_pool
 from mil_cli.stages.targets import Kernels
@@ -29,6 +30,8 @@ class CandidateCost:
         device: Where latencies are measured; only read for them.
         known: What `table` gave before an interruption.
         progress: Where measuring is reported.
+        whole: Measures the seconds of the whole model, to which predicted latencies are then scaled: they are not what
+            its operators add up to. None: they are.
 
     Raises:
         MeasureError: An operator's latency cannot be measured.
@@ -43,10 +46,13 @@ class CandidateCost:
         device: DeviceProfile,
         known: Mapping[str, float],
         progress: Progress,
+        whole: Callable[[], float] | None = None,
     ) -> None:
         self._space = space
         counter = Counter(space.coupling)
         self._table: OperatorTable | None = None
+        self._whole: float | None = None
+        self._scale = 1.0
         self._count: Callable[[Removed, Dropped], float]
         match quantity:
             case "macs":
@@ -55,8 +61,9 @@ class CandidateCost:
                 self._count = counter.params
             case "latency":
                 lister = OperatorLister(counter, kernels, device.int8.policy)
-                self._table = table = OperatorTable(device, known, progress)
-                self._count = lambda removed, dropped: table.seconds(lister.operators(removed, dropped))
+                operators = {key: seconds for key, seconds in known.items() if key != WHOLE}
+                self._table = table = OperatorTable(device, operators, progress)
+                self._count = lambda *cut: self._scale * table.seconds(lister.operators(*cut))
                 # What many candidates need is measured in one go: each go starts a process.
                 pool = [space.largest, space.smallest, *random_pool(space, seed=0, size=_MEASURED_AHEAD)]
                 parts = [(space.removed(candidate), space.dropped(candidate)) for candidate in pool]
@@ -64,6 +71,9 @@ class CandidateCost:
                 guessed = lister.approximated()
                 if guessed:
                     progress.notice(f"latency is only guessed for {', '.join(guessed)}")
+                if whole is not None:
+                    self._whole = known[WHOLE] if WHOLE in known else whole()
+                    self._scale = self._whole / self(space.largest)
 
     def __call__(self, candidate: Candidate) -> float:
         """Return the cost of a candidate: a count, or predicted seconds of one inference.
@@ -74,5 +84,6 @@ class CandidateCost:
         return self._count(self._space.removed(candidate), self._space.dropped(candidate))
 
     def table(self) -> dict[str, float]:
-        """Return the seconds of the operators measured, by operator; empty if the cost is no latency."""
-        return {} if self._table is None else self._table.known
+        """Return seconds of the operators measured, by operator, and of the whole model; empty if it is no latency."""
+        whole = {} if self._whole is None else {WHOLE: self._whole}
+        return {} if self._table is None else {**self._table.known, **whole}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,8 +15,11 @@ from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, group_norms, reorder, shared_cut
 from mil_cli.graph.model import Model
 from mil_cli.graph.residual import ResidualBranch, leave_out, residual_chains
-from mil_cli.stages.breeding import Candidate, Scored, evolve, from_state, ranked, to_state
+from mil_cli.stages.breeding import Candidate, Scored
+from mil_cli.stages.fitting import Fitting
+from mil_cli.stages.generations import Generations
 from mil_cli.stages.judging import quality_or_worst, with_fresh_statistics
+from mil_cli.stages.measured import Choice, Correction, latency_seconds
 from mil_cli.stages.nas.cost import CandidateCost, Quantity
 from mil_cli.stages.nas.space import ElasticSpace, depths_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, sandwich
@@ -44,8 +48,9 @@ class ElasticConfig(StageConfig):
     Attributes:
         macs: Multiply-accumulates to keep, as a ratio of what comes in (``0.3``, ``30%``) or a count (``6M``).
         params: Parameters to keep, likewise.
-        latency: Predicted latency to keep, as a ratio or a duration (``2 ms``). Exactly one of `macs`, `params` and
-            `latency` is given.
+        latency: Latency to keep, as a ratio or a duration (``2 ms``), predicted from a table of operators that are
+            measured on the device. A duration is what the whole model takes, its median, where `measured` holds; else
+            what its operators add up to. Exactly one of `macs`, `params` and `latency` is given.
         min_width: Smallest share of any width (channels, heads, hidden units) that a candidate may have.
         min_depth: Smallest share of a chain of residual branches; one branch of each is always kept.
         choices: Most widths to choose from on one axis.
@@ -62,12 +67,15 @@ class ElasticConfig(StageConfig):
             depends on the machine's speed. None: as many as `evaluations` says.
         search_samples: Samples of val that a score is taken on.
         recalibrate_samples: Training samples from which the batch norms of a candidate take their statistics.
+        measured: Whether a choice by predicted latency is corrected by measuring the whole candidate beside the model
+            that came in, until it keeps the target; not where `multiple` is int8, since it is not quantized yet.
         recover: Key of a train or distill stage of the recipe that fine-tunes the candidate chosen; None does not.
         recover_trainer: Trainer settings for that, over that stage's own.
     """
 
     family: ClassVar[str] = "nas"
     method: ClassVar[str] = "elastic"
+    version: ClassVar[int] = 2
     never_after: ClassVar[dict[str, str]] = {
         "quantize": "quantizers are placed and scaled for the widths that they find"
     }
@@ -89,6 +97,7 @@ class ElasticConfig(StageConfig):
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
     search_samples: int = Field(5000, ge=1)
     recalibrate_samples: int = Field(1024, ge=0)
+    measured: bool = True
     recover: str | None = None
     recover_trainer: dict[str, Any] = Field(default_factory=dict)
 
@@ -98,7 +107,6 @@ class ElasticConfig(StageConfig):
         if len(given) != 1:
             shown = " and ".join(given) if given else "none"
             raise ValueError(f"give exactly one of macs, params and latency, what is kept of it; {shown} is given")
-        self._kept()
         return self
 
     @property
@@ -106,13 +114,16 @@ class ElasticConfig(StageConfig):
         """What the target bounds."""
         return next(name for name in QUANTITIES if getattr(self, name) is not None)
 
-    def _kept(self) -> Kept:
+    @property
+    def kept(self) -> Kept:
+        """How much of it is kept."""
         asked = getattr(self, self.quantity)
         return parse_latency(asked) if self.quantity == "latency" else parse_kept(asked)
 
-    def bound(self, whole: float) -> float:
-        """Return the largest cost of a candidate, given that of the whole model."""
-        return self._kept().resolve(whole)
+    @property
+    def measures_latency(self) -> bool:
+        """Whether a choice by predicted latency is corrected by measuring float models, as the stage has them."""
+        return self.measured and self.quantity == "latency" and self.multiple == "float"
 
 
 @stage(ElasticConfig)
@@ -123,6 +134,8 @@ def elastic(model: Model, config: ElasticConfig, context: Context) -> Model:
     first ones of each. All candidates share the model's weights while they are trained together (Yu et al. 2020,
     "BigNAS"; Cai et al. 2020, "Once-for-All"), then an evolutionary search scores candidates within the bound on val,
     each with the statistics of its batch norms taken anew. The best is cut out, and fine-tuned if `recover` says so.
+    Where it takes another time than was predicted for a latency, the best are bred on, shortly, under a bound that
+    makes up for it.
 
     Args:
         model: The trained model; not changed.
@@ -136,16 +149,17 @@ def elastic(model: Model, config: ElasticConfig, context: Context) -> Model:
         StageError: Nothing of the model can shrink, or no candidate is within the bound.
     """
     ordered, space = prepare(model, config, context)
-    search = _Search(space, config, context)
-    found = search.run(lambda: train_supernet(ordered, space, config, context))
+    search = _Search(model, space, config, context)
+    found, measured = search.run(lambda: train_supernet(ordered, space, config, context))
     best = found[0]
     context.note(
         quantity=config.quantity,
         before=search.whole,
         target=search.bound,
         left=best.cost,
+        **({} if measured is None else {"measured": measured}),
         candidates=space.size,
-        scored=len(found),
+        scored=search.scored,
         search_quality=best.quality,
         architecture=space.describe(best.candidate),
         best=[{"quality": entry.quality, config.quantity: entry.cost} for entry in found[:_SHOWN]],
@@ -161,6 +175,7 @@ class _Search:
     """The search of one stage, with what it had reached when it was interrupted.
 
     Args:
+        model: The model that came in.
         space: The space.
         config: The settings.
         context: Gives data, device and checkpoints.
@@ -171,10 +186,11 @@ class _Search:
 
     supernet: Model
 
-    def __init__(self, space: ElasticSpace, config: ElasticConfig, context: Context) -> None:
-        self._space, self._config, self._context = space, config, context
+    def __init__(self, model: Model, space: ElasticSpace, config: ElasticConfig, context: Context) -> None:
+        self._model, self._space, self._config, self._context = model, space, config, context
         self._slot = context.slot("search")
-        self._state = self._slot.load() or {"plan": None, "scored": [], "table": {}}
+        self._state = self._slot.load() or {"plan": None, "scored": [], "table": {}, "measured": []}
+        absolute = config.measures_latency and config.kept.absolute
         self.cost = CandidateCost(
             space,
             config.quantity,
@@ -182,15 +198,17 @@ class _Search:
             device=context.device,
             known=self._state["table"],
             progress=context.progress,
+            whole=(lambda: latency_seconds(model, context)) if absolute else None,
         )
         self.whole = self.cost(space.largest)
-        self.bound = config.bound(self.whole)
+        self.bound = config.kept.resolve(self.whole)
+        self._generations = Generations(context, state=self._state, keep=self._keep, cost=self.cost, score=self._score)
         least = self.cost(space.smallest)
         if least > self.bound:
             raise self._too_small(f"the smallest candidate has {least:,.6g} of {self.whole:,.6g} {config.quantity}")
 
-    def run(self, train: Callable[[], Model]) -> list[Scored]:
-        """Train the supernet, score candidates, and return them, the best first.
+    def run(self, train: Callable[[], Model]) -> tuple[list[Scored], float | None]:
+        """Train the supernet, score candidates, and return them, the best first, and the measured seconds of that.
 
         Args:
             train: Gives the trained supernet.
@@ -199,35 +217,42 @@ class _Search:
             StageError: No candidate within the bound was found, or none gives finite outputs.
         """
         self.supernet = train()
-        context, state = self._context, self._state
-        higher = context.task.higher_is_better
-        if state["plan"] is None:
-            state["plan"] = _plan(self._config, lambda: self._score(self._space.largest))
+        if self._state["plan"] is None:
+            self._state["plan"] = _plan(self._config, lambda: self._score(self._space.largest))
+        correction = Correction(
+            self._model,
+            start=self.whole,
+            goal=self.bound,
+            context=self._context,
+            measured=self._state["measured"],
+            keep=self._keep,
+            active=self._config.measures_latency,
+        )
+        return correction.search(self._choice)
 
-        def keep(scored: list[Scored]) -> None:
-            state["scored"], state["table"] = to_state(scored), self.cost.table()
-            self._slot.save(state)
-            bar.advance(note=f"best {context.task.metric_name} {ranked(scored, higher)[0].quality:.4g}")
+    @property
+    def scored(self) -> int:
+        """How many candidates were scored."""
+        return len(self._state["scored"])
 
-        known = from_state(state["scored"])
-        with context.progress.work(f"{context.name}: searching", state["plan"]["evaluations"], done=len(known)) as bar:
-            found = evolve(
-                self._space,
-                cost=self.cost,
-                bound=self.bound,
-                score=self._score,
-                higher_is_better=higher,
-                generator=context.generator,
-                known=known,
-                on_scored=keep,
-                **state["plan"],
-            )
+    def _keep(self) -> None:
+        self._state["table"] = self.cost.table()
+        self._slot.save(self._state)
+
+    def _choice(self, target: float, before: int) -> Choice[list[Scored]]:
+        space, context = self._space, self._context
+        bound = max(target, self.cost(space.smallest))
+        fitting = Fitting(space, self.cost, bound)
+        found = self._generations.best(space, fitting, bound, before=before, **self._state["plan"])
         if not found:
             raise self._too_small("no candidate within the bound was found")
-        if not math.isfinite(found[0].quality):
+        best = found[0]
+        if not math.isfinite(best.quality):
             hint = f"lower stages.{context.name}.trainer.learning_rate, or keep more"
             raise StageError("no candidate gives finite outputs", where=f"stages.{context.name}", hint=hint)
-        return found
+        worth = best.quality if context.task.higher_is_better else -best.quality
+        cut = partial(cut_candidate, space, best.candidate, self.supernet)
+        return Choice(best.candidate, best.cost, cut, found, worth)
 
     def _score(self, candidate: Candidate) -> float:
         model = candidate_model(self.supernet, self._space, candidate, self._config, self._context)

@@ -77,9 +77,18 @@ class ElasticSpace:
         return (0,) * len(self.axes)
 
     @cached_property
+    def last(self) -> Candidate:
+        """The last choice of every axis."""
+        return tuple(len(axis.choices) - 1 for axis in self.axes)
+
+    @cached_property
     def smallest(self) -> Candidate:
         """The candidate that keeps least everywhere."""
-        return self.canonical(tuple(len(axis.choices) - 1 for axis in self.axes))
+        return self.canonical(self.last)
+
+    def allows(self, candidate: Candidate) -> bool:
+        """Whether there is such a candidate: all choices go together."""
+        return all(0 <= choice <= most for choice, most in zip(candidate, self.last, strict=True))
 
     @cached_property
     def size(self) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mil_cli.graph.coupling import Counter, Coupling, Dropped, MemoryEstimate, Removed
 from mil_cli.measure.operators import OperatorLister, OperatorTable
-from mil_cli.stages.measured import latency_seconds
+from mil_cli.stages.measured import WHOLE, latency_seconds
 from mil_cli.stages.prune.settings import CutConfig
 
 if TYPE_CHECKING:
@@ -20,10 +20,6 @@ class Measure(Protocol):
 
     def __call__(self, removed: Removed, dropped: Dropped = ..., /) -> float:
         """Return what is left without the removed classes, by space, and without the nodes that are dropped."""
-
-
-_WHOLE = "whole model"
-"""The key, among those of operators, of what the model before the stage takes when it is measured as a whole."""
 
 
 class Amount:
@@ -53,10 +49,10 @@ class Amount:
     ) -> None:
         self._config = config
         self._context = context
-        operators = {key: seconds for key, seconds in (known or {}).items() if key != _WHOLE}
+        operators = {key: seconds for key, seconds in (known or {}).items() if key != WHOLE}
         latency = config.quantity == "latency"
         self._table = OperatorTable(context.device, operators, context.progress) if latency else None
-        self._whole, self._scale = (known or {}).get(_WHOLE), 1.0
+        self._whole, self._scale = (known or {}).get(WHOLE), 1.0
         if config.measures_latency and config.kept.absolute:
             self._whole = latency_seconds(original, context) if self._whole is None else self._whole
             self._scale = self._whole / self.measure(coupling)({})
@@ -92,7 +88,7 @@ class Amount:
     @property
     def table(self) -> dict[str, float]:
         """Seconds of the operators measured, by operator, and of the whole model; empty if it is no latency."""
-        whole = {} if self._whole is None else {_WHOLE: self._whole}
+        whole = {} if self._whole is None else {WHOLE: self._whole}
         return {} if self._table is None else {**self._table.known, **whole}
 
     @property

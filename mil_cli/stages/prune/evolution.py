@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from mil_cli.errors import StageError
-from mil_cli.stages.breeding import Scored, evolve, from_state, ranked, to_state
+from mil_cli.stages.breeding import Scored, with_choice
+from mil_cli.stages.fitting import Fitting
+from mil_cli.stages.generations import Generations
 from mil_cli.stages.measured import Choice
 from mil_cli.stages.prune.searching import Search, SearchConfig
-from mil_cli.stages.prune.structures import Structures, with_choice
+from mil_cli.stages.prune.structures import Structures
 from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 _MEASURED_AHEAD = 300
 _SHOWN = 20
-
-_AGAIN = 0.25
-"""What part of the evaluations, and of the population, another choice for a corrected latency takes."""
 
 
 class EvolutionConfig(SearchConfig):
@@ -97,8 +95,10 @@ class _Breeding:
     def __init__(self, search: Search, config: EvolutionConfig, context: Context, state: dict[str, Any]) -> None:
         self._search, self._config, self._context, self._state = search, config, context, state
         self._slot = context.slot("generations")
-        self._scored: list[Scored] = []
         self.structures = search.structures(search.model)
+        self._generations = Generations(
+            context, state=state, keep=self.keep, cost=self.structures.cost, score=self._quality
+        )
 
     def keep(self) -> None:
         """Write the checkpoint."""
@@ -111,45 +111,26 @@ class _Breeding:
         Raises:
             StageError: No structure gives finite outputs.
         """
-        structures, higher = self.structures, self._context.task.higher_is_better
+        structures = self.structures
         space = BoundedStructures(structures, max(target, structures.cost(structures.smallest)))
-        evaluations, population = self._config.evaluations, self._config.population
-        first = [space.even()]
-        if before:
-            evaluations, population = (max(2, round(count * _AGAIN)) for count in (evaluations, population))
-            generator = self._context.generator(f"choice {before}")
-            elite = ranked(self._scored, higher)[:population]
-            first = [space.fitted(entry.candidate, generator) for entry in elite]
-        known = from_state(self._state["scored"])
-        done = 0 if before else min(len(known), evaluations)
-        with self._context.progress.work(f"{self._context.name}: searching", evaluations, done=done) as bar:
-
-            def keep(scored: list[Scored]) -> None:
-                self._state["scored"] = to_state(scored)
-                self.keep()
-                best = ranked(scored[len(known) :], higher)[0].quality
-                bar.advance(note=f"best {self._context.task.metric_name} {best:.4g}")
-
-            found = evolve(
-                space,
-                cost=structures.cost,
-                bound=space.bound,
-                score=lambda candidate: self._search.quality(self._search.fresh(structures, candidate)),
-                higher_is_better=higher,
-                evaluations=evaluations,
-                population=population,
-                generator=lambda purpose: self._context.generator(f"choice {before} {purpose}" if before else purpose),
-                first=first,
-                known=known,
-                on_scored=keep,
-            )
+        found = self._generations.best(
+            space,
+            space.fitting,
+            space.bound,
+            before=before,
+            evaluations=self._config.evaluations,
+            population=self._config.population,
+            first=[space.even()],
+        )
         if not math.isfinite(found[0].quality):
             hint = "keep more, or fine-tune the model before it is pruned"
             raise StageError("no structure gives finite outputs", where=f"stages.{self._context.name}", hint=hint)
-        self._scored += found
         best = found[0]
-        worth = best.quality if higher else -best.quality
+        worth = best.quality if self._context.task.higher_is_better else -best.quality
         return Choice(best.candidate, best.cost, lambda: self._search.cut(structures, best.candidate), found, worth)
+
+    def _quality(self, candidate: Candidate) -> float:
+        return self._search.quality(self._search.fresh(self.structures, candidate))
 
 
 class BoundedStructures:
@@ -161,10 +142,12 @@ class BoundedStructures:
 
     Attributes:
         bound: The same.
+        fitting: Fits structures to it.
     """
 
     def __init__(self, structures: Structures, bound: float) -> None:
         self._structures, self.bound = structures, bound
+        self.fitting = Fitting(structures, structures.cost, bound)
 
     @property
     def smallest(self) -> Candidate:
@@ -184,7 +167,7 @@ class BoundedStructures:
 
     def sample(self, generator: torch.Generator) -> Candidate:
         """Draw a structure: the whole one, shrunk at random, some axes much sooner than others."""
-        return self.shrunk(self._structures.whole, generator)
+        return self.fitting.shrunk(self._structures.whole, generator)
 
     def mutate(self, candidate: Candidate, generator: torch.Generator, *, probability: float) -> Candidate:
         """Return a structure some of whose axes are drawn anew, each with the probability given, at least one."""
@@ -194,7 +177,7 @@ class BoundedStructures:
             choice = int(torch.randint(self._structures.last[place] + 1, (), generator=generator))
             changed = with_choice(candidate, place, choice)
             candidate = changed if self._structures.allows(changed) else candidate
-        return self.shrunk(candidate, generator)
+        return self.fitting.shrunk(candidate, generator)
 
     def cross(self, first: Candidate, second: Candidate, generator: torch.Generator) -> Candidate:
         """Return a structure that has each axis from one of two; a chain that would lose too much is the first's."""
@@ -202,51 +185,7 @@ class BoundedStructures:
         child = tuple(a if coin < 0.5 else b for a, b, coin in zip(first, second, coins, strict=True))
         if not self._structures.allows(child):
             child = (*child[: len(self._structures.widths)], *first[len(self._structures.widths) :])
-        return self.shrunk(child, generator)
-
-    def shrunk(self, candidate: Candidate, generator: torch.Generator) -> Candidate:
-        """Return a structure within the bound: the given one after as few steps as are needed of a random sequence.
-
-        Args:
-            candidate: A structure that keeps the limits of chains.
-            generator: Draws the sequence.
-        """
-        structures = self._structures
-        paths = [candidate]
-        for place in self._sequence(candidate, generator):
-            step = with_choice(paths[-1], place, paths[-1][place] + 1)
-            if structures.allows(step):
-                paths.append(step)
-        low, high = 0, len(paths) - 1
-        if structures.cost(paths[high]) > self.bound:
-            return structures.smallest
-        while low < high:
-            middle = (low + high) // 2
-            if structures.cost(paths[middle]) <= self.bound:
-                high = middle
-            else:
-                low = middle + 1
-        return structures.canonical(paths[low])
-
-    def fitted(self, candidate: Candidate, generator: torch.Generator) -> Candidate:
-        """Return a structure that uses the bound: the given one, shrunk or widened by steps of a random sequence."""
-        structures = self._structures
-        if structures.cost(candidate) > self.bound:
-            return self.shrunk(candidate, generator)
-        for place in self._sequence(tuple(map(operator.sub, structures.last, candidate)), generator):
-            wider = with_choice(candidate, place, candidate[place] - 1)
-            if structures.cost(wider) <= self.bound:
-                candidate = wider
-        return structures.canonical(candidate)
-
-    def _sequence(self, candidate: Candidate, generator: torch.Generator) -> list[int]:
-        """Return all axes in a random order, each as often as it can still be narrowed; a share of them goes first."""
-        weights = torch.rand(len(candidate), generator=generator).tolist()
-        steps = []
-        for place, (choice, most) in enumerate(zip(candidate, self._structures.last, strict=True)):
-            times = torch.rand(most - choice, generator=generator).sort().values.tolist()
-            steps += [(weights[place] * time, place) for time in times]
-        return [place for _, place in sorted(steps)]
+        return self.fitting.shrunk(child, generator)
 
 
 def _measure_ahead(structures: Structures, search: Search, context: Context) -> None:

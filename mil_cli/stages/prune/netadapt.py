@@ -11,11 +11,12 @@ from pydantic import Field
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import analyse, cut
 from mil_cli.graph.residual import remove_branches, residual_chains
+from mil_cli.stages.breeding import with_choice
 from mil_cli.stages.judging import mean_loss
 from mil_cli.stages.prune.schedule import weights_of
 from mil_cli.stages.prune.searching import Search, SearchConfig
 from mil_cli.stages.prune.selection import by_space
-from mil_cli.stages.prune.structures import Structures, with_choice
+from mil_cli.stages.prune.structures import Structures
 from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:

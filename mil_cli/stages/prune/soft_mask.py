@@ -41,6 +41,7 @@ class SoftMaskConfig(TrainedPruningConfig):
     """
 
     method: ClassVar[str] = "soft_mask"
+    version: ClassVar[int] = 3
 
     ramp: float = Field(0.5, ge=0, le=1)
     reach: float = Field(60.0, gt=0, allow_inf_nan=False)

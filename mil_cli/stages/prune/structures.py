@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mil_cli.graph.coupling import Coupling, repair
 from mil_cli.graph.residual import ResidualBranch
-from mil_cli.stages.breeding import Candidate
+from mil_cli.stages.breeding import Candidate, with_choice
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -176,8 +176,3 @@ class Structures:
             for width in self.widths
         ]
         return {"structure": widths, "left_out": [branch.addition for branch in self.left_out(candidate)]}
-
-
-def with_choice(candidate: Candidate, place: int, choice: int) -> Candidate:
-    """Return a candidate with another choice at one place."""
-    return (*candidate[:place], choice, *candidate[place + 1 :])

@@ -16,17 +16,21 @@ from mil_cli.data.tensors import TensorSplit
 from mil_cli.device.host import resolve
 from mil_cli.errors import StageError
 from mil_cli.events import SilentProgress
+from mil_cli.graph.coupling import Counter
 from mil_cli.graph.model import Model
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
+from mil_cli.stages import measured
 from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.nas import cost
+from mil_cli.stages.nas import elastic as elastic_file
 from mil_cli.stages.nas.elastic import ElasticConfig, elastic, prepare
 from mil_cli.stages.nas.supernet import SharedCandidates, random_pool, sandwich
 from mil_cli.stages.registry import config_type
 from mil_cli.task.classification import Classification
 from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig
-from tests.stages.contexts import Kill, running
+from tests.stages.contexts import Kill, run_through_kills, running
 
 QUICK: dict[str, Any] = {
     "macs": 0.3,
@@ -87,9 +91,118 @@ def test_latency_can_be_the_bound_and_the_table_is_kept(trained: Model, kernels:
     settings = {**QUICK, "macs": None, "latency": 0.75, "multiple": kernels, "round_to": 8}
     small = elastic(trained, ElasticConfig(**settings), used)
     assert small.macs() < trained.macs()
-    assert used.notes["left"] <= used.notes["target"] < used.notes["before"]  # type: ignore[operator]
+    held = "measured" if kernels == "float" else "left"  # what a busy machine measures may miss it
+    assert used.notes[held] <= (1.2 if kernels == "float" else 1.0) * used.notes["target"]  # type: ignore[operator]
+    assert used.notes["target"] < used.notes["before"]  # type: ignore[operator]
     assert len(used.notes["latency_table"]) > 10  # type: ignore[arg-type]
     assert any(read.startswith("device/") for read in used.trace.reads)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, error: float, whole: float = 1.0) -> list[float]:
+    """Let operations be the prediction, and what is measured be off by a factor; returns the ratios measured.
+
+    Args:
+        monkeypatch: Puts it in.
+        error: The factor.
+        whole: Seconds that the whole model takes, ten times what its operators add up to.
+    """
+    ratios: list[float] = []
+
+    class Lister:
+        def __init__(self, counter: Counter, *_: object) -> None:
+            self.operators = lambda *cut: [0.1 * whole * counter.macs(*cut) / counter.macs({})]
+            self.approximated = list
+
+    def ratio(cut: Model, original: Model, _: object) -> float:
+        ratios.append(error * cut.macs() / original.macs())
+        return ratios[-1]
+
+    monkeypatch.setattr(cost, "OperatorLister", Lister)
+    monkeypatch.setattr(cost.OperatorTable, "seconds", lambda _, operators: sum(operators))
+    monkeypatch.setattr(cost.OperatorTable, "measure", lambda _, operators: list(operators))
+    monkeypatch.setattr(measured, "latency_ratio", ratio)
+    return ratios
+
+
+LATENCY: dict[str, Any] = {**QUICK, "macs": None, "latency": 0.5, "round_to": 1, "choices": 1000}
+
+
+@pytest.mark.parametrize("error", [1.1, 1.0, 0.9])
+def test_the_winner_keeps_its_latency_when_it_is_measured(
+    trained: Model, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = trained.fingerprint()
+    ratios = pretend(monkeypatch, error)
+    used = context()
+    small = elastic(trained, ElasticConfig(**LATENCY), used)
+    true = error * small.macs() / trained.macs()
+    assert 0.4 <= true <= 0.5  # the best of those that keep it is taken, not the slowest
+    assert used.notes["measured"] == pytest.approx(true * used.notes["before"])  # type: ignore[operator]
+    assert used.notes["left"] == pytest.approx(true / error * used.notes["before"])  # type: ignore[operator]
+    assert 1 <= len(ratios) <= 4
+    if error > 1:
+        assert max(ratios) > 0.5  # by prediction alone it would have been missed
+    assert used.notes["scored"] <= 8 + 2 * (len(ratios) - 1)  # type: ignore[operator]
+    assert trained.fingerprint() == before
+
+
+def test_a_latency_in_seconds_is_that_of_the_whole_model(
+    trained: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine seems twice as slow after the interruption; what was measured before counts."""
+    pretend(monkeypatch, 1.1, whole=0.02)
+    taken: list[float] = []
+    real, asked = measured.latency_ratio, 0
+
+    def seconds(model: Model, _: object) -> float:
+        taken.append(0.02 * (1 + len(taken)))
+        return taken[-1]
+
+    def dying(*args: Any) -> float:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            raise Kill
+        return real(*args)
+
+    monkeypatch.setattr(elastic_file, "latency_seconds", seconds)
+    monkeypatch.setattr(measured, "latency_ratio", dying)
+    config = ElasticConfig(**{**LATENCY, "latency": "10 ms"})
+    with pytest.raises(Kill):
+        elastic(trained, config, context(tmp_path))
+    used = context(tmp_path)
+    small = elastic(trained, config, used)
+    assert taken == [0.02]
+    assert used.notes["before"] == pytest.approx(0.02)
+    assert used.notes["measured"] == pytest.approx(0.02 * 1.1 * small.macs() / trained.macs())
+    assert 0.008 <= used.notes["measured"] <= 0.01  # type: ignore[operator]
+
+
+def test_killed_between_measurements_it_decides_by_what_it_had_measured(
+    trained: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = pretend(monkeypatch, 1.1)
+    used = context()
+    whole = elastic(trained, ElasticConfig(**LATENCY), used)
+    asked = len(ratios)
+    assert asked > 1
+    resumed = run_through_kills(
+        lambda: elastic(trained, ElasticConfig(**LATENCY), context(tmp_path)), monkeypatch, saves=(10, 12, 13, 14)
+    )
+    assert len(ratios) == 2 * asked  # what was kept was not measured again
+    assert resumed.fingerprint() == whole.fingerprint()
+
+
+@pytest.mark.parametrize("changes", [{"measured": False}, {"multiple": "int8"}, {"latency": None, "macs": 0.5}])
+def test_where_it_is_not_wanted_nothing_is_measured(
+    trained: Model, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = pretend(monkeypatch, 1.1)
+    used = context()
+    small = elastic(trained, ElasticConfig(**{**LATENCY, **changes}), used)
+    assert small.macs() <= 0.5 * trained.macs()
+    assert ratios == []
+    assert "measured" not in used.notes
 
 
 def test_a_transformer_loses_heads_and_blocks() -> None:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from mil_cli.data.digits import digits
 from mil_cli.errors import StageError
-from mil_cli.graph.coupling import Coupling, analyse, cut
+from mil_cli.graph.coupling import Counter, Coupling, analyse, cut
+from mil_cli.graph.coupling.expected import ExpectedCount
 from mil_cli.graph.coupling.readers import scaling_members
 from mil_cli.graph.model import Model
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
-from mil_cli.ops.hard_concrete import hard_concrete
+from mil_cli.ops.hard_concrete import hard_concrete, probability_open
 from mil_cli.stages.prune import rounds
 from mil_cli.stages.prune.gates import fold_gates, insert_gates, place_gates
 from mil_cli.stages.prune.soft_mask import SoftMaskConfig, soft_mask
@@ -96,6 +97,21 @@ def test_gates_lie_on_what_layers_read_and_else_on_everything() -> None:
         ["out.weight", "qkv.bias", "qkv.weight"],
         ["qkv.bias", "qkv.weight"],
     ]
+
+
+def test_gates_drawn_at_random_keep_what_is_expected() -> None:
+    """Of a transformer, whose attention is a sum of two products: the mean over cuts of what drawn gates close."""
+    torch.manual_seed(0)
+    coupling = analyse(captured(NETS["vit"]()))
+    gates, counter = place_gates(coupling.graph, coupling), Counter(coupling)
+    odds = 2 * torch.randn(gates.count)
+    counts = []
+    for _ in range(2000):
+        open_ = gates.by_class(hard_concrete(odds, True))
+        parts = torch.split(open_, [space.size for space in coupling.spaces])
+        counts.append(counter.macs({n: set((part == 0).nonzero().flatten().tolist()) for n, part in enumerate(parts)}))
+    expected = ExpectedCount(counter, "macs")(gates.by_class(probability_open(odds.double())))
+    assert float(expected) == pytest.approx(sum(counts) / len(counts) / counter.macs({}), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from mil_cli.graph.model import Model
 from mil_cli.models.mobilenet import mobilenet
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
+from mil_cli.stages.breeding import with_choice
 from mil_cli.stages.prune.evolution import EvolutionConfig
 from mil_cli.stages.prune.searching import Search
-from mil_cli.stages.prune.structures import Limit, Structures, with_choice
+from mil_cli.stages.prune.structures import Limit, Structures
 from mil_cli.stages.registry import config_type, function_of
 from tests.stages.prune import blocks
 

@@ -111,6 +111,7 @@ def kill_and_go_on(tmp_path: Path, moments: list[float], *overrides: str) -> Pat
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     started = time.monotonic()
     run(tmp_path / "cache", tmp_path / "whole", *SHORT)

@@ -157,6 +157,7 @@ def test_val_decides_nothing() -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_a_student_learns_without_statistics_too() -> None:
     context = _context(trainer=TrainerConfig(epochs=8, batch_size=64, learning_rate=0.05))
     changes = {"samples": 2000, "warmup": 100, "bank": 2000, "flip": False, "adversarial_weight": 20.0}

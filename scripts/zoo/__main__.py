@@ -100,7 +100,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th model from the I-th")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one model")
     parser.add_argument("--memory", type=int, default=12, help="GiB for one model")
-    parser.add_argument("--rows", type=Path, default=Path("runs/zoo.jsonl"), help="results, one line a model")
+    parser.add_argument("--rows", type=Path, default=Path("docs/results/zoo.jsonl"), help="results, one line a model")
     parser.add_argument("--out", type=Path, default=Path("docs/results/zoo.md"), help="the page")
     parser.add_argument("--catalogues", nargs="+", default=CATALOGUES, help=argparse.SUPPRESS)
     parser.add_argument("--preload", nargs="*", default=PRELOADED, help=argparse.SUPPRESS)

@@ -114,8 +114,10 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_interrupts(number: signal.Signals) -> None:
+    # A shell starts what runs in the background with SIGINT ignored, which children inherit.
     code = (
-        "import sys, time, typer\nfrom mil_cli.cli import main as m\n"
+        "import signal, sys, time, typer\nfrom mil_cli.cli import main as m\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "app = typer.Typer(); app.callback()(lambda: None)\n"
         "def act():\n    print('ready', flush=True)\n    time.sleep(30)\n"
         "app.command()(act)\nm.app = app\nsys.exit(m.main(['act']))"

@@ -36,6 +36,7 @@ def points(*methods: str, of: str = "code") -> list[Point]:
     return [{"method": method, "seed": 3, "of": of} for method in methods]
 
 
+@pytest.mark.slow
 def test_a_failing_point_spares_the_others_and_only_what_is_missing_is_computed(tmp_path: Path) -> None:
     kept, work = tmp_path / "deep" / "rows.jsonl", partial(square, tmp_path)
     phases = [points("first"), points("breaks", "a", "b")]

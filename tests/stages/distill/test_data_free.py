@@ -135,6 +135,7 @@ def test_the_generators_loss_is_the_weighted_sum_of_its_terms(alone: bool) -> No
         torch.testing.assert_close(synthesis.loss(x, labels, adversarial=1.1), expected)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TrainerConfig(epochs=3, batch_size=64, learning_rate=0.05, checkpoint_every_seconds=0)
     config = DataFreeConfig.model_validate({**TOY, "every": 2, "generators": 2})

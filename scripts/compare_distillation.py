@@ -32,7 +32,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.distill.distil import DistillConfig, Lesson, student_of, teach
 from mil_cli.stages.distill.pairs import pair_layers
 from mil_cli.training.evaluate import evaluate
-from scripts.comparison import Point, Result, Rows, carry_out, origin_of, paired_interval, parser_of, table
+from scripts.comparison import Point, Result, Rows, carry_out, origin_of, paired_interval, parser_of, point_of, table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -118,9 +118,9 @@ def main(words: Sequence[str] | None = None) -> int:
     several = any(OURS[method].method == "ensemble" for method in arguments.methods if method in OURS)
     teachers = sorted({seed + next_ for seed in arguments.seeds for next_ in range(TEACHERS if several else 1)})
     phases = [
-        [_point(origins, ORIGINAL, {}, seed) for seed in teachers],
+        [point_of(origins, ORIGINAL, {}, seed) for seed in teachers],
         [
-            _point(origins, method, {"epochs": epochs}, seed)
+            point_of(origins, method, {"epochs": epochs}, seed)
             for seed in arguments.seeds
             for method in arguments.methods
             for epochs in arguments.epochs
@@ -133,10 +133,6 @@ def main(words: Sequence[str] | None = None) -> int:
         partial(_page, arguments, origins),
         preload=("scripts.comparison", "mil_cli.run.runner", "mil_cli.recipe.load", "torch.export"),
     )
-
-
-def _point(origins: Mapping[str, str], method: str, column: Mapping[str, Any], seed: int) -> Point:
-    return {"method": method, **column, "seed": seed, "of": origins[method]}
 
 
 def _recipe(file: Path, overrides: Sequence[str], method: str, *, epochs: int | None = None) -> Recipe:
@@ -279,7 +275,7 @@ def _page(arguments: argparse.Namespace, origins: Mapping[str, str], rows: Rows)
     columns = {f"{epochs} epochs": {"epochs": epochs} for epochs in arguments.epochs}
 
     def error(method: str, column: Mapping[str, Any], seed: int) -> float | None:
-        found = rows.result(_point(origins, method, column, seed))
+        found = rows.result(point_of(origins, method, column, seed))
         return None if found is None else 100 * (1 - float(found["quality"]))
 
     def pairs(one: str, other: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[float, float]]:
@@ -287,9 +283,9 @@ def _page(arguments: argparse.Namespace, origins: Mapping[str, str], rows: Rows)
         return [(mine, yours) for mine, yours in found if mine is not None and yours is not None]
 
     points = [
-        _point(origins, method, column, seed) for method in methods for column in columns.values() for seed in seeds
+        point_of(origins, method, column, seed) for method in methods for column in columns.values() for seed in seeds
     ]
-    teachers = [found for seed in seeds if (found := rows.result(_point(origins, ORIGINAL, {}, seed))) is not None]
+    teachers = [found for seed in seeds if (found := rows.result(point_of(origins, ORIGINAL, {}, seed))) is not None]
     shares = sorted({found["share"] for point in points if (found := rows.result(point)) is not None})
     computed = "; ".join([f"torchdistill {PEER_VERSION}", *rows.computed_on(points)])
     overrides = f" with `{' '.join(arguments.set)}`" if arguments.set else ""

@@ -32,7 +32,7 @@ from mil_cli.run.runner import Chain, run_chain
 from mil_cli.run.surroundings import build_surroundings
 from mil_cli.stages.context import Context
 from mil_cli.training.evaluate import evaluate
-from scripts.comparison import Point, Result, Rows, carry_out, origin_of, parser_of, table
+from scripts.comparison import Point, Result, Rows, carry_out, origin_of, parser_of, point_of, table
 
 QUICK = ("magnitude", "taylor", "fpgm", "hrank", "activation", "bn_scale", "random")
 SEARCHES = ("sensitivity", "netadapt")
@@ -55,9 +55,9 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     origins = {method: _origin(arguments.recipe, arguments.set, method) for method in (ORIGINAL, *arguments.methods)}
     phases = [
-        [_point(origins, ORIGINAL, {}, seed) for seed in arguments.seeds],
+        [point_of(origins, ORIGINAL, {}, seed) for seed in arguments.seeds],
         [
-            _point(origins, method, {"macs": macs}, seed)
+            point_of(origins, method, {"macs": macs}, seed)
             for seed in arguments.seeds
             for method in arguments.methods
             for macs in arguments.macs
@@ -70,10 +70,6 @@ def main(words: Sequence[str] | None = None) -> int:
         partial(_page, arguments, origins),
         preload=("scripts.comparison", "mil_cli.run.runner", "mil_cli.recipe.load", "scipy.optimize", "torch.export"),
     )
-
-
-def _point(origins: Mapping[str, str], method: str, column: Mapping[str, Any], seed: int) -> Point:
-    return {"method": method, **column, "seed": seed, "of": origins[method]}
 
 
 def _recipe(file: Path, overrides: Sequence[str], method: str) -> Recipe:
@@ -162,14 +158,14 @@ def _page(arguments: argparse.Namespace, origins: Mapping[str, str], rows: Rows)
     columns = {f"{1 / macs:.3g}x fewer operations": {"macs": macs} for macs in arguments.macs}
 
     def drop(method: str, column: Mapping[str, Any], seed: int) -> float | None:
-        original = rows.result(_point(origins, ORIGINAL, {}, seed))
-        found = rows.result(_point(origins, method, column, seed))
+        original = rows.result(point_of(origins, ORIGINAL, {}, seed))
+        found = rows.result(point_of(origins, method, column, seed))
         if original is None or found is None:
             return None
         return 100 * float((original["quality"] - found["quality"]) / original["quality"])
 
     points = [
-        _point(origins, method, column, seed)
+        point_of(origins, method, column, seed)
         for method in arguments.methods
         for column in columns.values()
         for seed in arguments.seeds

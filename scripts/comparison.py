@@ -44,6 +44,11 @@ _SHOWN = 16
 """Hexadecimal digits of a fingerprint that rows hold."""
 
 
+def point_of(origins: Mapping[str, str], method: str, column: Mapping[str, Any], seed: int) -> Point:
+    """Return the point of a method in a column for a seed; `origins` gives the fingerprint of each method."""
+    return {"method": method, **column, "seed": seed, "of": origins[method]}
+
+
 @dataclass(frozen=True)
 class Limits:
     """How points are computed.

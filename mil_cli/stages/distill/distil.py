@@ -204,7 +204,8 @@ def teach(
     """
     seen = context.data if data is None else data
     with ExitStack() as stack:
-        kept = bool(teachers) and cache_gb > 0 and views_repeat(seen, context.task, seed=context.seed)
+        keeps = bool(teachers) and not teacher_taps and cache_gb > 0
+        kept = keeps and views_repeat(seen, context.task, seed=context.seed)
         limit = int(cache_gb * 1e9) // max(len(teachers), 1)
         memories = [
             Memory(
@@ -215,7 +216,7 @@ def teach(
             for index, teacher in enumerate(teachers)
         ]
         if teachers:
-            context.note(teacher_outputs_kept=any(memory is not None for memory in memories) and not teacher_taps)
+            context.note(teacher_outputs_kept=any(memory is not None for memory in memories))
         where = f"stages.{context.name}.{'teacher' if len(teachers) == 1 else 'teachers'}"
         first = next(iter(seen.train.batches(_first_samples([student, *teachers]))))
 

@@ -364,7 +364,7 @@ def test_interrupted(project: Project, capsys: pytest.CaptureFixture[str], monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mil_cli.stages.quantize.static.place_observed", interrupt)
+        patched.setattr("mil_cli.stages.quantize.post_training.place_observed", interrupt)
         assert main(["compress", "recipe.yaml"]) == 130
     captured = capsys.readouterr()
     assert "the same command goes on" in captured.err

@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from mil_cli.graph.branches import choose_branch, inline_branches
 from mil_cli.graph.coupling.coupling import Coupling, Frozen, Member, Space
 from mil_cli.graph.coupling.disjoint import NO_LABEL, Labels
-from mil_cli.graph.coupling.normalise import copy_sharing_weights, normalise
+from mil_cli.graph.coupling.draft import draft_of
+from mil_cli.graph.coupling.normalise import normalise
 from mil_cli.graph.coupling.operators import argument, has_argument, operator_name
 from mil_cli.graph.coupling.record import Key, Recording, flat_inputs, record
 from mil_cli.graph.coupling.relations import relate
@@ -86,7 +87,7 @@ def _recorded(
     branches: bool,
 ) -> tuple[Recording, Mapping[Key, tuple[int, ...]]]:
     """Run a normalised copy of a graph, both branches of every choice if asked, and add the shapes of one sample."""
-    copy = copy_sharing_weights(graph)
+    copy = draft_of(graph)
     inline_regions(copy)
     if branches:
         inline_branches(copy)

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from mil_cli.errors import ModelError
 from mil_cli.graph.branches import outline_branches, restore_branches
 from mil_cli.graph.coupling.coupling import Coupling, Removed
-from mil_cli.graph.coupling.normalise import copy_sharing_weights
+from mil_cli.graph.coupling.draft import draft_of
 from mil_cli.graph.coupling.operators import Graphed, add_buffer, argument, operator_name
 from mil_cli.graph.coupling.record import Key
 from mil_cli.graph.coupling.rewrites import REWRITES, Edit
@@ -45,7 +45,7 @@ def cut_graph(
         id(leaf): _cut_tensor(_present(coupling, key, leaf, weights), leaf, masks.get(key, {}))
         for key, leaf in recording.leaves.items()
     }
-    module = copy_sharing_weights(coupling.graph, replaced)
+    module = draft_of(coupling.graph, replaced)
     pairs = list(zip(coupling.graph.graph.nodes, module.graph.nodes, strict=True))
     values: dict[str, Any] = {}
     for old, new in pairs:
@@ -54,8 +54,7 @@ def cut_graph(
     module.graph.eliminate_dead_code()
     restore_branches(module)
     module.graph.lint()
-    module.recompile()
-    return module
+    return module.compiled()
 
 
 def shared_cut(

@@ -8,44 +8,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node, map_arg
+from torch.fx import Node, map_arg
 
 from mil_cli.graph.coupling.fused import take_apart
 from mil_cli.graph.coupling.operators import add_buffer, argument, operator_name
 from mil_cli.graph.coupling.record import Recording
 from mil_cli.graph.coupling.relations.views import VIEWS
-from mil_cli.graph.nodes import get_attribute
 
 aten = torch.ops.aten
 
 _MOVES = frozenset({*VIEWS, "permute", "transpose", "swapaxes", "contiguous", "clone"})
 _LONGEST_CHAIN = 6
-
-
-def copy_sharing_weights(graph: GraphModule, replaced: dict[int, torch.Tensor] | None = None) -> GraphModule:
-    """Return a copy of a graph module whose nodes are its own and whose tensors are the original's.
-
-    Args:
-        graph: The module to copy.
-        replaced: By `id` of a tensor: what the copy holds in its place, wherever it is shared.
-    """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*graph.parameters(), *graph.buffers()]}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            value = get_attribute(graph, str(node.target))
-            if isinstance(value, torch.Tensor):
-                memo[id(value)] = value
-    memo.update(replaced or {})
-    with warnings.catch_warnings():
-        # copying the description of the inputs' tree constructs a class that torch itself has deprecated
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        return copy.deepcopy(graph, memo)
 
 
 def normalise(recording: Recording) -> None:

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.fx import GraphModule, Node
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from mil_cli.data.base import Batch, batch_count, mix_seed
 from mil_cli.events import Bar
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute
-from mil_cli.graph.segment import Segment, segment
-from mil_cli.graph.watch import watched
-from mil_cli.ops.learned_scale import SMALLEST_SCALE
+from mil_cli.graph.segment import segment
 from mil_cli.stages.context import Context, fingerprint_of
+from mil_cli.stages.quantize.ends import Ends, read_ends
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, Prepared
 from mil_cli.stages.quantize.rounding import exponent_at
 from mil_cli.stages.quantize.soft_segment import SoftSegment, kept_or_dropped
@@ -74,38 +71,6 @@ class Beyond:
     step_rate: float = 0.0
     drop: float = 0.0
     fisher: bool = False
-
-
-@dataclass(frozen=True)
-class Ends:
-    """The values at both ends of a unit, by batch.
-
-    Attributes:
-        inputs: What the quantized units before it give it.
-        smooth: What the float ones do; empty if nothing is dropped.
-        targets: What the float model has at its end.
-        importance: The weight of each error, shaped like the targets, with a mean of 1; None: all weigh the same.
-        channels: Output channels: errors are summed over them.
-    """
-
-    inputs: list[list[Any]]
-    smooth: list[list[Any]]
-    targets: list[Tensor]
-    importance: list[Tensor] | None
-    channels: int
-
-    def error(self, output: Tensor, batch: int) -> Tensor:
-        """Return the squared error of a position, summed over channels, in the mean of a batch."""
-        squares = (output - self.targets[batch]).square()
-        if self.importance is not None:
-            squares = squares * self.importance[batch]
-        return squares.sum() * (self.channels / squares.numel())
-
-    @torch.no_grad()
-    def whole_error(self, module: GraphModule) -> float:
-        """Return the error of a module in the mean of all batches."""
-        errors = [self.error(module(*inputs), batch) for batch, inputs in enumerate(self.inputs)]
-        return float(torch.stack(errors).double().mean())
 
 
 @dataclass(frozen=True)
@@ -230,7 +195,16 @@ class _Reconstruction:
         if not soft.names:
             bar.advance(self._config.iterations)
             return {"values": {}, "kept": False}
-        ends = self._ends(unit, soft.part)
+        ends = read_ends(
+            soft.part,
+            self.model,
+            self._float,
+            self._batches,
+            self._context.task,
+            channels=unit.channels,
+            smooth=self._beyond.drop > 0,
+            fisher=self._beyond.fisher,
+        )
         module = soft.part.module(self.model.graph)
         nearest = ends.whole_error(module)
         before = {name: get_attribute(self.model.graph, name).detach().clone() for name in soft.names}
@@ -245,77 +219,42 @@ class _Reconstruction:
         return {"values": values if kept else {}, "kept": kept, **facts}
 
     def _optimize(self, soft: SoftSegment, ends: Ends, bar: Bar) -> None:
-        config, beyond = self._config, self._beyond
-        logits = [rounding.logits for rounding in soft.roundings.values()]
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(logits, lr=config.learning_rate)] if logits else []
+        config = self._config
+        optimizers: list[torch.optim.Optimizer] = []
+        if soft.roundings:
+            logits = [rounding.logits for rounding in soft.roundings.values()]
+            optimizers.append(torch.optim.Adam(logits, lr=config.learning_rate))
         schedule = None
         if soft.steps:
-            rates = [{"params": [step], "lr": beyond.step_rate * step.item()} for step in soft.steps.values()]
+            rates = [{"params": [step], "lr": self._beyond.step_rate * step.item()} for step in soft.steps.values()]
             optimizers.append(torch.optim.Adam(rates))
             schedule = CosineAnnealingLR(optimizers[-1], config.iterations)
         draws = _Draws(config.iterations, self._size, len(ends.targets))
         split = self._context.with_train(draws, made=True).train
         for done, (batch,) in enumerate(split.batches(self._size, seed=soft.random.initial_seed())):
-            inputs = ends.inputs[batch]
-            if beyond.drop:
-                inputs = [
-                    kept_or_dropped(given, wanted, beyond.drop, soft.random)
-                    for given, wanted in zip(inputs, ends.smooth[batch], strict=True)
-                ]
-            loss = ends.error(soft.module(*inputs), batch)
-            start, end = config.exponents
-            exponent = exponent_at(done / config.iterations, warmup=config.warmup, start=start, end=end)
-            if exponent is not None:
-                loss = loss + config.penalty * sum(rounding.penalty(exponent) for rounding in soft.roundings.values())
-            loss.backward()
+            loss = self._loss(soft, ends, int(batch), done / config.iterations)
+            torch.autograd.backward(loss)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             if schedule is not None:
                 schedule.step()
-                with torch.no_grad():
-                    for step in soft.steps.values():
-                        step.clamp_(min=SMALLEST_SCALE)
+                soft.keep_positive()
             bar.advance()
 
-    def _ends(self, unit: Unit, part: Segment) -> Ends:
-        names = [node.name for node in part.inputs]
-        inputs = [values for values, _ in self._values(self.model, names)]
-        smooth, targets, importance = [], [], []
-        both = [*(names if self._beyond.drop else []), unit.end]
-        for values, gradient in self._values(self._float, both, gradient=self._beyond.fisher):
-            *given, target = values
-            smooth.append(given)
-            targets.append(target)
-            if gradient is not None:
-                importance.append(gradient.square())
-        mean = float(torch.stack([batch.mean() for batch in importance]).mean()) if importance else 0.0
-        weights = [batch / mean for batch in importance] if mean > 0 else None
-        return Ends(inputs, smooth, targets, weights, unit.channels)
-
-    def _values(
-        self, model: Model, names: Sequence[str], *, gradient: bool = False
-    ) -> Iterator[tuple[list[Any], Tensor | None]]:
-        """Yield for each batch the values of some nodes, and the gradient of the task's loss at the last of them."""
-        found: dict[str, Any] = {}
-        nodes: dict[str, Node] = {node.name: node for node in model.graph.graph.nodes}
-        runner = watched(model.graph, {nodes[name]: partial(found.__setitem__, name) for name in names})
-        task = self._context.task
-        for batch in self._batches:
-            args, kwargs = task.inputs(batch)
-            with torch.set_grad_enabled(gradient):
-                outputs = runner(*args, **kwargs)
-                slope = None
-                if gradient:
-                    loss = task.loss(outputs, batch)
-                    (slope,) = torch.autograd.grad(loss, found[names[-1]], materialize_grads=True)
-            yield [_copied(found[name]) for name in names], slope
-            found.clear()
-
-
-def _copied(value: Any) -> Any:
-    """Return a value that nobody writes into; sizes are numbers."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    def _loss(self, soft: SoftSegment, ends: Ends, batch: int, done: float) -> Tensor:
+        """Return the error on a batch, with the penalty, after a share `done` of the iterations."""
+        config, drop = self._config, self._beyond.drop
+        inputs = ends.inputs[batch]
+        if drop:
+            pairs = zip(inputs, ends.smooth[batch], strict=True)
+            inputs = [kept_or_dropped(given, wanted, drop, soft.random) for given, wanted in pairs]
+        loss = ends.error(soft.module(*inputs), batch)
+        start, end = config.exponents
+        exponent = exponent_at(done, warmup=config.warmup, start=start, end=end)
+        if exponent is not None:
+            loss = loss + config.penalty * sum(rounding.penalty(exponent) for rounding in soft.roundings.values())
+        return loss
 
 
 def _note(context: Context, config: ReconstructionConfig, units: Sequence[Unit], done: Mapping[str, Any]) -> None:

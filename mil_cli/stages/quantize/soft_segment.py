@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from mil_cli.graph.fold import reads_alone
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_attribute
 from mil_cli.graph.segment import Segment
+from mil_cli.ops.learned_scale import SMALLEST_SCALE
 from mil_cli.stages.quantize.insert import Quantizer
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.rounding import SoftRounding
@@ -72,6 +73,12 @@ class SoftSegment:
         weights = {name: rounding.decided() for name, rounding in self.roundings.items()}
         return {**weights, **{name: step.detach().clone() for name, step in self.steps.items()}}
 
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        """Raise steps that learning took below the smallest there may be."""
+        for step in self.steps.values():
+            step.clamp_(min=SMALLEST_SCALE)
+
     def undecided(self) -> int:
         """Return how many weights learning has left between two codes."""
         return sum(rounding.undecided() for rounding in self.roundings.values())
@@ -114,7 +121,8 @@ def kept_or_dropped(quantized: Any, smooth: Any, drop: float, random: torch.Gene
     """
     if not isinstance(quantized, Tensor) or not quantized.is_floating_point():
         return quantized
-    return torch.where(torch.rand(quantized.shape, generator=random) < drop, smooth, quantized)
+    keep = (torch.rand(quantized.shape, generator=random) >= drop).to(quantized.dtype)
+    return torch.lerp(smooth, quantized, keep)  # exact at both ends, and twice as fast as `where`
 
 
 def _rounds_alone(graph: GraphModule, node: Node) -> bool:

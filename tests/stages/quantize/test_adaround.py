@@ -113,7 +113,7 @@ def test_the_outputs_come_closer_than_by_nearest_rounding() -> None:
 
 def test_the_long_run_decides_nearly_all_by_itself() -> None:
     used = context()
-    quantize(make_model(), config(iterations=200, penalty=0.1), used)
+    quantize(make_model(), config(iterations=200, penalty=1.0), used)
     facts: Any = used.notes["units"]
     assert sum(unit["undecided"] for unit in facts) < 0.02 * (72 + 576 + 576 + 32)
 

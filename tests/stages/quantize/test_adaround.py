@@ -111,11 +111,16 @@ def test_the_outputs_come_closer_than_by_nearest_rounding() -> None:
     assert noise(quantize(model, config(), context())) < 0.7 * noise(quantize_static(model, static(), context()))
 
 
-def test_the_long_run_decides_nearly_all_by_itself() -> None:
-    used = context()
-    quantize(make_model(), config(iterations=200, penalty=1.0), used)
-    facts: Any = used.notes["units"]
-    assert sum(unit["undecided"] for unit in facts) < 0.02 * (72 + 576 + 576 + 32)
+def test_the_penalty_makes_learning_decide_by_itself() -> None:
+    def undecided(penalty: float) -> int:
+        used = context()
+        quantize(make_model(), config(iterations=200, learning_rate=0.1, penalty=penalty), used)
+        facts: Any = used.notes["units"]
+        return sum(unit["undecided"] for unit in facts)
+
+    weights_in_all = 72 + 576 + 576 + 32
+    assert undecided(0.1) < 0.01 * weights_in_all
+    assert undecided(0.0) > 0.5 * weights_in_all
 
 
 def test_what_is_worse_than_nearest_rounding_is_not_kept() -> None:

@@ -54,6 +54,8 @@ METHODS: dict[tuple[str, str], str] = {
     ("distill", "unlabelled"): "mil_cli.stages.distill.unlabelled",
     ("distill", "data_free"): "mil_cli.stages.distill.data_free",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
+    ("quantize", "adaround"): "mil_cli.stages.quantize.adaround",
+    ("quantize", "brecq"): "mil_cli.stages.quantize.brecq",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
 }
 """(family, method) -> the module that holds it."""

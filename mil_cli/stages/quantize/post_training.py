@@ -94,12 +94,12 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
     )
 
     def quantizer(node: Node, *, few: bool) -> Quantizer:
-        codes = rules.values(narrow=few)
+        codes = seen.codes[node, few]
         scale, zero_point = affine_parameters(*seen.ranges[node, few], codes)
         return Quantizer(torch.tensor(scale), torch.tensor(zero_point), codes)
 
     def weight(layer: Layer) -> Quantizer:
-        axis, levels = layer.axis if rules.per_channel else None, rules.weights(edge=layer.edge)
+        axis, levels = rules.axis(layer), rules.weights(layer)
         tensor = get_attribute(graph, str(layer.weight.target))
         scale = weight_scale(tensor, axis=axis, codes=levels, observer=config.weight_observer)
         return Quantizer(scale, torch.zeros(scale.shape, dtype=torch.int32), levels, axis)

@@ -55,6 +55,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("distill", "data_free"): "mil_cli.stages.distill.data_free",
     ("quantize", "static"): "mil_cli.stages.quantize.static",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
+    ("quantize", "mixed"): "mil_cli.stages.quantize.mixed",
 }
 """(family, method) -> the module that holds it."""
 

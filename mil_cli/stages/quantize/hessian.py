@@ -73,10 +73,10 @@ def _curvatures(
         try:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
                 loss = task.loss(model(*args, **kwargs), batch)
-                first = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
+                first = torch.autograd.grad(loss, weights, create_graph=True)
                 along = torch.stack([(one * vector).sum() for one, vector in zip(first, vectors, strict=True)]).sum()
-                second = torch.autograd.grad(along, weights, materialize_grads=True)
-        except RuntimeError as error:
+                second = torch.autograd.grad(along, weights)
+        except RuntimeError as error:  # an operator has none, or a weight is not reached through any
             reason = str(error).splitlines()[0]
             hint = "take sensitivity: loss"
             raise StageError(f"the loss has no second derivative: {reason}", where="sensitivity", hint=hint) from None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from mil_cli.device.profile import DeviceProfile
-from mil_cli.units import Kept, parse_bytes, parse_kept, parse_seconds
+from mil_cli.units import Kept, parse_bytes, parse_drop, parse_kept, parse_seconds
 
 
 def _checked(value: str | float) -> str | float:
@@ -45,6 +45,9 @@ def _checked_size(value: str | float) -> str | float:
 
 SizeTarget = Annotated[str | float, AfterValidator(_checked_size)]
 """What is kept of an exported file: a ratio (``0.3``, ``30%``) or a size (``100 kB``)."""
+
+Drop = Annotated[float, BeforeValidator(parse_drop), Field(ge=0)]
+"""By what share a quality may get worse (``0.01``, ``1%``)."""
 
 RoundTo = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 """Multiple that widths end on; ``auto`` takes the device's."""

@@ -19,7 +19,7 @@ from mil_cli.export.qdq import storage_bits
 from mil_cli.measure.size import size_bytes
 from mil_cli.stages.knapsack import choose
 from mil_cli.stages.quantize.placement import Layer, matches
-from mil_cli.stages.quantize.post_training import Prepared, prepare
+from mil_cli.stages.quantize.post_training import PostTrainingConfig, Prepared, prepare
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.sensitivity import (
     Curves,
@@ -155,6 +155,9 @@ def _settings(config: MixedConfig, context: Context) -> QuantizationConfig:
         where = f"stages.{context.name}.by"
         hint = "name a quantize stage that has weight_bits, such as static or lsq"
         raise StageError(f"'{config.by}' is {own.key()}, which takes no bits by layer", where=where, hint=hint)
+    if isinstance(own, PostTrainingConfig) and own.max_drop is not None:
+        where, hint = f"stages.{config.by}.max_drop", "take max_drop out: it gives layers more bits than were chosen"
+        raise StageError("mixed keeps a bound on bits, not on quality", where=where, value=own.max_drop, hint=hint)
     return own
 
 

@@ -165,7 +165,7 @@ def place(
         readers = placement.narrow if narrow is not None and narrow(layer) else wanted
         readers.setdefault(layer.source, set()).add(layer.node)
         if op_name(layer.node) in _CONVOLUTIONS:
-            placement.exclusive.add(_after_rectifier(layer.node))
+            placement.exclusive.add(after_rectifier(layer.node))
     placement.exclusive = {node for node in placement.exclusive if not _is_any(node, silent)}
     if policy == "cnn":
         _place_joins(graph, placement, wanted, silent)
@@ -270,7 +270,7 @@ def matches(pattern: str, layer: str, node: str) -> bool:
     return fnmatchcase(layer, pattern) or fnmatchcase(node, pattern) or layer.startswith(f"{pattern}.")
 
 
-def _after_rectifier(node: Node) -> Node:
+def after_rectifier(node: Node) -> Node:
     """Return the rectifier that is all that follows a node, else the node: onnxruntime fuses the two."""
     if len(node.users) == 1:
         user = next(iter(node.users))
@@ -289,7 +289,7 @@ def _place_joins(
         changed = False
         for node in joins:
             inputs = _join_inputs(node)
-            after = _after_rectifier(node)
+            after = after_rectifier(node)
             if after in placement.exclusive or not inputs or _only_goes_out(after):
                 continue
             if any(_is_any(value, silent) for value in (*inputs, after)):

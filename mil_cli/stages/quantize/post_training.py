@@ -21,6 +21,7 @@ from mil_cli.stages.quantize.placement import Layer, Placement, place_any
 from mil_cli.stages.quantize.ranges import affine_parameters
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.weights import WeightObserverName, protect_biases, weight_scale
+from mil_cli.stages.targets import Drop
 
 
 class PostTrainingConfig(QuantizationConfig):
@@ -31,11 +32,16 @@ class PostTrainingConfig(QuantizationConfig):
             clipped), ``mse`` (smallest squared error).
         percentile: For the percentile observer, in percent.
         weight_observer: How the range of weights is found.
+        max_drop: By what share of its value the quality on val may get worse in this stage: layers get 8 bits, or stay
+            float, until that holds, those first that do most damage. None: the settings hold, whatever comes of it.
+        max_drop_samples: Samples of val on which the damage of single layers is measured.
     """
 
     observer: ObserverName = "mse"
     percentile: float = Field(99.99, gt=50, le=100)
     weight_observer: WeightObserverName = "mse"
+    max_drop: Drop | None = None
+    max_drop_samples: int = Field(1000, ge=1)
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,9 @@ def test_what_cannot_be_is_told(model: Model, data: Data) -> None:
         mixed(model, config(by="fre", average_bits=4), context(data))
     with pytest.raises(StageError, match="'again' is quantize/mixed, which takes no bits by layer"):
         mixed(model, config(by="again", average_bits=4), context(data, again=MixedConfig(average_bits=4)))
+    held = StaticConfig.model_validate({"max_drop": "1%"})
+    with pytest.raises(StageError, match="not on quality"):
+        mixed(model, config(by="held", average_bits=4), context(data, held=held))
     with pytest.raises(ValidationError, match="give exactly one of average_bits and size"):
         MixedConfig()
     with pytest.raises(ValidationError, match="the bits of weights do not change a latency"):

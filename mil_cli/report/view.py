@@ -328,14 +328,14 @@ class LayerLine:
         weight_bits: Bits of its weight.
         activation_bits: Bits in which it reads its activation.
         share: Bits of its weight as a share of 8, for a bar.
-        added_loss: What these bits alone were found to add to the loss; empty where nobody looked.
+        added_cost: What these bits alone were found to cost; empty where nobody looked.
     """
 
     name: str
     weight_bits: int
     activation_bits: int
     share: float
-    added_loss: str
+    added_cost: str
 
 
 def layer_lines(stage: StageLine) -> list[LayerLine]:
@@ -343,7 +343,7 @@ def layer_lines(stage: StageLine) -> list[LayerLine]:
     costs = {entry["name"]: entry for entry in stage.notes.get("sensitivities") or []}
 
     def added(name: str, bits: int) -> str:
-        known = dict(zip(costs[name]["bits"], costs[name]["added_loss"], strict=True)) if name in costs else {}
+        known = dict(zip(costs[name]["bits"], costs[name]["added_cost"], strict=True)) if name in costs else {}
         return text.plain(known[bits]) if bits in known else ""
 
     return [

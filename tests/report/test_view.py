@@ -166,7 +166,7 @@ def test_bits_of_layers_are_shown_with_what_they_add_to_the_loss(make_report: Ma
         {"name": "stem", "weight_bits": 8, "activation_bits": 8, "per_channel": True},
         {"name": "body", "weight_bits": 2, "activation_bits": 6, "per_channel": True},
     ]
-    costs = [{"name": "body", "bits": [8, 2], "added_loss": [0.0, 0.0125]}]
+    costs = [{"name": "body", "bits": [8, 2], "added_cost": [0.0, 0.0125]}]
     report["stages"][2]["notes"] = {"layers": layers, "sensitivities": costs}
     *others, stage = view.stages_view(report).lines
     assert not any(view.layer_lines(other) for other in others)

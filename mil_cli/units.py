@@ -49,6 +49,14 @@ def parse_ratio(text: object) -> float:
     return _parse(text, {"": 1.0, "%": 0.01}, "a ratio")
 
 
+def parse_drop(text: object) -> float:
+    """Parse the share by which a quality may drop, such as ``1%``; below 1."""
+    value = parse_ratio(text)
+    if value >= 1:
+        raise ValueError(f"{text!r} is a drop of 100 % or more, which anything meets; write a share such as 1%")
+    return value
+
+
 @dataclass(frozen=True)
 class Kept:
     """How much of something a stage keeps: a ratio of what it got, or an absolute count."""

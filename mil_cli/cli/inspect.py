@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
     from mil_cli.graph.coupling import Coupling
     from mil_cli.graph.model import Model
-
-QUANTIZABLE = ("conv1d", "conv2d", "conv3d", "linear", "matmul", "bmm", "addmm", "mm")
-"""Operators with int8 kernels in the runtimes."""
+    from mil_cli.stages.quantize.describe import LayerBits
 
 
 def inspect(
@@ -36,9 +34,12 @@ def inspect(
 
     graph = load_graph(model)
     coupling = analyse(graph)
+    bits, origin = _bits(model, graph)
     _show_signature(graph, stdout)
-    _show_layers(graph, _cuttable(coupling), everything, stdout)
+    _show_layers(graph, _cuttable(coupling), bits, everything, stdout)
+    stdout.print(f"bits of weights (W) and of what layers read (A): {origin}", markup=False)
     _show_limits(coupling, stdout)
+    _show_float(bits, stdout)
     for notice in graph.spec.notices:
         stdout.print(f"note: {notice}", markup=False)
 
@@ -85,13 +86,40 @@ def _cuttable(coupling: Coupling) -> dict[str, tuple[int, int]]:
     return {name: (int(rows.sum()), len(rows)) for name, rows in free.items()}
 
 
-def _show_layers(graph: Model, cuttable: dict[str, tuple[int, int]], everything: bool, stdout: Console) -> None:
+def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
+    """Return the bits that layers have or would have, and by what."""
+    from mil_cli.device.host import resolve
+    from mil_cli.recipe.load import load_recipe
+    from mil_cli.stages.quantize.describe import planned_bits, present_bits
+    from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
+    from mil_cli.stages.quantize.static import StaticConfig
+
+    present = present_bits(graph)
+    if present.bits:
+        return present, "as they are"
+    device: dict[str, Any] = {"name": "host_cpu"}
+    config: QuantizationConfig = StaticConfig()
+    origin = "as quantize/static would give them by itself"
+    if path.suffix == ".yaml":
+        recipe = load_recipe(path)
+        device = recipe.device
+        for name in recipe.chain:
+            stage = recipe.stages[name]
+            if isinstance(stage, QuantizationConfig):
+                config, origin = stage, f"as the stage '{name}' ({stage.key()}) gives them"
+    profile = resolve(device, runnable=False)
+    return planned_bits(graph, Rules.on(config, profile.int8), config.skip), f"{origin}, on {profile.name}"
+
+
+def _show_layers(
+    graph: Model, cuttable: dict[str, tuple[int, int]], bits: LayerBits, everything: bool, stdout: Console
+) -> None:
     from rich.markup import escape
 
     from mil_cli.graph.count import count_layers
     from mil_cli.report.terminal import new_table, show
 
-    table = new_table("Layers", "module", "op", "output", "macs", "parameters", "prunable", "int8", numbers_from=3)
+    table = new_table("Layers", "module", "op", "output", "macs", "parameters", "prunable", "bits", numbers_from=3)
     for layer in count_layers(graph):
         if not everything and not layer.macs and not layer.params:
             continue
@@ -103,9 +131,23 @@ def _show_layers(graph: Model, cuttable: dict[str, tuple[int, int]], everything:
             f"{layer.macs:,}" if layer.macs else "",
             f"{layer.params:,}" if layer.params else "",
             f"{rows[0]} of {rows[1]}" if rows is not None and layer.params else "",
-            "yes" if layer.op in QUANTIZABLE and layer.macs else "",
+            _shown(bits.bits.get(layer.node), computes=bool(layer.macs)),
         )
     show(stdout, table)
+
+
+def _shown(bits: tuple[int, int | None] | None, *, computes: bool) -> str:
+    if bits is None:
+        return "float" if computes else ""
+    weight, read = bits
+    return f"W{weight}" if read is None else f"W{weight}A{read}"
+
+
+def _show_float(bits: LayerBits, stdout: Console) -> None:
+    if bits.kept_float:
+        stdout.print("stay float:")
+    for name, reason in bits.kept_float.items():
+        stdout.print(f"  {name}: {reason}", markup=False, soft_wrap=True)
 
 
 def _show_limits(coupling: Coupling, stdout: Console) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mil_cli.units import parse_bytes, parse_count, parse_joules, parse_ratio, parse_seconds
+from mil_cli.units import parse_bytes, parse_count, parse_drop, parse_joules, parse_ratio, parse_seconds
 
 
 def _positive(parse: Callable[[object], float]) -> BeforeValidator:
@@ -27,9 +27,7 @@ def _positive(parse: Callable[[object], float]) -> BeforeValidator:
 def _drop(text: object) -> float | None:
     if text is None:
         return None
-    value = parse_ratio(text)
-    if value >= 1:
-        raise ValueError(f"{text!r} is a drop of 100 % or more, which anything meets; write a share such as 1%")
+    value = parse_drop(text)
     if value <= -1:
         raise ValueError(f"{text!r} asks for a gain of 100 % or more; write a share such as 1%, or use min")
     return value

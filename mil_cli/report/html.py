@@ -105,6 +105,9 @@ def _details(stage: view.StageLine, *, metric: str) -> dict[str, Any]:
     history = notes.pop("history", None)
     widths = notes.pop("widths", None)
     convergence = notes.pop("convergence", None)
+    layers = view.layer_lines(stage)
+    if layers:
+        del notes["layers"]
     facts = {name: value for name, value in notes.items() if isinstance(value, str | int | float | bool)}
     rest = {name: value for name, value in notes.items() if name not in facts and value not in (None, {}, [])}
     return {
@@ -114,6 +117,7 @@ def _details(stage: view.StageLine, *, metric: str) -> dict[str, Any]:
         "charts": [chart for chart in _courses(history, convergence, metric=metric) if chart is not None],
         "convergence": view.convergence_lines(stage, metric=metric),
         "widths": _widths(widths),
+        "layers": layers,
         "rest": json.dumps(rest, indent=1, ensure_ascii=False, default=str) if rest else "",
     }
 

@@ -319,6 +319,41 @@ def _stage_line(entry: Figures, before: Figures | None, baseline: Figures) -> St
     )
 
 
+@dataclass(frozen=True)
+class LayerLine:
+    """The bits of one layer.
+
+    Attributes:
+        name: The layer.
+        weight_bits: Bits of its weight.
+        activation_bits: Bits in which it reads its activation.
+        share: Bits of its weight as a share of 8, for a bar.
+        added_cost: What these bits alone were found to cost; empty where nobody looked.
+    """
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    share: float
+    added_cost: str
+
+
+def layer_lines(stage: StageLine) -> list[LayerLine]:
+    """Return the bits of the layers of a stage that did not give all of them the same."""
+    costs = {entry["name"]: entry for entry in stage.notes.get("sensitivities") or []}
+
+    def added(name: str, bits: int) -> str:
+        known = dict(zip(costs[name]["bits"], costs[name]["added_cost"], strict=True)) if name in costs else {}
+        return text.plain(known[bits]) if bits in known else ""
+
+    return [
+        LayerLine(name, weight, layer["activation_bits"], weight / 8, added(name, weight))
+        for layer in stage.notes.get("layers") or []
+        if isinstance(layer, Mapping) and {"weight_bits", "activation_bits"} <= layer.keys()
+        for name, weight in [(layer["name"], layer["weight_bits"])]
+    ]
+
+
 def convergence_lines(stage: StageLine, *, metric: str) -> list[str]:
     """Say how many steps a distilled training needed for qualities that plain training of the same student reached."""
     convergence = stage.notes.get("convergence")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mil_cli.errors import GoalError
+from mil_cli.training.quality import relative_drop
 
 if TYPE_CHECKING:
     from mil_cli.device.profile import DeviceProfile
@@ -30,14 +31,6 @@ class Verdict:
     bound: float
     value: float
     met: bool
-
-
-def relative_drop(baseline: float, final: float, *, higher_is_better: bool) -> float:
-    """Return by what share of the baseline's value the metric got worse; negative when it got better."""
-    worse = baseline - final if higher_is_better else final - baseline
-    if worse == 0:
-        return 0.0
-    return worse / abs(baseline) if baseline else float("inf") * (1 if worse > 0 else -1)
 
 
 def _absolute(name: str, measurement: dict[str, Any]) -> float | None:

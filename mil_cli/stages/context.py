@@ -435,7 +435,7 @@ class Context:
         outer = self._before_step, self._steps
         self._before_step, self._steps = before_step, steps
         try:
-            return self._run(model, config, name)
+            return self.run(model, config, name=name)
         finally:
             self._before_step, self._steps = outer
 
@@ -460,7 +460,7 @@ class Context:
             first = error.errors()[0]
             where = ".".join([f"stages.{stage}", *map(str, first["loc"])])
             raise StageError(first["msg"], where=where, value=first.get("input")) from None
-        return self._run(model, config, name)
+        return self.run(model, config, name=name)
 
     def settings_of(self, stage: str) -> StageConfig:
         """Return the settings of another stage of the recipe.
@@ -474,7 +474,14 @@ class Context:
         self._record(f"stage/{stage}")
         return self._surroundings.stages[stage]
 
-    def _run(self, model: Model, config: StageConfig, name: str) -> Model:
+    def run(self, model: Model, config: StageConfig, *, name: str) -> Model:
+        """Run a stage of some settings on `model` as part of this one.
+
+        Args:
+            model: What it is given.
+            config: Its settings.
+            name: Tells this call from others, so that each has its own checkpoints.
+        """
         outer = self._prefix
         self._prefix = f"{outer}{name}-"
         try:

@@ -57,6 +57,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("quantize", "adaround"): "mil_cli.stages.quantize.adaround",
     ("quantize", "brecq"): "mil_cli.stages.quantize.brecq",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
+    ("quantize", "mixed"): "mil_cli.stages.quantize.mixed",
 }
 """(family, method) -> the module that holds it."""
 

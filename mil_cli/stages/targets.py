@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from mil_cli.device.profile import DeviceProfile
-from mil_cli.units import Kept, parse_bytes, parse_kept, parse_seconds
+from mil_cli.units import Kept, parse_bytes, parse_drop, parse_kept, parse_seconds
 
 
 def _checked(value: str | float) -> str | float:
@@ -37,6 +37,18 @@ def _checked_memory(value: str | float) -> str | float:
 MemoryTarget = Annotated[str | float, AfterValidator(_checked_memory)]
 """What is kept of an estimated memory: a ratio (``0.3``, ``30%``) or a size (``2 MB``)."""
 
+
+def _checked_size(value: str | float) -> str | float:
+    parse_size(value)
+    return value
+
+
+SizeTarget = Annotated[str | float, AfterValidator(_checked_size)]
+"""What is kept of an exported file: a ratio (``0.3``, ``30%``) or a size (``100 kB``)."""
+
+Drop = Annotated[float, BeforeValidator(parse_drop), Field(ge=0)]
+"""By what share a quality may get worse (``0.01``, ``1%``)."""
+
 RoundTo = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 """Multiple that widths end on; ``auto`` takes the device's."""
 
@@ -60,6 +72,15 @@ def parse_memory(text: str | float) -> Kept:
         ValueError: It is neither.
     """
     return _ratio_or(text, parse_bytes, "memory", "a size such as 2 MB")
+
+
+def parse_size(text: str | float) -> Kept:
+    """Parse a file's size to keep: a ratio (``0.3``, ``30%``), or a size (``100 kB``).
+
+    Raises:
+        ValueError: It is neither.
+    """
+    return _ratio_or(text, parse_bytes, "size", "a size such as 100 kB")
 
 
 def _ratio_or(text: str | float, parse: Callable[[object], float], what: str, example: str) -> Kept:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mil_cli.report import view
+from mil_cli.report import html, view
 
 Make = Callable[..., dict[str, Any]]
 
@@ -158,3 +158,22 @@ def test_a_first_stage_has_nothing_to_compare_with(make_report: Make) -> None:
 )
 def test_outcome(make_report: Make, met: list[bool], words: str) -> None:
     assert view.outcome(make_report(goals=[{"met": one} for one in met])) == words
+
+
+def test_bits_of_layers_are_shown_with_what_they_add_to_the_loss(make_report: Make) -> None:
+    report = make_report()
+    layers = [
+        {"name": "stem", "weight_bits": 8, "activation_bits": 8, "per_channel": True},
+        {"name": "body", "weight_bits": 2, "activation_bits": 6, "per_channel": True},
+    ]
+    costs = [{"name": "body", "bits": [8, 2], "added_cost": [0.0, 0.0125]}]
+    report["stages"][2]["notes"] = {"layers": layers, "sensitivities": costs}
+    *others, stage = view.stages_view(report).lines
+    assert not any(view.layer_lines(other) for other in others)
+    assert view.layer_lines(stage) == [
+        view.LayerLine("stem", 8, 8, 1.0, ""),
+        view.LayerLine("body", 2, 6, 0.25, "0.01250"),
+    ]
+    page = html.page(report)
+    assert "<code>body</code></td><td>2" in page
+    assert "width:25.0%" in page

@@ -8,7 +8,8 @@ import pytest
 
 from mil_cli.errors import GoalError
 from mil_cli.recipe.goals import Goals
-from mil_cli.run.goals import judge, relative_drop
+from mil_cli.run.goals import judge
+from mil_cli.training.quality import relative_drop
 
 
 def measurement(**changes: Any) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pydantic import Field
 from mil_cli.errors import StageError
 from mil_cli.stages.breeding import with_choice
 from mil_cli.stages.judging import mean_loss
+from mil_cli.stages.knapsack import choose
 from mil_cli.stages.measured import Choice
-from mil_cli.stages.prune.knapsack import choose
 from mil_cli.stages.prune.searching import Search, SearchConfig
 from mil_cli.stages.prune.structures import Structures
 from mil_cli.stages.registry import stage

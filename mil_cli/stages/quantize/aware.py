@@ -16,7 +16,7 @@ from mil_cli.graph.mode import record_mode
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import annotate, calls, get_argument, op_name, read_annotation
 from mil_cli.stages.quantize.functional import make_functional
-from mil_cli.stages.quantize.placement import Layer, Placement, Policy, place_any
+from mil_cli.stages.quantize.placement import Layer, Narrow, Placement, Policy, place_any
 
 
 def place_unfolded(
@@ -24,7 +24,7 @@ def place_unfolded(
     *,
     policy: Literal["auto"] | Policy,
     skip: Sequence[str],
-    narrow: bool,
+    narrow: Narrow | None,
     silent: Collection[Node] = (),
 ) -> Placement:
     """Decide where quantizers go on a model whose batch norms will be folded later.
@@ -33,7 +33,7 @@ def place_unfolded(
         model: In evaluation mode; its in-place operators are replaced.
         policy: The policy; ``auto`` goes by the graph.
         skip: Patterns of layers to leave float.
-        narrow: Whether layers read fewer bits than the rest of the graph has.
+        narrow: Says which layers read fewer bits than the rest of the graph has; None: no layer does.
         silent: Values of `model` of which nothing but zeros was seen; they and their readers stay float.
 
     Returns:
@@ -71,6 +71,7 @@ def place_unfolded(
         edges={value(node) for node in chosen.edges},
         narrow={value(node): {here[user.name] for user in users} for node, users in chosen.narrow.items()},
         kept_float=chosen.kept_float,
+        names=chosen.names,
     )
 
 

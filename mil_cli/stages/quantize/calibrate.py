@@ -33,11 +33,13 @@ class Seen(Generic[Watcher]):
     Attributes:
         values: By value with a quantizer of its own, who watched it.
         narrow: By value that layers read in few bits, who watched it for them.
-        ranges: By (value, whether in few bits), the range that was found.
+        codes: By (value, whether in few bits), its codes.
+        ranges: Likewise, the range that was found.
     """
 
     values: dict[Node, Watcher]
     narrow: dict[Node, Watcher]
+    codes: dict[tuple[Node, bool], CodeRange]
     ranges: dict[tuple[Node, bool], tuple[float, float]]
 
 
@@ -62,24 +64,29 @@ def place_observed(
         context: Gives them.
 
     Raises:
-        StageError: No layer is left to quantize, or calibration fails.
+        StageError: No layer is left to quantize, a pattern of `layers` fits none, or calibration fails.
     """
-    known: dict[tuple[Node, bool], Watcher] = {}
-    ranges: dict[tuple[Node, bool], tuple[float, float]] = {}
+    known: dict[tuple[Node, CodeRange], Watcher] = {}
     silent: set[Node] = set()
     while True:
         placement = place(silent)
+        rules.check_used(placement)
         asked = [(node, False) for node in placement.owned] + [(node, True) for node in placement.narrow]
+        codes = {(node, few): rules.values(placement, node, narrow=few) for node, few in asked}
         for few in (False, True):
-            codes = rules.values(narrow=few)
-            fresh = {node: watcher(codes) for node, narrow in asked if narrow == few and (node, few) not in known}
-            observe(model, fresh, config, context)
-            known.update({(node, few): observer for node, observer in fresh.items()})
-            ranges.update({(node, few): observer.range() for node, observer in fresh.items()})
-        without = {node for node, few in asked if ranges[node, few] == (0.0, 0.0)}
+            keys = [(node, codes[node, few]) for node, narrow in asked if narrow == few]
+            fresh = {key: watcher(key[1]) for key in keys if key not in known}
+            observe(model, {node: observer for (node, _), observer in fresh.items()}, config, context)
+            known.update(fresh)
+        watchers = {key: known[key[0], codes[key]] for key in asked}
+        ranges = {key: observer.range() for key, observer in watchers.items()}
+        without = {node for (node, _), found in ranges.items() if found == (0.0, 0.0)}
         if not without:
-            values = {node: known[node, False] for node in placement.owned}
-            return placement, Seen(values, {node: known[node, True] for node in placement.narrow}, ranges)
+            if rules.layers:
+                context.note(layers=rules.layer_facts(placement))
+            values = {node: watchers[node, False] for node in placement.owned}
+            narrow = {node: watchers[node, True] for node in placement.narrow}
+            return placement, Seen(values, narrow, codes, ranges)
         silent |= without
 
 

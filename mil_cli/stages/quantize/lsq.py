@@ -84,7 +84,7 @@ def quantize(model: Model, config: LsqConfig, context: Context) -> Model:
     """
     refuse_quantized(model.graph)
     rules = Rules.of(config, context)
-    start = model.clone().eval() if rules.per_channel else fold_batch_norm(model)
+    start = model.clone().eval() if rules.all_per_channel else fold_batch_norm(model)
 
     def place(silent: Collection[Node]) -> Placement:
         return place_unfolded(start, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent)
@@ -116,7 +116,7 @@ def _insert(
 ) -> None:
     """Put quantizers with trainable scales into the graph, in place, and keep the gammas positive that they need so."""
     graph = model.graph
-    codes = {layer.node: rules.weights(edge=layer.edge) for layer in placement.layers}
+    codes = {layer.node: rules.weights(layer) for layer in placement.layers}
     gammas, turned = mirror_channels(model, [node for node, wanted in codes.items() if wanted != wanted.symmetric()])
     codes.update({node: codes[node].symmetric() for node in turned})
     values, narrow = (
@@ -164,7 +164,7 @@ class _ActivationStart:
 def _weight(
     graph: GraphModule, layer: Layer, codes: CodeRange, rules: Rules, initialization: Initialization
 ) -> Quantizer:
-    axis = layer.axis if rules.per_channel else None
+    axis = rules.axis(layer)
     weight: Tensor = get_attribute(graph, str(layer.weight.target)).detach()
     if initialization == "mse":
         scale = weight_scale(weight, axis=axis, codes=codes, observer="mse")

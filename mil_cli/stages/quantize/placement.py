@@ -80,6 +80,10 @@ class Layer:
     edge: bool
 
 
+Narrow = Callable[[Layer], bool]
+"""Whether a layer reads its input in fewer bits than the rest of the graph has."""
+
+
 @dataclass
 class Placement:
     """Which values of a graph get quantizers.
@@ -94,6 +98,7 @@ class Placement:
         edges: The owned values that a first or last layer reads, or that are outputs of the model themselves.
         narrow: Value -> the layers that read it in fewer bits than the rest of the graph has.
         kept_float: Layer name -> why it stays float.
+        names: Node name -> layer name, of all that can be named in settings, quantized or float.
     """
 
     policy: Policy
@@ -105,6 +110,7 @@ class Placement:
     edges: set[Node] = field(default_factory=set)
     narrow: dict[Node, set[Node]] = field(default_factory=dict)
     kept_float: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
     def owner(self, value: Node) -> Node:
         """Return the owned value whose scale and zero point serve a quantized value."""
@@ -133,20 +139,20 @@ def place(
     *,
     policy: Policy,
     skip: Sequence[str] = (),
-    narrow: bool = False,
+    narrow: Narrow | None = None,
     silent: Collection[Node] = (),
 ) -> Placement:
     """Decide which values of a graph are quantized.
 
-    With `narrow`, layers but the first and last read their inputs through quantizers of their own, of few bits; what is
-    added, joined or pooled keeps more, for errors of residual sums would pile up.
+    Layers that are `narrow` read their inputs through quantizers of their own, of few bits; what is added, joined or
+    pooled keeps more, for errors of residual sums would pile up.
 
     Args:
         graph: A graph in evaluation mode, batch norms folded, in-place operators replaced; it is not changed.
         policy: The policy.
         skip: Patterns of layers to leave float: a module's path (with all below it), a node's name, or either with
             ``*`` and ``?``.
-        narrow: Whether layers read fewer bits than the rest of the graph has.
+        narrow: Says which layers read fewer bits than the rest of the graph has; None: no layer does.
         silent: Values of which nothing but zeros was seen, which is no range; they and their readers stay float.
 
     Raises:
@@ -156,7 +162,7 @@ def place(
     _find_layers(graph, placement, skip, silent)
     wanted: dict[Node, set[Node]] = {}
     for layer in placement.layers:
-        readers = placement.narrow if narrow and not layer.edge else wanted
+        readers = placement.narrow if narrow is not None and narrow(layer) else wanted
         readers.setdefault(layer.source, set()).add(layer.node)
         if op_name(layer.node) in _CONVOLUTIONS:
             placement.exclusive.add(after_rectifier(layer.node))
@@ -184,7 +190,7 @@ def place_any(
     *,
     policy: Literal["auto"] | Policy,
     skip: Sequence[str] = (),
-    narrow: bool = False,
+    narrow: Narrow | None = None,
     silent: Collection[Node] = (),
 ) -> Placement:
     """Decide as `place` does, by the policy that fits where it is ``auto``.
@@ -201,15 +207,14 @@ def place_any(
 
 
 def _find_layers(graph: GraphModule, placement: Placement, skip: Sequence[str], silent: Collection[Node]) -> None:
-    names: list[str] = []
     unused = set(skip)
     for node in calls(graph):
         found = _weighted(graph, node)
         if found is None and op_name(node) not in _NEVER:
             continue
         name = _layer_name(graph, node, found)
-        names.append(name)
-        patterns = {pattern for pattern in skip if _matches(pattern, name, node.name)}
+        placement.names[node.name] = name
+        patterns = {pattern for pattern in skip if matches(pattern, name, node.name)}
         unused -= patterns
         if patterns:
             placement.kept_float[name] = f"skipped by '{min(patterns)}'"
@@ -225,7 +230,7 @@ def _find_layers(graph: GraphModule, placement: Placement, skip: Sequence[str], 
             placement.layers.append(Layer(node, name, source, weight, axis, bias, edge))
     if unused:
         pattern = min(unused)
-        hint = did_you_mean(pattern, names)
+        hint = did_you_mean(pattern, placement.names.values())
         raise StageError(f"'{pattern}' fits no layer", where="skip", value=list(skip), hint=hint)
 
 
@@ -260,7 +265,8 @@ def _layer_name(graph: GraphModule, node: Node, found: object) -> str:
     return f"{path}.{node.name}" if path else node.name
 
 
-def _matches(pattern: str, layer: str, node: str) -> bool:
+def matches(pattern: str, layer: str, node: str) -> bool:
+    """Whether a pattern is for a layer of such a name, and such a name of its node."""
     return fnmatchcase(layer, pattern) or fnmatchcase(node, pattern) or layer.startswith(f"{pattern}.")
 
 

@@ -21,6 +21,7 @@ from mil_cli.stages.quantize.placement import Layer, Placement, place_any
 from mil_cli.stages.quantize.ranges import affine_parameters
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.weights import WeightObserverName, protect_biases, weight_scale
+from mil_cli.stages.targets import Drop
 
 
 class PostTrainingConfig(QuantizationConfig):
@@ -31,11 +32,16 @@ class PostTrainingConfig(QuantizationConfig):
             clipped), ``mse`` (smallest squared error).
         percentile: For the percentile observer, in percent.
         weight_observer: How the range of weights is found.
+        max_drop: By what share of its value the quality on val may get worse in this stage: layers get 8 bits, or stay
+            float, until that holds, those first that do most damage. None: the settings hold, whatever comes of it.
+        max_drop_samples: Samples of val on which the damage of single layers is measured.
     """
 
     observer: ObserverName = "mse"
     percentile: float = Field(99.99, gt=50, le=100)
     weight_observer: WeightObserverName = "mse"
+    max_drop: Drop | None = None
+    max_drop_samples: int = Field(1000, ge=1)
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,12 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
     )
 
     def quantizer(node: Node, *, few: bool) -> Quantizer:
-        codes = rules.values(narrow=few)
+        codes = seen.codes[node, few]
         scale, zero_point = affine_parameters(*seen.ranges[node, few], codes)
         return Quantizer(torch.tensor(scale), torch.tensor(zero_point), codes)
 
     def weight(layer: Layer) -> Quantizer:
-        axis, levels = layer.axis if rules.per_channel else None, rules.weights(edge=layer.edge)
+        axis, levels = rules.axis(layer), rules.weights(layer)
         tensor = get_attribute(graph, str(layer.weight.target))
         scale = weight_scale(tensor, axis=axis, codes=levels, observer=config.weight_observer)
         return Quantizer(scale, torch.zeros(scale.shape, dtype=torch.int32), levels, axis)

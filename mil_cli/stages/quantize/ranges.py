@@ -24,6 +24,11 @@ class CodeRange:
         """How many steps lie between the smallest and the largest code."""
         return self.quant_max - self.quant_min
 
+    @property
+    def bits(self) -> int:
+        """How many bits tell all codes apart."""
+        return self.steps.bit_length()
+
     def symmetric(self) -> CodeRange:
         """Return the codes that have a mirror image."""
         largest = min(self.quant_max, -self.quant_min)

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from torch.fx import Node
 
+from mil_cli.device.profile import Int8Form
+from mil_cli.errors import StageError, did_you_mean
 from mil_cli.stages.context import Context
-from mil_cli.stages.quantize.placement import Policy
+from mil_cli.stages.quantize.placement import Layer, Placement, Policy, matches
 from mil_cli.stages.quantize.ranges import CodeRange, activation_codes, weight_codes
 from mil_cli.stages.registry import StageConfig
+
+
+class LayerSettings(BaseModel):
+    """What some layers have instead of what the others have; None: as the others.
+
+    Attributes:
+        weight_bits: Bits of their weights, 2 to 8; of first and last layers too, whatever `first_last_bits` says.
+        activation_bits: Bits in which they read activations, 2 to 8; likewise.
+        per_channel: Whether each of their output channels has a scale of its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight_bits: int | None = Field(None, ge=2, le=8)
+    activation_bits: int | None = Field(None, ge=2, le=8)
+    per_channel: bool | None = None
 
 
 class QuantizationConfig(StageConfig):
@@ -30,6 +50,8 @@ class QuantizationConfig(StageConfig):
         reduce_range: Whether 8-bit weights keep to [-64, 64]; None: as the device says.
         policy: Which values are quantized; ``auto`` decides by the graph; None: as the device says.
         skip: Layers to leave float: module paths (with all below), node names, or patterns with ``*``.
+        layers: Settings of some layers in place of those of all, by pattern as in `skip`; later patterns win. Those
+            that read one value in fewer bits than it keeps elsewhere read it in the most that any of them asks for.
     """
 
     family: ClassVar[str] = "quantize"
@@ -45,6 +67,17 @@ class QuantizationConfig(StageConfig):
     reduce_range: bool | None = None
     policy: Literal["auto", "cnn", "transformer"] | None = None
     skip: tuple[str, ...] = ()
+    layers: dict[str, LayerSettings] = Field(default_factory=dict)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _from_pairs(cls, value: Any) -> Any:
+        return dict(value) if isinstance(value, list) else value
+
+    @field_serializer("layers", when_used="json")
+    def _to_pairs(self, value: dict[str, LayerSettings]) -> list[tuple[str, dict[str, Any]]]:
+        """Keep the order, which matters, where the keys of mappings are sorted: in fingerprints."""
+        return [(pattern, settings.model_dump(exclude_none=True)) for pattern, settings in value.items()]
 
 
 @dataclass(frozen=True)
@@ -53,12 +86,13 @@ class Rules:
 
     Attributes:
         signed: Whether activations have signed codes.
-        per_channel: Whether each output channel of a weight has a scale of its own.
+        per_channel: Whether each output channel of a weight has a scale of its own, unless `layers` says else.
         reduce_range: Whether 8-bit weights keep to [-64, 64].
         policy: Which values are quantized.
-        weight_bits: Bits of weights.
-        activation_bits: Bits of activations.
+        weight_bits: Bits of weights, unless `layers` says else.
+        activation_bits: Bits in which layers read activations, unless `layers` says else.
         edge_bits: Bits of either at an input or output of the model, if that is more.
+        layers: Pattern -> what the layers that it fits have instead; later ones win.
     """
 
     signed: bool
@@ -68,20 +102,25 @@ class Rules:
     weight_bits: int
     activation_bits: int
     edge_bits: int
+    layers: Mapping[str, LayerSettings] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: QuantizationConfig, context: Context) -> Rules:
         """Fill in what the recipe leaves open."""
-        device: Any = context.device.int8
-        activations = device.activations if config.activations is None else config.activations
+        return cls.on(config, context.device.int8)
+
+    @classmethod
+    def on(cls, config: QuantizationConfig, device: Int8Form) -> Rules:
+        """Fill in what the settings leave open by the int8 form of a device."""
         return cls(
-            signed=activations == "int8",
+            signed=(device.activations if config.activations is None else config.activations) == "int8",
             per_channel=device.per_channel if config.per_channel is None else config.per_channel,
             reduce_range=device.reduce_range if config.reduce_range is None else config.reduce_range,
             policy=device.policy if config.policy is None else config.policy,
             weight_bits=config.weight_bits,
             activation_bits=config.activation_bits,
             edge_bits=config.first_last_bits,
+            layers=config.layers,
         )
 
     def facts(self) -> dict[str, object]:
@@ -94,17 +133,79 @@ class Rules:
             "reduce_range": self.reduce_range,
         }
 
-    def weights(self, *, edge: bool) -> CodeRange:
-        """Return the codes of a weight; `edge`: of a first or last layer."""
-        bits = max(self.weight_bits, self.edge_bits) if edge else self.weight_bits
-        return weight_codes(bits, reduce_range=self.reduce_range)
+    def of_layer(self, layer: Layer) -> LayerRules:
+        """Return what a layer has."""
+        asked: dict[str, Any] = {}
+        for pattern, settings in self.layers.items():
+            if matches(pattern, layer.name, layer.node.name):
+                asked.update(settings.model_dump(exclude_none=True))
+        least = self.edge_bits if layer.edge else 0
+        return LayerRules(
+            asked.get("weight_bits", max(self.weight_bits, least)),
+            asked.get("activation_bits", max(self.activation_bits, least)),
+            asked.get("per_channel", self.per_channel),
+        )
+
+    def layer_facts(self, placement: Placement) -> list[dict[str, object]]:
+        """Return what the report shows of each layer: its name and bits."""
+        return [{"name": layer.name, **asdict(self.of_layer(layer))} for layer in placement.layers]
+
+    def check_used(self, placement: Placement) -> None:
+        """Refuse a pattern of `layers` that fits no layer, quantized or float.
+
+        Raises:
+            StageError: Names it.
+        """
+        for pattern in self.layers:
+            if not any(matches(pattern, name, node) for node, name in placement.names.items()):
+                hint = did_you_mean(pattern, placement.names.values())
+                raise StageError(f"'{pattern}' fits no layer", where="layers", value=list(self.layers), hint=hint)
+
+    def weights(self, layer: Layer) -> CodeRange:
+        """Return the codes of a layer's weight."""
+        return weight_codes(self.of_layer(layer).weight_bits, reduce_range=self.reduce_range)
+
+    def axis(self, layer: Layer) -> int | None:
+        """Return the axis of a layer's weight along which scales differ, or None for one scale."""
+        return layer.axis if self.of_layer(layer).per_channel else None
 
     @property
-    def narrow(self) -> bool:
-        """Whether layers read fewer bits than what lies between them keeps."""
-        return self.activation_bits < self.edge_bits
+    def all_per_channel(self) -> bool:
+        """Whether each output channel of every layer has a scale of its own."""
+        return self.per_channel and all(settings.per_channel is not False for settings in self.layers.values())
 
-    def values(self, *, narrow: bool) -> CodeRange:
-        """Return the codes of an activation; `narrow`: as layers but the first and last read it."""
-        bits = self.activation_bits if narrow else max(self.activation_bits, self.edge_bits)
+    def narrow(self, layer: Layer) -> bool:
+        """Whether a layer reads fewer bits than what lies between layers keeps."""
+        return self.of_layer(layer).activation_bits < self._between
+
+    def values(self, placement: Placement, value: Node, *, narrow: bool) -> CodeRange:
+        """Return the codes of an activation; `narrow`: as layers read it that want fewer bits than it keeps."""
+        if narrow:
+            readers = [layer for layer in placement.layers if layer.node in placement.narrow[value]]
+            bits = 0
+        else:
+            apart = {node for nodes in placement.narrow.values() for node in nodes}
+            readers = [layer for layer in placement.layers if layer.node not in apart]
+            readers = [layer for layer in readers if placement.owner(layer.source) is value]
+            bits = self._between
+        bits = max([bits, *(self.of_layer(layer).activation_bits for layer in readers)])
         return activation_codes(bits, signed=self.signed)
+
+    @property
+    def _between(self) -> int:
+        return max(self.activation_bits, self.edge_bits)
+
+
+@dataclass(frozen=True)
+class LayerRules:
+    """What one layer has.
+
+    Attributes:
+        weight_bits: Bits of its weight.
+        activation_bits: Bits in which it reads its activation, unless another layer that reads the same one has more.
+        per_channel: Whether each output channel of its weight has a scale of its own.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    per_channel: bool

@@ -15,10 +15,10 @@ from torch import nn
 
 from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
+from mil_cli.stages import knapsack
 from mil_cli.stages.judging import mean_loss
-from mil_cli.stages.prune import knapsack
+from mil_cli.stages.knapsack import choose
 from mil_cli.stages.prune import sensitivity as method
-from mil_cli.stages.prune.knapsack import choose
 from mil_cli.stages.prune.searching import Search
 from mil_cli.stages.prune.sensitivity import (
     SensitivityConfig,

@@ -190,6 +190,19 @@ def test_the_result_has_the_form_of_static_quantization(model: Model, data: Data
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize("own", [{"weight_bits": 4}, {"activation_bits": 5, "per_channel": False}])
+def test_layers_train_with_bits_of_their_own(own: dict[str, Any], model: Model, data: Data) -> None:
+    layers = {"body.*": own}
+    result = quantize(model, config(layers=layers, trainer={"epochs": 1}), context(data))
+    static = StaticConfig.model_validate({"weight_bits": 3, "activation_bits": 3, "layers": layers})
+
+    def codes(net: Model) -> list[tuple[object, ...]]:
+        words = ("axis", "quant_min", "quant_max")
+        return [tuple(get_argument(node, word) for word in words) for node in quantizers(net)]
+
+    assert codes(result) == codes(quantize_static(model, static, context(data)))
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_scales_start_by_the_formula_of_the_paper(
     per_channel: bool, model: Model, data: Data, inserted: dict[str, Model]

@@ -46,7 +46,8 @@ def placed(
 ) -> Placement:
     model = Model.capture(module.eval(), (torch.randn(shape),))
     make_functional(model.graph)
-    return place(model.graph, policy=policy, skip=skip, narrow=narrow)
+    few = (lambda layer: not layer.edge) if narrow else None
+    return place(model.graph, policy=policy, skip=skip, narrow=few)
 
 
 def ops(nodes: object) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from mil_cli.errors import StageError
 from mil_cli.events import SilentProgress
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, op_name
-from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.context import Context, Surroundings, fingerprint_of
 from mil_cli.stages.quantize.static import StaticConfig, quantize
 from mil_cli.stages.registry import check_order, config_type, function_of
 from mil_cli.task.classification import Classification
@@ -185,6 +186,93 @@ def test_device_rules_and_their_overrides() -> None:
     mixed = ranges(StaticConfig(weight_bits=4, activation_bits=6))
     # first and last layer keep 8 bits, and so does what they read: the input and the mean
     assert mixed == {(None, 0, 63), (None, 0, 255), (0, -127, 127), (0, -8, 7)}
+
+
+def layer_codes(model: Model) -> dict[str, tuple[int | None, int, int]]:
+    """Return layer -> axis and codes of its weight, and "layer.input" -> those of what it reads."""
+    found = {}
+    for node in calls(model.graph):
+        if op_name(node) in ("conv2d", "linear"):
+            weight, source = get_argument(node, "weight"), get_argument(node, "input")
+            name = str(get_argument(weight, "x").target).removesuffix(".weight")
+            for key, quantizer in ((name, weight), (f"{name}.input", source)):
+                found[key] = tuple(get_argument(quantizer, word) for word in ("axis", "quant_min", "quant_max"))
+    return found
+
+
+def test_layers_have_bits_of_their_own() -> None:
+    config = StaticConfig.model_validate(
+        {
+            "weight_bits": 6,
+            "activation_bits": 6,
+            "layers": {
+                "*": {"weight_bits": 5},
+                "body": {"weight_bits": 3, "activation_bits": 4},
+                "head": {"activation_bits": 5, "per_channel": False},
+                "b?dy.0": {"weight_bits": 4},
+            },
+        }
+    )
+    used = context()
+    quantized = quantize(make_model(), config, used)
+    assert layer_codes(quantized) == {
+        "stem.0": (0, -16, 15),  # what is asked for by name counts for the first layer too
+        "stem.0.input": (None, 0, 255),
+        "body.0": (0, -8, 7),  # the later pattern wins, and leaves what it does not name
+        "body.0.input": (None, 0, 15),
+        "head": (None, -16, 15),
+        "head.input": (None, 0, 31),
+    }
+    noted = used.notes["layers"]
+    assert noted[1] == {"name": "body.0", "weight_bits": 4, "activation_bits": 4, "per_channel": True}  # type: ignore[index]
+
+
+class Twins(nn.Module):
+    """Two layers that read one value, and a sum that reads it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = (nn.Conv2d(one, 4, 3, padding=1) for one in (1, 4, 4))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        logits: Tensor = self.head((x + self.left(x) + self.right(x)).mean((2, 3)))
+        return logits
+
+
+def test_layers_that_read_one_value_share_its_quantizer() -> None:
+    torch.manual_seed(0)
+    model = Model.capture(Twins().eval(), (torch.randn(2, 1, 8, 8),))
+
+    def inputs(**settings: Any) -> tuple[Any, Any, Any]:
+        codes = layer_codes(quantize(model, StaticConfig.model_validate(settings), context()))
+        return tuple(codes[f"{name}.input"][2] for name in ("left", "right", "head"))  # type: ignore[return-value]
+
+    few = {"left": {"activation_bits": 3}, "right": {"activation_bits": 5}}
+    assert inputs(layers=few) == (31, 31, 255)
+    assert inputs(layers={"left": {"activation_bits": 3}}) == (7, 255, 255)
+    # more than what lies between layers has: then that has as much
+    assert inputs(activation_bits=4, first_last_bits=4, layers={"left": {"activation_bits": 6}}) == (63, 63, 15)
+
+
+def test_the_order_of_patterns_is_part_of_the_settings() -> None:
+    one = StaticConfig.model_validate({"layers": {"*": {"weight_bits": 4}, "head": {"weight_bits": 8}}})
+    other = StaticConfig.model_validate({"layers": {"head": {"weight_bits": 8}, "*": {"weight_bits": 4}}})
+    assert fingerprint_of(one.model_dump(mode="json")) != fingerprint_of(other.model_dump(mode="json"))
+    assert StaticConfig.model_validate(json.loads(one.model_dump_json())) == one
+    assert StaticConfig.model_validate(one.model_dump()) == one
+
+
+def test_a_pattern_of_bits_that_fits_nothing_is_refused() -> None:
+    with pytest.raises(StageError, match="'boddy' fits no layer") as caught:
+        quantize(make_model(), StaticConfig.model_validate({"layers": {"boddy": {"weight_bits": 4}}}), context())
+    assert caught.value.where == "layers"
+    assert "did you mean 'body.0'" in str(caught.value)
+    with pytest.raises(ValidationError, match="less than or equal to 8"):
+        StaticConfig.model_validate({"layers": {"body": {"weight_bits": 9}}})
+    # a layer that is left float may be named: the report says why it is
+    quantize(make_model(), StaticConfig.model_validate({"skip": ["head"], "layers": {"head": {}}}), context())
 
 
 def test_same_seed_same_result() -> None:

@@ -1,0 +1,177 @@
+"""The choice of one width for each weight: least summed cost under a bound on the mean of bits, or on the file."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mil_cli.errors import StageError
+from mil_cli.export.onnx import export_onnx
+from mil_cli.export.qdq import storage_bits
+from mil_cli.measure.size import size_bytes
+from mil_cli.stages.knapsack import choose
+from mil_cli.stages.quantize.ranges import CodeRange
+from mil_cli.stages.quantize.sensitivity import Changes, Curves, Weight
+from mil_cli.stages.quantize.settings import LayerSettings
+from mil_cli.stages.quantize.static import StaticConfig
+from mil_cli.stages.targets import parse_size
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+
+Choice = tuple[int, ...]
+"""By weight: the place of its width among those that it may have."""
+
+_FILES = 6
+"""How many choices are exported, at most, until a file keeps its bound."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Chooses a width for each weight.
+
+    Attributes:
+        weights: The weights.
+        curves: What their widths add to the cost.
+        cost: What it costs to round some of them together.
+        static: By which settings files are made to be measured.
+        context: Gives the device.
+        state: What was measured of choices, each a pair of choice and figure: ``files``, the bytes of exported files,
+            an empty choice being the float model, and ``together``, costs with all weights rounded.
+        keep: Called after each new measurement.
+    """
+
+    weights: Sequence[Weight]
+    curves: Curves
+    cost: Callable[[Changes], float]
+    static: StaticConfig
+    context: Context
+    state: dict[str, list[Any]]
+    keep: Callable[[], None]
+
+    def within_average(self, bound: float) -> Choice:
+        """Return the best choice whose mean of bits keeps a bound."""
+        bits = [np.array(weight.widths) * float(weight.numbers) for weight in self.weights]
+        numbers = sum(weight.numbers for weight in self.weights)
+        most = sum(float(axis[0]) for axis in bits)
+        found = self._choose([axis[0] - axis for axis in bits], most - bound * numbers)
+        if found is None:
+            least = sum(float(axis[-1]) for axis in bits) / numbers
+            raise self._unreachable("average_bits", bound, f"the smallest mean is {least:.4g} bits")
+        return found
+
+    def within_size(self, model: Model, size: str | float) -> Choice:
+        """Return the best choice whose exported file keeps a bound.
+
+        Files differ by the codes of their weights, and a little by how these are packed, which is measured.
+
+        Args:
+            model: The float model.
+            size: The bound.
+        """
+
+        def measured(choice: Choice) -> int:
+            return int(self._known("files", choice, lambda: self._file_bytes(model, choice)))
+
+        kept = parse_size(size)
+        bound = kept.resolve(1 if kept.absolute else measured(()))
+        stored = [np.array([self._stored(codes) for codes in weight.codes]) for weight in self.weights]
+        savings = [(axis[0] - axis) * weight.numbers / 8 for axis, weight in zip(stored, self.weights, strict=True)]
+        widest = measured((0,) * len(self.weights))
+        narrowest = tuple(len(weight.widths) - 1 for weight in self.weights)
+        beyond = 0.0
+        for _ in range(_FILES):
+            found = self._choose(savings, widest + beyond - bound)
+            if found is None:
+                break
+            if (taken := measured(found)) <= bound:
+                return found
+            saved = sum(float(axis[choice]) for axis, choice in zip(savings, found, strict=True))
+            beyond = max(beyond + 1, taken - (widest - saved))
+        if (taken := measured(narrowest)) <= bound:
+            return narrowest
+        raise self._unreachable("size", size, f"the smallest file has {taken:,} bytes")
+
+    def _choose(self, savings: Sequence[NDArray[np.float64]], needed: float) -> Choice | None:
+        """Return the best choice that saves enough, or None.
+
+        Costs of single weights do not quite add up, and estimates may be off: the most bits that all weights alike may
+        have are taken if it costs less to round all of them so.
+        """
+        found = choose(self.curves, savings, needed)
+        if found is None:
+            return None
+        for bits in sorted({bits for weight in self.weights for bits in weight.widths}, reverse=True):
+            alike = tuple(int(np.argmin([abs(width - bits) for width in weight.widths])) for weight in self.weights)
+            if sum(float(axis[place]) for axis, place in zip(savings, alike, strict=True)) >= needed:
+                return min(found, alike, key=self._cost_together)
+        return found
+
+    def _cost_together(self, choice: Choice) -> float:
+        changes = [(weight, weight.codes[place]) for weight, place in zip(self.weights, choice, strict=True)]
+        return self._known("together", choice, lambda: self.cost(changes))
+
+    def _known(self, kind: str, choice: Choice, measure: Callable[[], float]) -> float:
+        """Return what was measured of a choice, or is now."""
+        for other, value in self.state[kind]:
+            if tuple(other) == choice:
+                return float(value)
+        value = measure()
+        self.state[kind].append([list(choice), value])
+        self.keep()
+        return value
+
+    def _stored(self, codes: CodeRange) -> int:
+        return storage_bits(codes.quant_min, codes.quant_max, self.context.device.weight_bits)
+
+    def _file_bytes(self, model: Model, choice: Choice) -> int:
+        if choice:
+            config = self.static.model_copy(update={"layers": self.layers(choice, self.static.layers)})
+            model = self.context.run(model, config, name="size")
+        with TemporaryDirectory() as folder:
+            return size_bytes(export_onnx(model, Path(folder) / "model.onnx", device=self.context.device).path)
+
+    def _unreachable(self, key: str, bound: object, least: str) -> StageError:
+        return StageError(
+            f"the bound cannot be kept: {least}",
+            where=f"stages.{self.context.name}.{key}",
+            value=bound,
+            hint="raise it, add fewer bits to `bits`, or lower first_last_bits of the stage that quantizes",
+        )
+
+    def layers(self, choice: Choice, own: Mapping[str, LayerSettings]) -> dict[str, LayerSettings]:
+        """Return what the quantizing stage is told of its layers: its own, and the bits that were chosen."""
+        result = dict(own)
+        # Sorted: the path of a layer is also a pattern for those below it, whose own bits must come later.
+        for weight, place in sorted(zip(self.weights, choice, strict=True), key=lambda pair: pair[0].layer.name):
+            name = glob.escape(weight.layer.name)
+            bits = {"weight_bits": weight.widths[place]}
+            result[name] = result.get(name, LayerSettings()).model_copy(update=bits)
+        return result
+
+    def facts(self, choice: Choice) -> dict[str, Any]:
+        """Return what the report shows of a choice."""
+        numbers = sum(weight.numbers for weight in self.weights)
+        bits = [weight.widths[place] * weight.numbers for weight, place in zip(self.weights, choice, strict=True)]
+        rises = [float(curve[place]) for curve, place in zip(self.curves, choice, strict=True)]
+        return {
+            "weight_bits": f"{sum(bits) / numbers:.3g} on average",
+            "average_bits": sum(bits) / numbers,
+            "summed_cost": sum(rises),
+            "sensitivities": [
+                {"name": weight.layer.name, "bits": list(weight.widths), "added_cost": _finite(curve)}
+                for weight, curve in zip(self.weights, self.curves, strict=True)
+            ],
+        }
+
+
+def _finite(values: NDArray[np.float64]) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]

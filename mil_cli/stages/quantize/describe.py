@@ -1,0 +1,76 @@
+"""Which bits the layers of a model have, or would have: what ``mil inspect`` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+from mil_cli.graph.fold import fold_batch_norm
+from mil_cli.graph.nodes import calls, get_argument, op_name
+from mil_cli.stages.quantize.functional import make_functional
+from mil_cli.stages.quantize.placement import choose_policy, place
+from mil_cli.stages.quantize.ranges import CodeRange
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.quantize.settings import Rules
+
+
+@dataclass
+class LayerBits:
+    """Bits of layers.
+
+    Attributes:
+        bits: Node name -> bits of its weight, and of the activation that it reads; None: that is float.
+        kept_float: Layer name -> why it stays float.
+    """
+
+    bits: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    kept_float: dict[str, str] = field(default_factory=dict)
+
+
+def planned_bits(model: Model, rules: Rules, skip: Sequence[str] = ()) -> LayerBits:
+    """Return what quantization would give the layers of a float model, before it has seen any data.
+
+    Args:
+        model: The model; not changed.
+        rules: Settings and device.
+        skip: Patterns of layers to leave float.
+
+    Raises:
+        StageError: A pattern fits no layer.
+    """
+    folded = fold_batch_norm(model)
+    make_functional(folded.graph)
+    policy = choose_policy(folded.graph) if rules.policy == "auto" else rules.policy
+    placement = place(folded.graph, policy=policy, skip=skip, narrow=rules.narrow)
+    rules.check_used(placement)
+    found = LayerBits(kept_float=placement.kept_float)
+    for layer in placement.layers:
+        narrow = layer.node in placement.narrow.get(layer.source, ())
+        value = layer.source if narrow else placement.owner(layer.source)
+        read = rules.values(placement, value, narrow=narrow)
+        found.bits[layer.node.name] = rules.weights(layer).bits, read.bits
+    return found
+
+
+def present_bits(model: Model) -> LayerBits:
+    """Return which bits the layers of a quantized model have; none if it has no quantizers."""
+    found = LayerBits()
+    for node in calls(model.graph):
+        weight = [value for value in map(_codes, node.all_input_nodes) if value is not None and value[1]]
+        read = [value for value in map(_codes, node.all_input_nodes) if value is not None and not value[1]]
+        if weight:
+            found.bits[node.name] = weight[0][0], read[0][0] if read else None
+    return found
+
+
+def _codes(node: Node) -> tuple[int, bool] | None:
+    """Return the bits of a quantizer, and whether it is that of a weight; None if it is no quantizer."""
+    if op_name(node) != "quantize_affine":
+        return None
+    codes = CodeRange(get_argument(node, "quant_min"), get_argument(node, "quant_max"))
+    return codes.bits, get_argument(node, "x").op == "get_attr"

@@ -1,0 +1,227 @@
+"""What fewer bits of single weights cost: measured, or estimated from how the loss bends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from mil_cli.data.base import batch_length
+from mil_cli.errors import StageError
+from mil_cli.graph.nodes import get_attribute
+from mil_cli.stages.judging import mean_loss
+from mil_cli.stages.quantize.hessian import hessian_traces
+from mil_cli.stages.quantize.placement import Layer
+from mil_cli.stages.quantize.ranges import CodeRange, weight_codes
+from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
+from mil_cli.training.evaluate import fixed_batch
+
+if TYPE_CHECKING:
+    from mil_cli.stages.context import Context
+    from mil_cli.stages.quantize.post_training import Prepared
+
+_BATCH = 256
+
+Curves = list[NDArray[np.float64]]
+"""By weight: what each of its widths adds to the cost, from the most bits to the fewest; never less than more add."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that is quantized, and the widths that it may have.
+
+    Attributes:
+        layer: The (first) layer that reads it.
+        target: Its path.
+        numbers: How many numbers it has.
+        widths: Bits, from the most to the fewest.
+        codes: The codes of each width.
+    """
+
+    layer: Layer
+    target: str
+    numbers: int
+    widths: tuple[int, ...]
+    codes: tuple[CodeRange, ...]
+
+
+Changes = Sequence[tuple[Weight, CodeRange]]
+"""Weights, and the codes that each is rounded to."""
+
+
+def weights_of(prepared: Prepared, widths: Callable[[Layer], Sequence[int]]) -> list[Weight]:
+    """Return the weights of a placement; one that several layers read is one.
+
+    Args:
+        prepared: The model and its placement.
+        widths: Says which bits a layer's weight may have, in any order.
+    """
+    found: dict[str, Weight] = {}
+    for layer in prepared.placement.layers:
+        target = str(layer.weight.target)
+        if target not in found:
+            falling = tuple(sorted(set(widths(layer)), reverse=True))
+            codes = tuple(weight_codes(bits, reduce_range=prepared.rules.reduce_range) for bits in falling)
+            numbers = get_attribute(prepared.model.graph, target).numel()
+            found[target] = Weight(layer, target, numbers, falling, codes)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Rounds some weights of a float model for a moment, to see what that does.
+
+    Attributes:
+        prepared: The float model.
+        observer: How the ranges of weights are found.
+        context: Gives task and val.
+        samples: Samples of val that are looked at; drawn at random, always the same ones.
+    """
+
+    prepared: Prepared
+    observer: WeightObserverName
+    context: Context
+    samples: int
+
+    def rounded(self, weight: Weight, codes: CodeRange) -> Tensor:
+        """Return a weight as codes can write it."""
+        tensor: Tensor = get_attribute(self.prepared.model.graph, weight.target).detach()
+        axis = self.prepared.rules.axis(weight.layer)
+        scale = weight_scale(tensor, axis=axis, codes=codes, observer=self.observer)
+        zero_point = torch.zeros(scale.shape, dtype=torch.int32)
+        arguments = (tensor, scale, zero_point, axis, codes.quant_min, codes.quant_max)
+        result: Tensor = torch.ops.mil.quantize_affine(*arguments)
+        return result
+
+    def loss(self, changes: Changes) -> float:
+        """Return the task's loss with some weights rounded."""
+        with self._applied(changes):
+            return mean_loss(self.prepared.model, self.context, samples=self._samples)
+
+    def distortion(self, changes: Changes) -> float:
+        """Return by how much rounding some weights changes the outputs: squared errors over squared outputs.
+
+        Several outputs count alike, each with its own quotient.
+        """
+        exact, val = self.prepared.model.clone().eval(), self.context.data.val
+        size = fixed_batch(exact)
+        errors: dict[int, list[float]] = {}
+        seen = 0
+        with self._applied(changes), torch.no_grad():
+            shuffle = self._samples < len(val)
+            for batch in val.batches(size or _BATCH, shuffle=shuffle, seed=0, drop_last=size is not None):
+                args, kwargs = self.context.task.inputs(batch)
+                pairs = zip(*(tree_leaves(net(*args, **kwargs)) for net in (exact, self.prepared.model)), strict=True)
+                for number, (wanted, given) in enumerate(pairs):
+                    if isinstance(wanted, Tensor) and wanted.is_floating_point():
+                        sums = errors.setdefault(number, [0.0, 0.0])
+                        sums[0] += float((wanted - given).double().square().sum())
+                        sums[1] += float(wanted.double().square().sum())
+                seen += batch_length(batch)
+                if seen >= self._samples:
+                    break
+        return sum(error / power if power else error for error, power in errors.values())
+
+    @property
+    def _samples(self) -> int:
+        return min(self.samples, len(self.context.data.val))
+
+    @contextmanager
+    def _applied(self, changes: Changes) -> Iterator[None]:
+        tensors = [get_attribute(self.prepared.model.graph, weight.target).data for weight, _ in changes]
+        before = [tensor.clone() for tensor in tensors]
+        for tensor, (weight, codes) in zip(tensors, changes, strict=True):
+            tensor.copy_(self.rounded(weight, codes))
+        try:
+            yield
+        finally:
+            for tensor, exact in zip(tensors, before, strict=True):
+                tensor.copy_(exact)
+
+
+def measured_rises(
+    weights: Sequence[Weight],
+    cost: Callable[[Changes], float],
+    context: Context,
+    *,
+    costs: list[float],
+    keep: Callable[[], None],
+) -> Curves:
+    """Return what each weight in each width, alone, adds to a cost.
+
+    Args:
+        weights: The weights.
+        cost: What it costs to round some of them.
+        context: Gives progress.
+        costs: What was measured before an interruption, in order, that of the float model first; new ones are added.
+        keep: Called after each new one.
+
+    Raises:
+        StageError: The cost of the float model is not finite.
+    """
+    asked = [(weight, codes) for weight in weights if len(weight.widths) > 1 for codes in weight.codes]
+    with context.progress.work(f"{context.name}: sensitivity", 1 + len(asked), done=len(costs)) as bar:
+        for place in range(len(costs), 1 + len(asked)):
+            costs.append(cost(asked[place - 1 : place] if place else []))
+            keep()
+            bar.advance()
+    if not math.isfinite(costs[0]):
+        raise StageError("the model's loss on val is not finite", where=f"stages.{context.name}")
+    rises = iter(costs[1:])
+    return [
+        _rising([next(rises) - costs[0] for _ in weight.widths] if len(weight.widths) > 1 else [0.0])
+        for weight in weights
+    ]
+
+
+def estimated_rises(
+    weights: Sequence[Weight],
+    rounding: Rounding,
+    context: Context,
+    *,
+    probes: int,
+    found: list[list[float]],
+    keep: Callable[[], None],
+) -> Curves:
+    """Return what each weight in each width adds to the loss by its curvature: half the mean trace times the error.
+
+    Dong et al. 2020, HAWQ-V2: the trace of the Hessian over the weight, divided by how many numbers it has, times the
+    squared error of rounding.
+
+    Args:
+        weights: The weights.
+        rounding: The float model, and how its weights are rounded.
+        context: Gives task, training samples, as many as `rounding` looks at, and progress.
+        probes: How many random vectors the traces are estimated from.
+        found: What those vectors gave before an interruption; new ones are added.
+        keep: Called after each new one.
+
+    Raises:
+        StageError: The loss has no finite second derivative.
+    """
+    free = [weight for weight in weights if len(weight.widths) > 1]
+    targets, model = [weight.target for weight in free], rounding.prepared.model
+    traces = hessian_traces(model, targets, context, samples=rounding.samples, probes=probes, found=found, keep=keep)
+    means = {weight.target: max(trace, 0.0) / weight.numbers for weight, trace in zip(free, traces, strict=True)}
+
+    def error(weight: Weight, codes: CodeRange) -> float:
+        exact = get_attribute(model.graph, weight.target).detach().double()
+        return float((rounding.rounded(weight, codes).double() - exact).square().sum())
+
+    return [
+        _rising([0.5 * means.get(weight.target, 0.0) * error(weight, codes) for codes in weight.codes])
+        for weight in weights
+    ]
+
+
+def _rising(rises: Sequence[float]) -> NDArray[np.float64]:
+    values = np.nan_to_num(np.array([0.0, *rises]), nan=math.inf, posinf=math.inf)
+    return np.maximum.accumulate(values)[1:]

@@ -1,0 +1,28 @@
+"""What ``mil inspect`` says of the bits of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mil_cli.cli.main import main
+
+
+def test_the_bits_of_a_recipe_are_shown(project: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    stages = "stages:\n  quantize: {skip: [head], layers: {conv: {weight_bits: 3}}}"
+    assert main(["inspect", str(project(("stages:", stages)) / "recipe.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert "W3A8" in shown
+    assert "as the stage 'quantize' (quantize/static) gives them" in shown
+    assert "head: skipped by 'head'" in shown
+
+
+def test_without_a_recipe_it_shows_what_could_be(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(project(("chain: [quantize]", "chain: [prune]")) / "recipe.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert "as quantize/static would give them by itself" in shown
+    assert shown.count("W8A8") == 2

@@ -1,0 +1,175 @@
+"""Holding a bound on quality: that it holds, that no fewer layers would do, what happens where nothing holds; kills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from mil_cli.data.base import Data
+from mil_cli.graph.model import Model
+from mil_cli.stages.context import Context
+from mil_cli.stages.quantize import accuracy as method
+from mil_cli.stages.quantize.accuracy import alone
+from mil_cli.stages.quantize.describe import present_bits
+from mil_cli.stages.quantize.post_training import prepare
+from mil_cli.stages.quantize.static import StaticConfig, quantize
+from mil_cli.task.classification import Classification
+from mil_cli.training.config import TrainerConfig
+from mil_cli.training.evaluate import evaluate
+from mil_cli.training.loop import fit
+from tests.stages.contexts import Notices, make_context, run_through_kills
+from tests.stages.quantize.test_lsq import stripes
+from tests.stages.quantize.test_mixed import Net
+
+LAYERS = ("stem.0", "wide", "back", "head")
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return Data(name="stripes", train=stripes(512, 0), val=stripes(512, 1), test=stripes(8, 2))
+
+
+@pytest.fixture(scope="module")
+def even(data: Data) -> Model:
+    torch.manual_seed(0)
+    net = Model.capture(Net(), (torch.randn(2, 1, 8, 8),))
+    settings = TrainerConfig(epochs=10, batch_size=64, learning_rate=0.1)
+    return fit(net, task=Classification(), data=data, settings=settings, seed=0).model
+
+
+@pytest.fixture(scope="module")
+def model(even: Model) -> Model:
+    """Two of its layers have channels of very different size, which undo one another."""
+    net = even.clone()
+    with torch.no_grad():
+        state = net.state_dict()
+        factors = torch.logspace(-2.0, 2.0, 24)
+        state["wide.weight"] *= factors[:, None, None, None]
+        state["wide.bias"] *= factors
+        state["back.weight"] /= factors[None, :, None, None]
+    return net
+
+
+def context(data: Data, workspace: Path | None = None, **options: Any) -> Context:
+    return make_context(data, name="quantize", workspace=workspace, **options)
+
+
+def config(**settings: Any) -> StaticConfig:
+    return StaticConfig.model_validate({"max_drop": "2%", "per_channel": False, **settings})
+
+
+def accuracy(model: Model, data: Data) -> float:
+    return evaluate(model, task=Classification(), split=data.val, split_name="val").value
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_bits": 3, "activation_bits": 3, "first_last_bits": 3}])
+def test_the_bound_holds_with_no_more_layers_spared_than_needed(
+    settings: dict[str, Any], model: Model, data: Data, tmp_path: Path
+) -> None:
+    used = context(data, tmp_path)
+    without = quantize(model, config(**settings, max_drop=None), context(data))
+    result = quantize(model, config(**settings), used)
+    whole = accuracy(model, data)
+    assert accuracy(without, data) < 0.98 * whole <= accuracy(result, data)
+    notes, trials = used.notes, used.slot("max_drop").load()["trials"]  # type: ignore[index]
+    assert notes["max_drop_held"] is True
+    assert notes["drop"] == pytest.approx(1 - accuracy(result, data) / whole)
+    assert notes["trials"] == len(trials)
+    spared: list[str] = notes["spared"]  # type: ignore[assignment]
+    assert 0 < len(spared) < len(LAYERS)
+    assert len(present_bits(result).bits) == len(LAYERS) - len(spared)
+    assert notes["kept_float"] == dict.fromkeys(spared, "it cost more than max_drop")
+    fewer = [trial for trial in trials if len(trial["spared"]) == len(spared) - 1]
+    assert fewer
+    assert all(trial["quality"] < 0.98 * whole for trial in fewer)
+
+
+def test_more_bits_come_before_no_quantization(even: Model, data: Data) -> None:
+    used = context(data)
+    low = {"weight_bits": 2, "activation_bits": 8, "first_last_bits": 2, "per_channel": True}
+    result = quantize(even, config(**low), used)
+    assert accuracy(result, data) >= 0.98 * accuracy(even, data)
+    assert used.notes["spared"] == []
+    assert 0 < len(used.notes["widened"]) < len(LAYERS)  # type: ignore[arg-type]
+    assert {weight for weight, _ in present_bits(result).bits.values()} == {2, 8}
+
+
+def test_what_holds_at_once_is_what_there_is_without_the_bound(model: Model, data: Data) -> None:
+    used = context(data)
+    loose = quantize(model, config(max_drop="90%"), used)
+    assert loose.fingerprint() == quantize(model, config(max_drop=None), context(data)).fingerprint()
+    assert used.notes["trials"] == 1
+    assert {"data/val", "data/train"} <= set(used.trace.reads)
+
+
+def test_where_nothing_holds_the_best_is_returned_and_told(
+    model: Model, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if every quantized layer cost three points."""
+    monkeypatch.setattr(method, "quality_or_worst", lambda net, *_, **__: 0.9 - 0.03 * len(present_bits(net).bits))
+    told = Notices()
+    used = context(data, progress=told)
+    result = quantize(model, config(max_drop="1%"), used)
+    assert len(present_bits(result).bits) == 1
+    assert used.notes["max_drop_held"] is False
+    assert used.notes["drop"] == pytest.approx(0.03 / 0.9)
+    assert told.told == ["quantize: no setting holds max_drop 1 %; the best of 2 loses 3.333 %"]
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.third, self.last = nn.Conv2d(4, 4, 3), nn.Linear(36 * 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.third(self.second(torch.relu(self.first(x)))))
+        logits: Tensor = self.last(x.flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("name", ["first", "second", "third", "last"])
+def test_a_layer_alone_is_quantized_as_if_all_others_were_skipped(name: str, data: Data) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 1, 8, 8)
+    net = Model.capture(Chain().eval(), (x[:2],))
+    low = {"weight_bits": 3, "activation_bits": 4, "first_last_bits": 4}
+    prepared = prepare(net, StaticConfig.model_validate(low), context(data))
+    quantized = prepared.insert()
+    others = [other for other in ("first", "second", "third", "last") if other != name]
+    single = quantize(net, StaticConfig.model_validate({**low, "skip": others}), context(data))
+    before = quantized(x)
+    (layer,) = (layer.node for layer in prepared.placement.layers if layer.name == name)
+    with alone(quantized.graph, [layer], prepared.placement):
+        assert torch.equal(quantized(x), single(x))
+    assert torch.equal(quantized(x), before)
+    assert not torch.equal(single(x), before)
+
+
+def test_a_drop_that_anything_meets_is_refused() -> None:
+    with pytest.raises(ValidationError, match="a drop of 100 % or more"):
+        config(max_drop="120%")
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        config(max_drop=-0.1)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    model: Model, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(weight_bits=3, activation_bits=3, first_last_bits=3)
+    around = context(data)
+    whole = quantize(model, settings, around)
+    contexts: list[Context] = []
+
+    def run() -> Model:
+        contexts.append(context(data, tmp_path))
+        return quantize(model, settings, contexts[-1])
+
+    resumed = run_through_kills(run, monkeypatch, saves=(2, 5, 9))
+    assert resumed.fingerprint() == whole.fingerprint()
+    assert contexts[-1].notes == around.notes

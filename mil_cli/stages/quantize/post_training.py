@@ -27,8 +27,9 @@ class PostTrainingConfig(QuantizationConfig):
     """Settings of a method that quantizes a trained model as it is, beside those that all quantization shares.
 
     Attributes:
-        observer: How the range of activations is found: ``min_max`` (all that was seen), ``percentile`` (outliers
-            clipped), ``mse`` (smallest squared error).
+        observer: How the range of activations is found: ``min_max`` (all that was seen), ``moving_average`` (of each
+            batch's), ``percentile`` (outliers clipped), ``mse`` (smallest squared error), ``entropy`` (least change of
+            the distribution).
         percentile: For the percentile observer, in percent.
         weight_observer: How the range of weights is found.
     """

@@ -16,11 +16,15 @@ from mil_cli.stages.quantize.ranges import CodeRange
 ObserverName = Literal["min_max", "moving_average", "percentile", "mse", "entropy"]
 
 
-class Observer(Protocol):
+class Statistic(Protocol):
     """Sees every calibration batch once, in bounded memory."""
 
     def update(self, values: Tensor) -> None:
         """Look at a tensor's values; raises ValueError if one is NaN or infinite."""
+
+
+class Observer(Statistic, Protocol):
+    """Knows the range of what it saw."""
 
     def range(self) -> tuple[float, float]:
         """Return (low, high)."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, has_attribute, op_name, set_argument, set_attribute
@@ -93,7 +94,7 @@ def reads_alone(graph: GraphModule, source: Any, reader: Node) -> bool:
         for node in graph.graph.find_nodes(op="get_attr")
         if get_attribute(graph, str(node.target)) is value
         for user in node.users
-        for use in user.args
+        for use in pytree.tree_leaves((user.args, user.kwargs))
         if use is node
     ]
     return len(readers) == 1 and readers[0][0] is reader
@@ -119,7 +120,7 @@ def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
     if isinstance(bias_node, Node):
         _assign(graph, str(bias_node.target), new_bias, weight if bias is None else bias)
     else:
-        name = _free_name(graph, str(weight_node.target))
+        name = free_name(graph, str(weight_node.target))
         _assign(graph, name, new_bias, weight)
         with graph.graph.inserting_before(layer):
             set_argument(layer, "bias", graph.graph.get_attr(name))
@@ -179,7 +180,7 @@ def _assign(graph: GraphModule, name: str, value: Tensor, like: Tensor) -> None:
     set_attribute(graph, name, nn.Parameter(strided, requires_grad=like.requires_grad))
 
 
-def _free_name(graph: GraphModule, weight_name: str) -> str:
+def free_name(graph: GraphModule, weight_name: str) -> str:
     """Return the name of a new bias beside a weight."""
     prefix = weight_name.removesuffix("weight")
     name, count = f"{prefix}bias", 1

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from mil_cli.graph.nodes import get_attribute
+from mil_cli.graph.program import set_out_spec
 
 _OWNER = "watcher"
 
@@ -26,14 +28,23 @@ class _Look(nn.Module):
 def watched(graph: GraphModule, looks: Mapping[Node, Callable[[Tensor], None]]) -> GraphModule:
     """Return a graph module that shares the weights of another and shows some values; memory does not grow by it.
 
+    It returns nothing, and computes nothing after the last of these values.
+
     Args:
         graph: The graph; it is not changed.
         looks: Node of `graph` -> what is called with its output each time.
     """
     names: dict[Node, Node] = {}
     copied = Graph()
-    copied.output(copied.graph_copy(graph.graph, names))
+    copied.graph_copy(graph.graph, names)
     copied.set_codegen(copy.copy(graph.graph._codegen))
+    shown = {names[node] for node in looks}
+    for node in reversed(list(copied.nodes)):
+        if node in shown:
+            break
+        if node.op != "placeholder":
+            copied.erase_node(node)
+    copied.output(())
     attributes: dict[str, Any] = {
         str(node.target): get_attribute(graph, str(node.target)) for node in copied.find_nodes(op="get_attr")
     }
@@ -43,4 +54,6 @@ def watched(graph: GraphModule, looks: Mapping[Node, Callable[[Tensor], None]]) 
         before = copied.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else names[node]
         with copied.inserting_after(before):
             copied.call_module(target, (names[node],))
-    return GraphModule(attributes, copied)
+    watching = GraphModule(attributes, copied)
+    set_out_spec(watching, pytree.tree_structure(()))
+    return watching

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mil_cli.errors import GoalError
+from mil_cli.measure.statistics import SAME_WITHIN, verdict
 from mil_cli.training.quality import relative_drop
 
 if TYPE_CHECKING:
@@ -87,6 +89,36 @@ def judge(goals: Goals, *, baseline: dict[str, Any], final: dict[str, Any]) -> l
             met = on_bound or (reached > bound if kind == "min" else reached < bound)
             verdicts.append(Verdict(name, kind, bound, reached, met))
     return verdicts
+
+
+def slowdowns(baseline: dict[str, Any], stages: Sequence[tuple[str, dict[str, Any] | None]]) -> list[str]:
+    """Return a notice for each file that is slower than what it was made of, beyond what the measurement may err by.
+
+    Smaller or with fewer operations is not faster on every device; no file shall ship that is slower without a word.
+
+    Args:
+        baseline: The uncompressed model's measurement, as in the report.
+        stages: Name and measurement after each stage, in order; None where only what comes last was timed.
+    """
+    notices, before = [], baseline["latency_ms"]
+    timed = [(name, measured["latency_ms"]) for name, measured in stages if measured is not None]
+    for name, after in timed if len(timed) > 1 else []:
+        # Both are ratios to the baseline: apart if even the ends of their intervals that face each other are.
+        apart = after["ratio_ci95"][0] / before["ratio_ci95"][1]
+        ratio = after["ratio_to_baseline"] / before["ratio_to_baseline"]
+        if apart > 1 and ratio > 1 + SAME_WITHIN:
+            notices.append(f"stage '{name}' made the file slower, not faster: {ratio:.2f} times as slow as before it")
+        before = after
+    for _, last in timed[-1:]:
+        low, high = last["ratio_ci95"]
+        ratio = last["ratio_to_baseline"]
+        if verdict(ratio, (low, high)) == "slower":
+            hint = "" if len(timed) == len(stages) else "; measure.per_stage=true shows which stage it comes from"
+            notices.append(
+                f"the final file is slower than the uncompressed one on this device: {ratio:.2f} times its latency "
+                f"(95 % {low:.2f} to {high:.2f}){hint}"
+            )
+    return notices
 
 
 def check_measurable(goals: Goals, device: DeviceProfile, *, higher_is_better: bool) -> None:

@@ -17,7 +17,7 @@ from mil_cli.run.cache import ENTRY, Cache, default_location
 from mil_cli.run.directory import REPORT, RunDirectory
 from mil_cli.run.environment import describe
 from mil_cli.run.execute import CapturedModel, Executor, StageResult
-from mil_cli.run.goals import check_measurable, judge
+from mil_cli.run.goals import check_measurable, judge, slowdowns
 from mil_cli.run.log import LoggedProgress
 from mil_cli.run.processes import part, place
 from mil_cli.run.prove import Proof, Prover
@@ -213,6 +213,7 @@ def _report(
     of_baseline, of_final = figures[0], figures[-1]
     verdicts = judge(recipe.goals, baseline=of_baseline, final=of_final)
     per_stage = figures[1:] if recipe.measure.per_stage else [None] * len(chain.results)
+    timed = zip([result.name for result in chain.results], [*per_stage[:-1], of_final], strict=True)
     return {
         "version": REPORT_VERSION,
         "name": recipe.name,
@@ -228,7 +229,12 @@ def _report(
         "goals_met": all(verdict.met for verdict in verdicts),
         "parity": final.parity,
         "baseline_parity": baseline.parity,
-        "notices": [*chain.original.load().spec.notices, *baseline.notices, *final.notices],
+        "notices": [
+            *chain.original.load().spec.notices,
+            *baseline.notices,
+            *final.notices,
+            *slowdowns(of_baseline, list(timed)),
+        ],
     }
 
 

@@ -15,6 +15,7 @@ from mil_cli.events import SilentProgress
 from mil_cli.export.onnx import ExportedFile, export_onnx
 from mil_cli.graph.model import Model
 from mil_cli.stages.quantize.static import StaticConfig, quantize
+from mil_cli.training.checkpoint import NullSlot
 
 Inputs = Callable[[int], tuple[Tensor, ...]]
 
@@ -154,6 +155,9 @@ class Calibration:
     def calibration(self, *, samples: int, batch_size: int) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
         for _ in range(0, samples, batch_size):
             yield self._inputs(batch_size), {}
+
+    def slot(self, name: str) -> NullSlot:
+        return NullSlot()
 
     def note(self, **facts: object) -> None:
         self.notes.update(facts)

@@ -96,6 +96,22 @@ def test_what_is_shared_is_left_alone() -> None:
     assert torch.equal(folded(x), model(x))
 
 
+def test_a_weight_that_is_also_read_in_a_list_is_left_alone() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x)).mean((0, 2, 3)) + torch.cat([self.conv.weight, self.conv.weight]).sum()
+
+    model = Model.capture(Listed(), (torch.randn(3, 4, 8, 8),))
+    randomise(model)
+    folded = fold_batch_norm(model)
+    x = torch.randn(5, 4, 8, 8)
+    assert torch.equal(folded(x), model(x))
+
+
 def test_a_shared_norm_is_folded_into_each_layer() -> None:
     class OneNorm(nn.Module):
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from mil_cli.errors import GoalError
 from mil_cli.recipe.goals import Goals
-from mil_cli.run.goals import judge
+from mil_cli.run.goals import judge, slowdowns
 from mil_cli.training.quality import relative_drop
 
 
@@ -67,3 +67,36 @@ def test_drop_knows_the_direction_of_the_metric() -> None:
     assert relative_drop(0.0, 0.0, higher_is_better=True) == 0.0
     assert relative_drop(0.0, 0.1, higher_is_better=False) == float("inf")
     assert relative_drop(-10.0, -11.0, higher_is_better=True) == pytest.approx(0.1)
+
+
+def timed(ratio: float, spread: float = 0.01) -> dict[str, Any]:
+    return measurement(
+        latency_ms={"p50": 2 * ratio, "ratio_to_baseline": ratio, "ratio_ci95": [ratio - spread, ratio + spread]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "told"),
+    [(0.5, 0.01, False), (1.02, 0.01, False), (1.2, 0.3, False), (1.2, 0.1, True)],
+)
+def test_a_slower_file_is_told_but_not_what_the_measurement_may_err_by(ratio: float, spread: float, told: bool) -> None:
+    notices = slowdowns(timed(1.0, 0.0), [("prune", None), ("quantize", timed(ratio, spread))])
+    assert len(notices) == told
+    if told:
+        assert "1.20 times its latency (95 % 1.10 to 1.30)" in notices[0]
+        assert "measure.per_stage=true" in notices[0]
+    assert not any("per_stage" in notice for notice in slowdowns(timed(1.0, 0.0), [("quantize", timed(ratio, spread))]))
+
+
+def test_the_stage_that_slows_is_named_though_the_whole_is_faster() -> None:
+    stages: list[tuple[str, dict[str, Any] | None]] = [
+        ("prune", timed(0.4)),
+        ("quantize", timed(0.6)),
+        ("recover", timed(0.605)),
+    ]
+    (notice,) = slowdowns(timed(1.0, 0.0), stages)
+    assert "'quantize'" in notice
+    assert "1.50 times" in notice
+    told = slowdowns(timed(1.0, 0.0), [*stages, ("again", timed(1.3))])
+    assert len(told) == 3
+    assert all(name in notice for name, notice in zip(("'quantize'", "'again'", "the final file"), told, strict=True))

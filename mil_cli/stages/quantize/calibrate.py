@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from mil_cli.errors import StageError
 from mil_cli.events import Bar
 from mil_cli.graph.watch import watched
-from mil_cli.stages.quantize.observers import Observer
+from mil_cli.stages.quantize.observers import Observer, Statistic
 from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def place_observed(
         silent |= without
 
 
-def observe(model: Model, observers: Mapping[Node, Observer], config: QuantizationConfig, context: Context) -> None:
+def observe(model: Model, observers: Mapping[Node, Statistic], config: QuantizationConfig, context: Context) -> None:
     """Show values of a model to their observers in one pass over the stage's calibration samples.
 
     Raises:
@@ -98,15 +98,27 @@ def observe(model: Model, observers: Mapping[Node, Observer], config: Quantizati
     """
     if not observers:
         return
+    with context.progress.work("calibrating", batches_of(model, config)) as bar:
+        observe_with(model, observers, config, context, bar=bar)
+
+
+def batches_of(model: Model, config: QuantizationConfig) -> int:
+    """Return how many batches one pass over the calibration samples has."""
+    return -(-config.calibration_samples // (fixed_batch(model) or config.calibration_batch_size))
+
+
+def observe_with(
+    model: Model, observers: Mapping[Node, Statistic], config: QuantizationConfig, context: Context, *, bar: Bar
+) -> None:
+    """Do as `observe` does, within a piece of work that has begun; `bar` is told after each batch."""
     size = fixed_batch(model) or config.calibration_batch_size
     batches = context.calibration(samples=config.calibration_samples, batch_size=size)
-    with context.progress.work("calibrating", -(-config.calibration_samples // size)) as bar:
-        calibrate(model.graph, observers, batches, bar=bar)
+    calibrate(model.graph, observers, batches, bar=bar)
 
 
 def calibrate(
     graph: GraphModule,
-    observers: Mapping[Node, Observer],
+    observers: Mapping[Node, Statistic],
     batches: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
     *,
     bar: Bar,
@@ -137,7 +149,7 @@ def calibrate(
     return count
 
 
-def _look(name: str, observer: Observer) -> Callable[[Tensor], None]:
+def _look(name: str, observer: Statistic) -> Callable[[Tensor], None]:
     def look(value: Tensor) -> None:
         try:
             observer.update(value)

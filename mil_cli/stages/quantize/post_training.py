@@ -1,4 +1,4 @@
-"""What the methods share that quantize a trained model as it is: folded norms, a placement, and ranges from samples."""
+"""What the methods share that quantize a trained model as it is: its weights made ready, a placement, and ranges."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.stages.context import Context
+from mil_cli.stages.quantize.bias_correction import BiasCorrection
 from mil_cli.stages.quantize.calibrate import place_observed
+from mil_cli.stages.quantize.equalisation import equalise
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_quantized
 from mil_cli.stages.quantize.observers import ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Layer, Placement, place_any
 from mil_cli.stages.quantize.ranges import affine_parameters
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
+from mil_cli.stages.quantize.smoothing import smooth
 from mil_cli.stages.quantize.weights import WeightObserverName, protect_biases, weight_scale
 from mil_cli.stages.targets import Drop
 
@@ -28,13 +31,18 @@ class PostTrainingConfig(QuantizationConfig):
     """Settings of a method that quantizes a trained model as it is, beside those that all quantization shares.
 
     Attributes:
-        observer: How the range of activations is found: ``min_max`` (all that was seen), ``percentile`` (outliers
-            clipped), ``mse`` (smallest squared error).
+        observer: How the range of activations is found: ``min_max`` (all that was seen), ``moving_average`` (of each
+            batch's), ``percentile`` (outliers clipped), ``mse`` (smallest squared error), ``entropy`` (least change of
+            the distribution).
         percentile: For the percentile observer, in percent.
         weight_observer: How the range of weights is found.
         max_drop: By what share of its value the quality on val may get worse in this stage: layers get 8 bits, or stay
             float, until that holds, those first that do most damage. None: the settings hold, whatever comes of it.
         max_drop_samples: Samples of val on which the damage of single layers is measured.
+        equalise: Whether neighbouring layers get weights of the same range first.
+        smooth: How far outliers of activations are moved into the weights that read them, 0 to 1; None: not at all.
+        bias_correction: Whether the mean of each layer's outputs is restored by its bias afterwards; None: where
+            weights have fewer than 8 bits.
     """
 
     observer: ObserverName = "mse"
@@ -42,6 +50,9 @@ class PostTrainingConfig(QuantizationConfig):
     weight_observer: WeightObserverName = "mse"
     max_drop: Drop | None = None
     max_drop_samples: int = Field(1000, ge=1)
+    equalise: bool = False
+    smooth: float | None = Field(None, ge=0, le=1)
+    bias_correction: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Prepared:
         values: How each owned value is quantized.
         narrow: How each value is that layers read in fewer bits.
         weights: How each layer's weight is, in the placement's order.
+        correction: Corrects biases once all is inserted; None: they stay.
     """
 
     model: Model
@@ -64,16 +76,20 @@ class Prepared:
     values: dict[Node, Quantizer]
     narrow: dict[Node, Quantizer]
     weights: Sequence[Quantizer]
+    correction: BiasCorrection | None = None
 
     def insert(self) -> Model:
         """Put the quantizers into the graph, in place, and return the model."""
         insert_quantizers(self.model.graph, self.placement, self.values, self.narrow, self.weights)
         protect_biases(self.model.graph)
+        if self.correction is not None:
+            self.correction.apply(self.model)
+            protect_biases(self.model.graph)
         return self.model
 
 
 def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepared:
-    """Fold a model's batch norms, place quantizers and find their ranges on calibration samples.
+    """Fold a model's batch norms, prepare its weights, place quantizers and find their ranges on calibration samples.
 
     Layers whose input was nothing but zeros in calibration stay float.
 
@@ -90,6 +106,10 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
     folded = fold_batch_norm(model)
     graph = folded.graph
     make_functional(graph)
+    if config.equalise:
+        context.note(equalised_pairs=equalise(graph))
+    if config.smooth is not None:
+        smooth(folded, config.smooth, config, context)
     placement, seen = place_observed(
         folded,
         lambda silent: place_any(graph, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent),
@@ -110,6 +130,7 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
         scale = weight_scale(tensor, axis=axis, codes=levels, observer=config.weight_observer)
         return Quantizer(scale, torch.zeros(scale.shape, dtype=torch.int32), levels, axis)
 
+    corrects = rules.weight_bits < 8 if config.bias_correction is None else config.bias_correction
     context.note(**placement.facts(), **rules.facts(), observer=config.observer)
     context.note(calibration_samples=config.calibration_samples)
     return Prepared(
@@ -119,4 +140,5 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
         values={node: quantizer(node, few=False) for node in placement.owned},
         narrow={node: quantizer(node, few=True) for node in placement.narrow},
         weights=[weight(layer) for layer in placement.layers],
+        correction=BiasCorrection.of(folded, placement, config, context) if corrects else None,
     )

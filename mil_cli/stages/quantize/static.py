@@ -12,10 +12,16 @@ from mil_cli.stages.registry import stage
 
 
 class StaticConfig(PostTrainingConfig):
-    """Settings of ``quantize/static``: those that all methods after training share."""
+    """Settings of ``quantize/static``: those that all methods after training share.
+
+    Attributes:
+        bias_correction: On by default where weights have fewer than 8 bits, which nothing else makes up for here.
+    """
 
     method: ClassVar[str] = "static"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
+
+    bias_correction: bool | None = None
 
 
 @stage(StaticConfig)

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from mil_cli.stages.quantize.observers import make_observer
+from mil_cli.stages.quantize.observers.entropy import Entropy, divergence
 from mil_cli.stages.quantize.observers.histogram import Histogram
+from mil_cli.stages.quantize.observers.moving_average import MovingAverage
 from mil_cli.stages.quantize.observers.mse import MeanSquaredError
 from mil_cli.stages.quantize.observers.percentile import Percentile
 from mil_cli.stages.quantize.ranges import CodeRange, activation_codes, affine_parameters, weight_codes
@@ -81,6 +86,65 @@ def test_mse_is_close_to_brute_force(kind: str, bits: int) -> None:
     assert found <= squared_error(everything, lowest, highest, codes) * 1.001
 
 
+def test_moving_average_weighs_each_batch_nine_tenths_of_the_next() -> None:
+    observer = MovingAverage()
+    for batch in stream("outlier"):
+        observer.update(batch)
+        observer.update(torch.empty(0))
+    weights = 0.9 ** np.arange(3, -1, -1)
+    lows, highs = ([float(pick(batch)) for batch in stream("outlier")] for pick in (torch.min, torch.max))
+    assert observer.range() == pytest.approx((np.average(lows, weights=weights), np.average(highs, weights=weights)))
+
+
+def test_divergence_of_the_papers_example() -> None:
+    """Migacz 2017, page 38: eight bins to two levels."""
+    counts = [1.0, 0, 2, 3, 5, 3, 1, 7]
+    expanded = [2.0, 0, 2, 2, 4, 4, 4, 4]
+    found = divergence(torch.tensor(counts, dtype=torch.float64), 0, 8, 2)
+    assert found == pytest.approx(stats.entropy(counts, expanded))
+
+
+@pytest.mark.parametrize("kind", ["normal", "rectified", "outlier", "negative"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_entropy_is_close_to_brute_force(kind: str, bits: int) -> None:
+    codes = activation_codes(bits, signed=False)
+    observer = Entropy(codes)
+    batches = [-batch for batch in stream("rectified")] if kind == "negative" else stream(kind)
+    for batch in batches:
+        observer.update(batch)
+    everything = torch.cat(batches).double().numpy().ravel()
+    everything = everything[everything != 0]
+    sides = [side for side in (-1, 1) if (everything * side > 0).any()]
+    low, high = observer.range()
+    width = observer._histogram.bin_width
+
+    def brute_force(threshold: int) -> float:
+        clipped = everything.clip(-threshold * width, threshold * width)
+        ends = (-threshold * (-1 in sides), threshold * (1 in sides))
+        bins = {"bins": ends[1] - ends[0], "range": (ends[0] * width, ends[1] * width)}
+        reference = np.histogram(clipped, **bins)[0]
+        inside = np.histogram(everything[np.abs(everything) < threshold * width], **bins)[0]
+        rounded = np.zeros(len(reference))
+        edges = [-(-level * len(reference) // 2**bits) for level in range(2**bits + 1)]
+        for first, after in itertools.pairwise(edges):
+            taken = reference[first:after] > 0
+            rounded[first:after][taken] = inside[first:after].sum() / max(taken.sum(), 1)
+        return float(stats.entropy(reference, rounded))
+
+    largest = round(np.abs(everything).max() / width + 0.5)
+    candidates = range(largest, 2**bits // len(sides), -max(largest // 30, 1))
+    found = round(max(-low, high) / width + 0.49)
+    assert brute_force(found) <= 1.05 * min(brute_force(threshold) for threshold in candidates)
+    assert (low < 0) == (-1 in sides)
+
+
+def test_entropy_does_not_clip_all_that_was_seen_to_one_value() -> None:
+    observer = Entropy(UNSIGNED)
+    values = 0.1 + torch.rand(500, generator=torch.Generator().manual_seed(0))
+    observer.update(values)
+    assert observer.range()[1] > float(values.quantile(0.9))
+
+
 def test_histogram_grows_without_losing_counts() -> None:
     histogram = Histogram(bins=16)
     values = [torch.zeros(3), torch.tensor([0.5, -0.25]), torch.tensor([7.9, -7.9, 0.1]), torch.empty(0)]
@@ -94,7 +158,7 @@ def test_histogram_grows_without_losing_counts() -> None:
     assert histogram.centers[0] == -7.5
 
 
-@pytest.mark.parametrize("name", ["min_max", "percentile", "mse"])
+@pytest.mark.parametrize("name", ["min_max", "moving_average", "percentile", "mse", "entropy"])
 def test_bad_values_are_refused_and_nothing_seen_is_zero(name: str) -> None:
     observer = make_observer(name, codes=UNSIGNED, percentile=99.0)  # type: ignore[arg-type]
     assert observer.range() == (0.0, 0.0)

@@ -104,7 +104,7 @@ def test_rectified_values_start_at_code_zero() -> None:
             assert int(zero_point) == get_argument(node, "quant_min") == 0
 
 
-@pytest.mark.parametrize("observer", ["min_max", "percentile", "mse"])
+@pytest.mark.parametrize("observer", ["min_max", "moving_average", "percentile", "mse", "entropy"])
 @pytest.mark.parametrize("weight_observer", ["min_max", "mse"])
 def test_more_bits_are_closer(observer: Any, weight_observer: Any) -> None:
     model = make_model()
@@ -140,7 +140,7 @@ class Stateful(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("observer", ["min_max", "percentile", "mse"])
+@pytest.mark.parametrize("observer", ["min_max", "moving_average", "percentile", "mse", "entropy"])
 def test_a_state_that_was_always_zero_stays_float(observer: Any) -> None:
     torch.manual_seed(0)
     model = Model.capture(Stateful().eval(), (torch.randn(2, 2, 8, 8),))

@@ -6,19 +6,25 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from mil_cli.stages.quantize.observers.entropy import Entropy
 from mil_cli.stages.quantize.observers.min_max import MinMax
+from mil_cli.stages.quantize.observers.moving_average import MovingAverage
 from mil_cli.stages.quantize.observers.mse import MeanSquaredError
 from mil_cli.stages.quantize.observers.percentile import Percentile
 from mil_cli.stages.quantize.ranges import CodeRange
 
-ObserverName = Literal["min_max", "percentile", "mse"]
+ObserverName = Literal["min_max", "moving_average", "percentile", "mse", "entropy"]
 
 
-class Observer(Protocol):
+class Statistic(Protocol):
     """Sees every calibration batch once, in bounded memory."""
 
     def update(self, values: Tensor) -> None:
         """Look at a tensor's values; raises ValueError if one is NaN or infinite."""
+
+
+class Observer(Statistic, Protocol):
+    """Knows the range of what it saw."""
 
     def range(self) -> tuple[float, float]:
         """Return (low, high)."""
@@ -30,7 +36,11 @@ def make_observer(name: ObserverName, *, codes: CodeRange, percentile: float) ->
     match name:
         case "min_max":
             return MinMax()
+        case "moving_average":
+            return MovingAverage()
         case "percentile":
             return Percentile(percentile)
         case "mse":
             return MeanSquaredError(codes)
+        case "entropy":
+            return Entropy(codes)

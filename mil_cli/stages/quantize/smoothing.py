@@ -1,0 +1,52 @@
+"""SmoothQuant: outliers of activations are moved into weights, which are easier to quantize."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import calls, get_argument, module_path, op_name
+from mil_cli.stages.quantize.calibrate import observe
+from mil_cli.stages.quantize.observers.channels import ChannelMagnitude
+from mil_cli.stages.quantize.rescale import LAYERS, find_links, move, read_range
+
+if TYPE_CHECKING:
+    from mil_cli.stages.context import Context
+    from mil_cli.stages.quantize.settings import QuantizationConfig
+
+
+def smooth(model: Model, strength: float, config: QuantizationConfig, context: Context) -> None:
+    """Move factors of channels from activations into the weights that read them, in place; outputs stay the same.
+
+    With the largest activation ``a`` and the largest weight ``w`` of a channel, the activation is divided by
+    ``a^strength / w^(1 - strength)``, in the norm, gain or layer that makes it, and all weights that read it are
+    multiplied. As in Xiao et al., SmoothQuant (2023, arXiv:2211.10438). Layers whose input is made by nothing that
+    could take a factor, such as a GELU, are left as they are and listed.
+
+    Args:
+        model: A model in evaluation mode, batch norms folded, in-place operators replaced.
+        strength: 0 moves nothing but evens out the weights, 1 gives all channels of an activation the same range.
+        config: Says how many calibration samples are looked at.
+        context: Gives them, and is told which layers were smoothed.
+
+    Raises:
+        StageError: There are no samples, or a value is NaN or infinite.
+    """
+    links = list(find_links(model.graph))
+    seen = {link.value: ChannelMagnitude(link.axis) for link in links}
+    observe(model, seen, config, context)
+    for link in links:
+        activation = seen[link.value].largest
+        weight = functools.reduce(torch.maximum, (read_range(model.graph, reader) for reader in link.readers))
+        # A channel of zeros on either side has nothing to move.
+        factor = torch.where((activation > 0) & (weight > 0), activation**strength / weight ** (1 - strength), 1.0)
+        move(model.graph, link, factor)
+    smoothed = {reader for link in links for reader in link.readers}
+    left = [node for node in calls(model.graph) if op_name(node) in LAYERS and node not in smoothed]
+    context.note(
+        smoothed_layers=len(smoothed),
+        not_smoothed=[module_path(node) or node.name for node in left if get_argument(node, "weight").op == "get_attr"],
+    )

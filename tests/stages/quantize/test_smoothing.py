@@ -1,0 +1,95 @@
+"""SmoothQuant: activations lose their outliers to the weights, the outputs stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mil_cli.data.base import Data
+from mil_cli.data.tensors import TensorSplit
+from mil_cli.errors import StageError
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import op_name
+from mil_cli.stages.context import Context
+from mil_cli.stages.quantize.rescale import find_links, read_range
+from mil_cli.stages.quantize.smoothing import smooth
+from mil_cli.stages.quantize.static import StaticConfig, quantize
+from tests.stages.contexts import make_context
+
+
+class Block(nn.Module):
+    """A perceptron after a norm, one channel of which is fifty times larger than the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.up, self.gate, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.out = nn.Linear(16, 4)
+        with torch.no_grad():
+            self.norm.weight[3] = 50.0
+            self.up.weight[:, 3] *= 0.02
+            self.gate.weight[:, 3] *= 0.02
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        logits: Tensor = self.out(torch.tanh(self.down(torch.sigmoid(self.gate(y)) * self.up(y))))
+        return logits
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model.capture(Block().eval(), (torch.randn(2, 5, 16),))
+
+
+def inputs() -> Tensor:
+    return torch.randn(128, 5, 16, generator=torch.Generator().manual_seed(1))
+
+
+def context(x: Tensor) -> Context:
+    split = TensorSplit((x, torch.zeros(len(x), dtype=torch.int64)))
+    return make_context(Data(name="noise", train=split, val=split, test=split))
+
+
+CONFIG = StaticConfig(calibration_samples=128)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_outputs_stay_and_what_was_smoothed_is_told(model: Model, strength: float) -> None:
+    x, used = inputs(), context(inputs())
+    expected = model(x)
+    smooth(model, strength, CONFIG, used)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert used.notes["smoothed_layers"] == 3
+    assert used.notes["not_smoothed"] == ["out"]
+
+
+def test_full_strength_gives_all_channels_one_range_and_none_all_weights(model: Model) -> None:
+    x = inputs()
+    smooth(model, 1.0, CONFIG, context(x))
+    normed = nn.functional.layer_norm(
+        x, (16,), *(model.graph.get_parameter(f"norm.{name}") for name in ("weight", "bias"))
+    )
+    torch.testing.assert_close(normed.abs().amax((0, 1)), torch.ones(16), rtol=1e-4, atol=1e-4)
+    smooth(model, 0.0, CONFIG, context(x))
+    (down,) = next(link.readers for link in find_links(model.graph) if op_name(link.value) == "mul")
+    torch.testing.assert_close(read_range(model.graph, down), torch.ones(32, dtype=torch.float64))
+
+
+def test_an_outlier_costs_less(model: Model) -> None:
+    x = inputs()
+    errors = []
+    for strength in (None, 0.5):
+        quantized = quantize(model, CONFIG.model_copy(update={"smooth": strength, "observer": "min_max"}), context(x))
+        errors.append(float((quantized(x) - model(x)).detach().norm()))
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_bad_values_are_refused(model: Model) -> None:
+    with torch.no_grad():
+        model.graph.get_parameter("norm.bias")[2] = float("inf")
+    before = model.fingerprint()
+    with pytest.raises(StageError, match="bad value at"):
+        smooth(model, 0.5, CONFIG, context(inputs()))
+    assert model.fingerprint() == before

@@ -172,6 +172,8 @@ class _Control:
             widened: The layers that get 8 bits.
         """
         context, config = self._context, self._with(widened=widened, spared=[])
+        # Biases that make up for the rounding of all layers would be wrong for each of them alone.
+        config = config.model_copy(update={"bias_correction": False})
         prepared = prepare(self._model, config, context)
         placement, rules = prepared.placement, prepared.rules
         quantized = prepared.insert()

@@ -42,7 +42,7 @@ class PostTrainingConfig(QuantizationConfig):
         equalise: Whether neighbouring layers get weights of the same range first.
         smooth: How far outliers of activations are moved into the weights that read them, 0 to 1; None: not at all.
         bias_correction: Whether the mean of each layer's outputs is restored by its bias afterwards; None: where
-            weights have fewer than 8 bits.
+            some weights have fewer than 8 bits.
     """
 
     observer: ObserverName = "mse"
@@ -130,7 +130,8 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
         scale = weight_scale(tensor, axis=axis, codes=levels, observer=config.weight_observer)
         return Quantizer(scale, torch.zeros(scale.shape, dtype=torch.int32), levels, axis)
 
-    corrects = rules.weight_bits < 8 if config.bias_correction is None else config.bias_correction
+    few = any(rules.of_layer(layer).weight_bits < 8 for layer in placement.layers)
+    corrects = few if config.bias_correction is None else config.bias_correction
     context.note(**placement.facts(), **rules.facts(), observer=config.observer)
     context.note(calibration_samples=config.calibration_samples)
     return Prepared(

@@ -138,7 +138,7 @@ def test_a_layer_alone_is_quantized_as_if_all_others_were_skipped(name: str, dat
     torch.manual_seed(0)
     x = torch.randn(16, 1, 8, 8)
     net = Model.capture(Chain().eval(), (x[:2],))
-    low = {"weight_bits": 3, "activation_bits": 4, "first_last_bits": 4}
+    low = {"weight_bits": 3, "activation_bits": 4, "first_last_bits": 4, "bias_correction": False}
     prepared = prepare(net, StaticConfig.model_validate(low), context(data))
     quantized = prepared.insert()
     others = [other for other in ("first", "second", "third", "last") if other != name]

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
 from mil_cli.task.averaging import combine_scored, mean_of_probabilities
-from mil_cli.task.divergence import softened_divergence
+from mil_cli.task.divergence import counted_cross_entropy, softened_divergence
 from mil_cli.task.fields import Entry, InputEntries, entry, model_inputs, output_tensor, target_entry, task_fingerprint
 
 
@@ -71,7 +70,7 @@ class Classification:
         """
         scores, labels = self._scores_and_labels(outputs, batch)
         try:
-            return functional.cross_entropy(
+            return counted_cross_entropy(
                 scores, labels, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
             )
         except (IndexError, RuntimeError) as problem:

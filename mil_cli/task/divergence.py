@@ -1,4 +1,4 @@
-"""The softened Kullback-Leibler divergence between the class scores of two models."""
+"""How far class scores are off: from those of another model, softened, and from labels."""
 
 from __future__ import annotations
 
@@ -47,3 +47,18 @@ def check_same_shape(student: torch.Tensor, teacher: torch.Tensor) -> None:
             where="teacher",
             hint="the teacher must give the same classes and resolution as the model",
         )
+
+
+def counted_cross_entropy(scores: Tensor, labels: Tensor, *, ignore_index: int, label_smoothing: float) -> Tensor:
+    """Return the mean cross-entropy in nats of the labels that count; 0 if none does, where torch gives NaN.
+
+    Args:
+        scores: ``(batch, classes, ...)``.
+        labels: ``(batch, ...)``, class indices.
+        ignore_index: The label that does not count.
+        label_smoothing: Share of the uniform distribution in the target.
+    """
+    total = functional.cross_entropy(
+        scores, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+    )
+    return total / (labels != ignore_index).sum().clamp(min=1)

@@ -28,6 +28,15 @@ def test_loss_is_minus_the_log_of_the_softmax_of_the_label() -> None:
     assert float(loss) == pytest.approx(by_hand / 6, abs=1e-12)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_batch_in_which_no_label_counts_changes_no_weight(smoothing: float) -> None:
+    scores = torch.randn(4, 3, requires_grad=True)
+    loss = Classification(label_smoothing=smoothing).loss(scores, (None, torch.full((4,), -100)))
+    loss.backward()
+    assert loss.item() == 0.0
+    torch.testing.assert_close(scores.grad, torch.zeros(4, 3))
+
+
 def test_label_smoothing_mixes_in_the_uniform_distribution() -> None:
     scores, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
     logs = functional.log_softmax(scores, -1)

@@ -49,7 +49,9 @@ def check_same_shape(student: torch.Tensor, teacher: torch.Tensor) -> None:
         )
 
 
-def counted_cross_entropy(scores: Tensor, labels: Tensor, *, ignore_index: int, label_smoothing: float) -> Tensor:
+def counted_cross_entropy(
+    scores: torch.Tensor, labels: torch.Tensor, *, ignore_index: int, label_smoothing: float
+) -> torch.Tensor:
     """Return the mean cross-entropy in nats of the labels that count; 0 if none does, where torch gives NaN.
 
     Args:

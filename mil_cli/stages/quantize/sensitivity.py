@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,7 @@ from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
 from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
     from mil_cli.stages.quantize.post_training import Prepared
 
@@ -111,7 +113,7 @@ class Rounding:
 
         Several outputs count alike, each with its own quotient.
         """
-        exact, val = self.prepared.model.clone().eval(), self.context.data.val
+        exact, val = self._exact, self.context.data.val
         size = fixed_batch(exact)
         errors: dict[int, list[float]] = {}
         seen = 0
@@ -129,6 +131,10 @@ class Rounding:
                 if seen >= self._samples:
                     break
         return sum(error / power if power else error for error, power in errors.values())
+
+    @cached_property
+    def _exact(self) -> Model:
+        return self.prepared.model.clone().eval()
 
     @property
     def _samples(self) -> int:
@@ -174,7 +180,7 @@ def measured_rises(
             keep()
             bar.advance()
     if not math.isfinite(costs[0]):
-        raise StageError("the model's loss on val is not finite", where=f"stages.{context.name}")
+        raise StageError("the model's loss or outputs on val are not finite", where=f"stages.{context.name}")
     rises = iter(costs[1:])
     return [
         _rising([next(rises) - costs[0] for _ in weight.widths] if len(weight.widths) > 1 else [0.0])

@@ -45,7 +45,7 @@ def traces(net: nn.Module, data: Data, names: list[str], **limits: Any) -> tuple
     before = model.fingerprint()
     found: list[list[float]] = []
     saved: list[int] = []
-    options: dict[str, Any] = {"samples": 32, "probes": 400, **limits}
+    options: dict[str, Any] = {"samples": 32, "probes": 200, **limits}
     context = make_context(data)
     means = hessian_traces(model, names, context, **options, found=found, keep=lambda: saved.append(len(found)))
     assert saved == list(range(1, options["probes"] + 1))
@@ -71,7 +71,7 @@ def test_the_mean_is_the_trace_that_is_written_out() -> None:
         exact = float(full.reshape(size, size).trace())
         spread = float(draws.std()) / len(draws) ** 0.5
         assert abs(mean - exact) < 4 * spread
-        assert spread < 0.2 * exact
+        assert spread < 0.3 * exact
 
 
 class Rounded(torch.autograd.Function):

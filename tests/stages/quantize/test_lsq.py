@@ -190,7 +190,13 @@ def test_the_result_has_the_form_of_static_quantization(model: Model, data: Data
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
-@pytest.mark.parametrize("own", [{"weight_bits": 4}, {"activation_bits": 5, "per_channel": False}])
+@pytest.mark.parametrize(
+    "own",
+    [
+        pytest.param({"weight_bits": 4}, marks=pytest.mark.slow),
+        {"weight_bits": 4, "activation_bits": 5, "per_channel": False},
+    ],
+)
 def test_layers_train_with_bits_of_their_own(own: dict[str, Any], model: Model, data: Data) -> None:
     layers = {"body.*": own}
     result = quantize(model, config(layers=layers, trainer={"epochs": 1}), context(data))

@@ -27,7 +27,7 @@ class BrecqConfig(ReconstructionConfig):
     method: ClassVar[str] = "brecq"
 
     step_rate: float = Field(4e-4, ge=0, lt=0.1)
-    drop: float = Field(0.5, ge=0, lt=1)
+    drop: float = Field(0.0, ge=0, lt=1)
     fisher: bool = False
 
 

@@ -114,12 +114,12 @@ def test_the_outputs_come_closer_than_by_nearest_rounding() -> None:
 def test_the_penalty_makes_learning_decide_by_itself() -> None:
     def undecided(penalty: float) -> int:
         used = context()
-        quantize(make_model(), config(iterations=200, learning_rate=0.1, penalty=penalty), used)
+        quantize(make_model(), config(iterations=100, learning_rate=0.2, penalty=penalty), used)
         facts: Any = used.notes["units"]
         return sum(unit["undecided"] for unit in facts)
 
     weights_in_all = 72 + 576 + 576 + 32
-    assert undecided(0.1) < 0.01 * weights_in_all
+    assert undecided(0.1) < 0.05 * weights_in_all
     assert undecided(0.0) > 0.5 * weights_in_all
 
 

@@ -151,6 +151,7 @@ def reconstruct(
                 work.write(done[unit.end]["values"])
     if beyond.step_rate:
         protect_biases(work.model.graph)
+    prepared.correct()
     _note(context, config, units, done)
     return work.model
 
@@ -163,7 +164,7 @@ class _Reconstruction:
         self._float = prepared.model.clone()
         for parameter in self._float.parameters():
             parameter.requires_grad_(beyond.fisher)
-        self.model = prepared.insert()
+        self.model = prepared.insert(correct=False)  # of what the roundings leave
         self._size = fixed_batch(self.model) or config.batch_size
         self._batches = list(context.calibration_batches(samples=config.samples, batch_size=self._size))
         self._taken: set[str] = set()

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
+from mil_cli.stages.quantize.accuracy import within_drop
 from mil_cli.stages.quantize.post_training import prepare
 from mil_cli.stages.quantize.reconstruct import Beyond, ReconstructionConfig, reconstruct
 from mil_cli.stages.quantize.units import block_units
@@ -27,11 +28,12 @@ class BrecqConfig(ReconstructionConfig):
     method: ClassVar[str] = "brecq"
 
     step_rate: float = Field(4e-4, ge=0, lt=0.1)
-    drop: float = Field(0.5, ge=0, lt=1)
+    drop: float = Field(0.0, ge=0, lt=1)
     fisher: bool = False
 
 
 @stage(BrecqConfig)
+@within_drop
 def quantize(model: Model, config: BrecqConfig, context: Context) -> Model:
     """Return a quantized `model` whose roundings were learned so that the outputs of residual blocks stay.
 

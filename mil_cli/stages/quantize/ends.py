@@ -14,8 +14,11 @@ from torch.fx import GraphModule, Node
 from mil_cli.data.base import Batch
 from mil_cli.graph.model import Model
 from mil_cli.graph.segment import Segment
+from mil_cli.graph.taps import Tapped
 from mil_cli.graph.watch import watched
 from mil_cli.task.base import Task
+
+_SLOPE = "gradient of the loss"
 
 
 @dataclass(frozen=True)
@@ -75,35 +78,48 @@ def read_ends(
             by which Li et al., BRECQ (2021), approximate what an error costs the task.
     """
     names = [node.name for node in part.inputs]
-    inputs = [values for values, _ in _values(quantized, names, batches, task)]
-    given, targets, importance = [], [], []
+    inputs = [[_copied(value) for value in values.values()] for values in _seen(quantized, names, batches, task)]
     both = [*(names if smooth else []), part.end.name]
-    for (*before, target), slope in _values(original, both, batches, task, gradient=fisher):
+    given, targets, importance = [], [], []
+    for values in (_differentiated if fisher else _seen)(original, both, batches, task):
+        if _SLOPE in values:
+            importance.append(values.pop(_SLOPE).square())
+        *before, target = (_copied(value) for value in values.values())
         given.append(before)
         targets.append(target)
-        if slope is not None:
-            importance.append(slope.square())
     mean = float(torch.stack([batch.mean() for batch in importance]).mean()) if importance else 0.0
     weights = [batch / mean for batch in importance] if mean > 0 else None
     return Ends(inputs, given, targets, weights, channels)
 
 
-def _values(
-    model: Model, names: Sequence[str], batches: Sequence[Batch], task: Task, *, gradient: bool = False
-) -> Iterator[tuple[list[Any], Tensor | None]]:
-    """Yield for each batch the values of some nodes, and the gradient of the task's loss at the last of them."""
+def _seen(model: Model, names: Sequence[str], batches: Sequence[Batch], task: Task) -> Iterator[dict[str, Any]]:
+    """Yield the values of some nodes by name, in the order of the names, for each batch."""
     found: dict[str, Any] = {}
-    nodes: dict[str, Node] = {node.name: node for node in model.graph.graph.nodes}
-    runner = watched(model.graph, {nodes[name]: partial(found.__setitem__, name) for name in names})
+    nodes = _by_name(model, names)
+    runner = watched(model.graph, {node: partial(found.__setitem__, name) for name, node in nodes.items()})
     for batch in batches:
         args, kwargs = task.inputs(batch)
-        slope = None
-        with torch.set_grad_enabled(gradient):
-            outputs = runner(*args, **kwargs)
-            if gradient:
-                loss = task.loss(outputs, batch)
-                (slope,) = torch.autograd.grad(loss, found[names[-1]], materialize_grads=True)
-        yield [_copied(found[name]) for name in names], slope
+        with torch.no_grad():
+            runner(*args, **kwargs)
+        yield {name: found[name] for name in names}
+
+
+def _differentiated(
+    model: Model, names: Sequence[str], batches: Sequence[Batch], task: Task
+) -> Iterator[dict[str, Any]]:
+    """Yield the same, with the gradient of the task's loss at the last of the nodes."""
+    tapped = Tapped(model, _by_name(model, names))
+    for batch in batches:
+        args, kwargs = task.inputs(batch)
+        outputs, values = tapped(*args, **kwargs)
+        loss = task.loss(outputs, batch)
+        (slope,) = torch.autograd.grad(loss, values[names[-1]], materialize_grads=True)
+        yield {**values, _SLOPE: slope}
+
+
+def _by_name(model: Model, names: Sequence[str]) -> dict[str, Node]:
+    nodes = {node.name: node for node in model.graph.graph.nodes}
+    return {name: nodes[name] for name in names}
 
 
 def _copied(value: Any) -> Any:

@@ -78,14 +78,23 @@ class Prepared:
     weights: Sequence[Quantizer]
     correction: BiasCorrection | None = None
 
-    def insert(self) -> Model:
-        """Put the quantizers into the graph, in place, and return the model."""
+    def insert(self, *, correct: bool = True) -> Model:
+        """Put the quantizers into the graph, in place, and return the model.
+
+        Args:
+            correct: Whether biases are corrected at once, if they are; else that is left to `correct`.
+        """
         insert_quantizers(self.model.graph, self.placement, self.values, self.narrow, self.weights)
         protect_biases(self.model.graph)
+        if correct:
+            self.correct()
+        return self.model
+
+    def correct(self) -> None:
+        """Correct the biases of the model with its quantizers, in place, if they are to be corrected."""
         if self.correction is not None:
             self.correction.apply(self.model)
             protect_biases(self.model.graph)
-        return self.model
 
 
 def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepared:

@@ -40,8 +40,8 @@ class ReconstructionConfig(PostTrainingConfig):
         samples: Training samples on which units are compared, without augmentation; the values at both ends of a unit
             are kept for all of them.
         batch_size: How many of them at once.
-        iterations: Steps of the optimizer for each unit.
-        learning_rate: Adam's, of the roundings.
+        iterations: Steps of the optimizer for each unit. The papers take 10,000 and more, at a rate of 0.001.
+        learning_rate: Adam's, of the roundings: fewer iterations need a higher one.
         penalty: Weight of what pushes roundings to a decision, beside the squared error of a position, summed over
             channels.
         exponents: The penalty's exponent when it sets in, and at the end.
@@ -50,8 +50,8 @@ class ReconstructionConfig(PostTrainingConfig):
 
     samples: int = Field(1024, ge=1)
     batch_size: int = Field(32, ge=1)
-    iterations: int = Field(2000, ge=1)
-    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    iterations: int = Field(500, ge=1)
+    learning_rate: float = Field(0.03, gt=0, allow_inf_nan=False)
     penalty: float = Field(0.01, ge=0, allow_inf_nan=False)
     exponents: tuple[Exponent, Exponent] = (20.0, 2.0)
     warmup: float = Field(0.2, ge=0, lt=1)
@@ -151,6 +151,7 @@ def reconstruct(
                 work.write(done[unit.end]["values"])
     if beyond.step_rate:
         protect_biases(work.model.graph)
+    prepared.correct()
     _note(context, config, units, done)
     return work.model
 
@@ -163,7 +164,7 @@ class _Reconstruction:
         self._float = prepared.model.clone()
         for parameter in self._float.parameters():
             parameter.requires_grad_(beyond.fisher)
-        self.model = prepared.insert()
+        self.model = prepared.insert(correct=False)  # of what the roundings leave
         self._size = fixed_batch(self.model) or config.batch_size
         self._batches = list(context.calibration_batches(samples=config.samples, batch_size=self._size))
         self._taken: set[str] = set()

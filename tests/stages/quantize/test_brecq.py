@@ -27,11 +27,11 @@ from tests.stages.quantize.learned import context, make_model, quick, steps, wei
 
 
 def config(**changes: Any) -> BrecqConfig:
-    return BrecqConfig.model_validate(quick(activation_bits=4, **changes))
+    return BrecqConfig.model_validate(quick(**{"activation_bits": 4, "drop": 0.5, **changes}))
 
 
 def static(**changes: Any) -> StaticConfig:
-    shared = {name: value for name, value in quick(activation_bits=4, **changes).items()}
+    shared = quick(activation_bits=4, bias_correction=False, **changes)
     return StaticConfig.model_validate({k: v for k, v in shared.items() if k in StaticConfig.model_fields})
 
 
@@ -66,9 +66,16 @@ def test_steps_learn_and_stay_positive_or_stay_as_they_were() -> None:
 def test_nearly_all_is_saved_where_nearest_rounding_fails() -> None:
     model, data = trained_digits(), digits()
     bits = {"weight_bits": 2, "activation_bits": 4}
-    settings = {**bits, "iterations": 100, "learning_rate": 0.03, "samples": 256, "calibration_samples": 256}
+    settings = {
+        **bits,
+        "drop": 0.5,
+        "iterations": 100,
+        "learning_rate": 0.03,
+        "samples": 256,
+        "calibration_samples": 256,
+    }
     used = make_context(data)
-    nearest = used.evaluate(quantize_static(model, StaticConfig.model_validate(bits), used)).value
+    nearest = used.evaluate(quantize_static(model, StaticConfig.model_validate({**bits, "bias_correction": False}), used)).value
     learned = used.evaluate(quantize(model, BrecqConfig.model_validate(settings), used)).value
     assert nearest < 0.5
     assert learned > 0.9

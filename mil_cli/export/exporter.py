@@ -20,6 +20,7 @@ MARKER_DOMAIN = "mil.marker"
 replace them; no file holds one."""
 
 MARKER = "QuantizeAffine"
+LEVELS_MARKER = "QuantizeLevels"
 LOOKUP = "Lookup"
 
 
@@ -27,7 +28,8 @@ def convert(program: ExportedProgram, *, opset: int) -> ir.Model:
     """Convert an exported program to an ONNX model in memory.
 
     A ``mil::quantize_affine`` becomes a node ``mil.marker::QuantizeAffine(x, scale, zero_point)`` with the attributes
-    ``axis`` (absent: per tensor), ``quant_min`` and ``quant_max``; a ``mil::lookup`` becomes
+    ``axis`` (absent: per tensor), ``quant_min`` and ``quant_max``; a ``mil::quantize_levels`` becomes
+    ``mil.marker::QuantizeLevels(x, scale, levels)`` with the attribute ``axis``; a ``mil::lookup`` becomes
     ``mil.marker::Lookup(codebook, indices)`` with the attribute ``groups``. The exporter folds constants and fuses
     operators but does not know markers, so it cannot fold what they mark.
 
@@ -72,12 +74,22 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         attributes: Mapping[str, int] = {} if axis is None else {"axis": axis}
         return marker(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max, **attributes)
 
+    levels_marker = onnxscript.values.Op(onnxscript.values.Opset(MARKER_DOMAIN, 1), LEVELS_MARKER, _levels_schema())
+
+    def quantize_levels(x: Any, scale: Any, levels: Any, axis: int | None) -> Any:
+        attributes: Mapping[str, int] = {} if axis is None else {"axis": axis}
+        return levels_marker(x, scale, levels, **attributes)
+
     lookup_marker = onnxscript.values.Op(onnxscript.values.Opset(MARKER_DOMAIN, 1), LOOKUP, _lookup_schema())
 
     def lookup(codebook: Any, indices: Any, groups: int) -> Any:
         return lookup_marker(codebook, indices, groups=groups)
 
-    return {torch.ops.mil.quantize_affine.default: quantize_affine, torch.ops.mil.lookup.default: lookup}
+    return {
+        torch.ops.mil.quantize_affine.default: quantize_affine,
+        torch.ops.mil.quantize_levels.default: quantize_levels,
+        torch.ops.mil.lookup.default: lookup,
+    }
 
 
 def _lookup_schema() -> onnx.defs.OpSchema:
@@ -89,6 +101,18 @@ def _lookup_schema() -> onnx.defs.OpSchema:
         inputs=[parameter("codebook", "tensor(float)"), parameter("indices", "tensor(uint8)")],
         outputs=[parameter("weight", "tensor(float)")],
         attributes=[onnx.defs.OpSchema.Attribute("groups", onnx.defs.OpSchema.AttrType.INT, required=True)],
+    )
+
+
+def _levels_schema() -> onnx.defs.OpSchema:
+    parameter = onnx.defs.OpSchema.FormalParameter
+    return onnx.defs.OpSchema(
+        LEVELS_MARKER,
+        MARKER_DOMAIN,
+        1,
+        inputs=[parameter(name, "tensor(float)") for name in ("x", "scale", "levels")],
+        outputs=[parameter("y", "tensor(float)")],
+        attributes=[onnx.defs.OpSchema.Attribute("axis", onnx.defs.OpSchema.AttrType.INT, required=False)],
     )
 
 

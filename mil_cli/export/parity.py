@@ -15,6 +15,7 @@ from mil_cli.errors import ExportError
 from mil_cli.export.session import OnnxModel
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, op_name
+from mil_cli.ops import QUANTIZERS
 
 FLOAT_TOLERANCE = 1e-4
 """Largest difference of a float file, relative to the outputs' largest magnitude."""
@@ -121,11 +122,11 @@ def check_parity(
 
 def without_quantizers(model: Model) -> Model | None:
     """Return a copy of a quantized model that computes in float, without any rounding; None if it has no quantizers."""
-    if not any(op_name(node) == "quantize_affine" for node in calls(model.graph)):
+    if not any(op_name(node) in QUANTIZERS for node in calls(model.graph)):
         return None
     copy = model.clone()
     for node in list(calls(copy.graph)):
-        if op_name(node) == "quantize_affine":
+        if op_name(node) in QUANTIZERS:
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             copy.graph.graph.erase_node(node)
     copy.graph.graph.lint()

@@ -9,22 +9,23 @@ quantizes them itself with the scales that it needs, but for one case (see `_Wri
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
 from torch.fx import GraphModule, Node
 
 from mil_cli.errors import ExportError
 from mil_cli.export.exporter import MARKER_DOMAIN
-from mil_cli.graph.nodes import calls, get_argument, op_name
-from mil_cli.ops.quantize import quantize_codes
+from mil_cli.export.markers import Marker, constant_of, read_marker
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 
 _PACKED = {2: (ir.DataType.INT2, 25), 4: (ir.DataType.INT4, 21), 8: (ir.DataType.INT8, 10)}
 """Bits of a weight's codes -> the type that holds them and the first opset that has it."""
+
+_INDICES = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+"""Bits of a weight's indices into levels -> the type that holds them; the opsets are those of the codes."""
 
 ALL_WIDTHS = (2, 4, 8)
 
@@ -48,35 +49,19 @@ def needed_opset(graph: GraphModule, widths: Collection[int] = ALL_WIDTHS) -> in
 
 def _weight_bits(graph: GraphModule, widths: Collection[int]) -> Iterator[int]:
     for node in calls(graph):
-        if op_name(node) == "quantize_affine":
-            source = get_argument(node, "x")
-            if isinstance(source, Node) and source.op == "get_attr":
-                yield storage_bits(get_argument(node, "quant_min"), get_argument(node, "quant_max"), widths)
+        source = get_argument(node, "x") if op_name(node) in ("quantize_affine", "quantize_levels") else None
+        if not isinstance(source, Node) or source.op != "get_attr":
+            continue
+        if op_name(node) == "quantize_levels":
+            levels = get_attribute(graph, str(get_argument(node, "levels").target))
+            yield _index_bits(len(levels), widths)
+        else:
+            yield storage_bits(get_argument(node, "quant_min"), get_argument(node, "quant_max"), widths)
 
 
-@dataclass(frozen=True)
-class _Marker:
-    """What one marker node says."""
-
-    node: ir.Node
-    x: ir.Value
-    scale: npt.NDArray[np.float32]
-    zero_point: npt.NDArray[np.int32]
-    axis: int | None
-    quant_min: int
-    quant_max: int
-
-    @property
-    def output(self) -> ir.Value:
-        return self.node.outputs[0]
-
-    def same_codes(self, other: _Marker) -> bool:
-        """Whether quantizing with `other` what this one gives changes nothing."""
-        return (
-            (self.axis, self.quant_min, self.quant_max) == (other.axis, other.quant_min, other.quant_max)
-            and np.array_equal(self.scale, other.scale)
-            and np.array_equal(self.zero_point, other.zero_point)
-        )
+def _index_bits(count: int, widths: Collection[int]) -> int:
+    """Return how many bits an index of a level takes in the file."""
+    return min(bits for bits in {*widths, 8} & {*ALL_WIDTHS} if count <= 2**bits)
 
 
 def write_quantizers(model: ir.Model, widths: Collection[int] = ALL_WIDTHS) -> list[str]:
@@ -97,7 +82,7 @@ def write_quantizers(model: ir.Model, widths: Collection[int] = ALL_WIDTHS) -> l
         return []
     writer = _Writer(model.graph, widths)
     for node in nodes:
-        writer.write(_read(node))
+        writer.write(read_marker(node))
     for node in list(model.graph):
         if _is_float_gemm(node):
             writer.quantize_bias(node)
@@ -108,36 +93,6 @@ def write_quantizers(model: ir.Model, widths: Collection[int] = ALL_WIDTHS) -> l
     return writer.notices()
 
 
-def _read(node: ir.Node) -> _Marker:
-    x, scale, zero_point = node.inputs
-    if x is None or scale is None or zero_point is None:
-        raise ExportError("a quantizer lost an input in the export", value=node.name)
-    scales: npt.NDArray[Any] | None = _constant(scale)
-    zeros: npt.NDArray[Any] | None = _constant(zero_point)
-    if scales is None or zeros is None:
-        raise ExportError(
-            "a quantizer's scale or zero point is computed at run time, ONNX needs a constant", value=node.name
-        )
-    axis = node.attributes.get("axis")
-    per_tensor = axis is None
-    if not np.all(np.isfinite(scales)) or not np.all(scales > 0):
-        raise ExportError("a quantizer's scale is not positive and finite", value=scale.name)
-    return _Marker(
-        node=node,
-        x=x,
-        scale=scales.reshape(()) if per_tensor else scales,
-        zero_point=zeros.reshape(()) if per_tensor else zeros,
-        axis=None if axis is None else axis.as_int(),
-        quant_min=node.attributes["quant_min"].as_int(),
-        quant_max=node.attributes["quant_max"].as_int(),
-    )
-
-
-def _constant(value: ir.Value) -> npt.NDArray[Any] | None:
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
 class _Writer:
     """Writes markers as standard nodes and keeps constants that are equal once."""
 
@@ -145,12 +100,12 @@ class _Writer:
         self._graph = graph
         self._widths = widths
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-        self._written: dict[int, _Marker] = {}
+        self._written: dict[int, Marker] = {}
         self._widened: dict[str, int] = {}
         self._inserted = 0
 
-    def write(self, marker: _Marker) -> None:
-        weight = _constant(marker.x)
+    def write(self, marker: Marker) -> None:
+        weight = constant_of(marker.x)
         if weight is not None:
             self._write_weight(marker, weight.astype(np.float32, copy=False))
         else:
@@ -159,7 +114,7 @@ class _Writer:
     def notices(self) -> list[str]:
         return [f"{count} weight{'s' if count > 1 else ''}: {text}" for text, count in self._widened.items()]
 
-    def _write_activation(self, marker: _Marker) -> None:
+    def _write_activation(self, marker: Marker) -> None:
         previous = self._written.get(id(marker.x))
         if previous is not None and previous.same_codes(marker):
             self._replace(marker.output, marker.x, marker.node)
@@ -188,24 +143,21 @@ class _Writer:
         self._written[id(values)] = marker
         self._replace(marker.output, values, marker.node)
 
-    def _write_weight(self, marker: _Marker, weight: npt.NDArray[np.float32]) -> None:
+    def _write_weight(self, marker: Marker, weight: npt.NDArray[np.float32]) -> None:
         name = (marker.x.name or "weight").removesuffix(".weight")
         if not np.all(np.isfinite(weight)):
             raise ExportError(
                 f"the weight '{marker.x.name}' holds NaN or infinity", hint="train it again or restore it"
             )
-        codes = quantize_codes(
-            torch.from_numpy(np.ascontiguousarray(weight)),
-            torch.from_numpy(np.array(marker.scale)),
-            torch.from_numpy(np.array(marker.zero_point)),
-            marker.axis,
-            marker.quant_min,
-            marker.quant_max,
-        ).numpy()
-        bits = storage_bits(marker.quant_min, marker.quant_max, self._widths)
-        levels = marker.quant_max - marker.quant_min + 1
-        if bits != 8 and levels <= 2 ** (bits - 1):
-            text = f"{levels} levels stored in {bits} bits each, the narrowest packed type that ONNX has for them"
+        codes = marker.codes(weight)
+        count = marker.quant_max - marker.quant_min + 1
+        bits = (
+            storage_bits(marker.quant_min, marker.quant_max, self._widths)
+            if marker.levels is None
+            else _index_bits(count, self._widths)
+        )
+        if bits != 8 and count <= 2 ** (bits - 1):
+            text = f"{count} levels stored in {bits} bits each, the narrowest packed type that ONNX has for them"
             self._widened[text] = self._widened.get(text, 0) + 1
         # Where the exporter transposes the weight, the transposed codes are stored: a Transpose between a weight and
         # its product would keep the product from being fused.
@@ -222,14 +174,32 @@ class _Writer:
             self._graph.remove(marker.node, safe=True)
 
     def _weight_values(
-        self, marker: _Marker, name: str, codes: npt.NDArray[np.int32], axis: int | None, bits: int
+        self, marker: Marker, name: str, codes: npt.NDArray[np.int32], axis: int | None, bits: int
     ) -> ir.Value:
         """Insert the initializer of a weight's codes and what turns it into floats; returns the floats."""
+        if marker.levels is not None:
+            return self._weight_levels(marker, name, codes, axis, bits)
         dtype, _ = _PACKED[bits]
         packed = self._constant(f"{name}.codes", codes, dtype)
         if bits < 8:
             packed = self._insert(marker.node, "Cast", [packed], {"to": int(ir.DataType.INT8)}, ir.DataType.INT8)
-        inputs: list[ir.Value | None] = [packed, self._constant(f"{name}.scale", marker.scale, ir.DataType.FLOAT)]
+        return self._dequantize(marker, name, packed, axis)
+
+    def _weight_levels(
+        self, marker: Marker, name: str, codes: npt.NDArray[np.int32], axis: int | None, bits: int
+    ) -> ir.Value:
+        """Insert codes that are looked up among levels, which onnxruntime does once when it loads the file."""
+        levels: Any = marker.levels
+        if not np.array_equal(levels, np.clip(np.rint(levels), -128, 127)):
+            raise ExportError("levels of weights are no whole numbers of 8 bits", value=marker.x.name)
+        packed = self._constant(f"{name}.codes", codes, _INDICES[bits])
+        indices = self._insert(marker.node, "Cast", [packed], {"to": int(ir.DataType.INT32)}, ir.DataType.INT32)
+        table = self._constant(f"{name}.levels", levels, ir.DataType.INT8)
+        chosen = self._insert(marker.node, "Gather", [table, indices], {"axis": 0}, ir.DataType.INT8)
+        return self._dequantize(marker, name, chosen, axis)
+
+    def _dequantize(self, marker: Marker, name: str, codes: ir.Value, axis: int | None) -> ir.Value:
+        inputs: list[ir.Value | None] = [codes, self._constant(f"{name}.scale", marker.scale, ir.DataType.FLOAT)]
         inputs.append(self._constant(f"{name}.zero_point", marker.zero_point, ir.DataType.INT8))
         attributes = {} if axis is None else {"axis": axis}
         return self._insert(marker.node, "DequantizeLinear", inputs, attributes, ir.DataType.FLOAT)
@@ -241,7 +211,7 @@ class _Writer:
         """
         bias = gemm.inputs[2]
         scales = [_scale_of(value) for value in gemm.inputs[:2]]
-        values = None if bias is None else _constant(bias)
+        values = None if bias is None else constant_of(bias)
         if bias is None or values is None or values.ndim != 1 or scales[0] is None or scales[1] is None:
             return
         scale = (scales[0] * scales[1]).astype(np.float32)
@@ -300,7 +270,7 @@ def _scale_of(value: ir.Value | None) -> npt.NDArray[np.float32] | None:
     node = None if value is None else value.producer()
     if node is None or node.op_type != "DequantizeLinear" or node.inputs[1] is None:
         return None
-    scale = _constant(node.inputs[1])
+    scale = constant_of(node.inputs[1])
     return None if scale is None else scale.astype(np.float32)
 
 

@@ -13,9 +13,11 @@ from torch.utils import _pytree as pytree
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, has_attribute, op_name, set_argument, set_attribute
 from mil_cli.ops.learned_scale import SMALLEST_SCALE
+from mil_cli.ops.levels import level_codes
 from mil_cli.ops.quantize import quantize_codes
 
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_QUANTIZERS = ("quantize_affine", "quantize_levels")
 _FOLDABLE = ("conv1d", "conv2d", "conv3d", "linear", *_TRANSPOSED)
 
 
@@ -26,9 +28,9 @@ def fold_batch_norm(model: Model) -> Model:
     reads and whose weights nothing else uses. With scale ``s = gamma / sqrt(var + eps)`` per output channel, the weight
     becomes ``w * s`` and the bias ``(b - mean) * s + beta``; computed in double precision.
 
-    A layer may read its weight through a ``quantize_affine`` with zero point 0, per output channel or per tensor: its
-    scale becomes ``scale * |s|`` for each channel, which leaves every code as it was, up to its sign where s is
-    negative. Codes that are not symmetric have no such sign: there no s may be negative.
+    A layer may read its weight through a ``quantize_affine`` with zero point 0 or a ``quantize_levels``, per output
+    channel or per tensor: its scale becomes ``scale * |s|`` for each channel, which leaves every code as it was, up to
+    its sign where s is negative. Codes that are not symmetric have no such sign: there no s may be negative.
 
     Args:
         model: The model; it is not changed.
@@ -64,7 +66,7 @@ def _can_fold(graph: GraphModule, layer: Node, norm: Node) -> bool:
     weight, bias = get_argument(layer, "weight"), get_argument(layer, "bias")
     if not isinstance(weight, Node) or not (bias is None or reads_alone(graph, bias, layer)):
         return False
-    if op_name(weight) == "quantize_affine":
+    if op_name(weight) in _QUANTIZERS:
         return _can_scale(graph, weight, layer, norm)
     return reads_alone(graph, weight, layer)
 
@@ -73,15 +75,21 @@ def _can_scale(graph: GraphModule, quantizer: Node, layer: Node, norm: Node) -> 
     """Whether a weight's quantizer can take a factor for each output channel without a change of its codes."""
     if op_name(layer) in _TRANSPOSED or set(quantizer.users) != {layer}:
         return False
-    sources = [get_argument(quantizer, name) for name in ("x", "scale", "zero_point")]
+    affine = op_name(quantizer) == "quantize_affine"
+    sources = [get_argument(quantizer, name) for name in ("x", "scale", *(("zero_point",) if affine else ()))]
     if not all(reads_alone(graph, source, quantizer) for source in sources):
         return False
-    weight, _, zero_point = (get_attribute(graph, str(source.target)) for source in sources)
+    weight, _, *zero_points = (get_attribute(graph, str(source.target)) for source in sources)
     axis = get_argument(quantizer, "axis")
-    symmetric = get_argument(quantizer, "quant_min") == -get_argument(quantizer, "quant_max")
+    if affine:
+        symmetric = get_argument(quantizer, "quant_min") == -get_argument(quantizer, "quant_max")
+    else:
+        levels = _value(graph, quantizer, "levels")
+        symmetric = torch.equal(levels, -levels.flip(0))
     gamma = _value(graph, norm, "weight")
     signed = gamma is not None and bool((gamma < 0).any())
-    return (symmetric or not signed) and not bool(zero_point.any()) and (axis is None or axis % weight.ndim == 0)
+    unshifted = not any(bool(zero_point.any()) for zero_point in zero_points)
+    return (symmetric or not signed) and unshifted and (axis is None or axis % weight.ndim == 0)
 
 
 def reads_alone(graph: GraphModule, source: Any, reader: Node) -> bool:
@@ -102,7 +110,7 @@ def reads_alone(graph: GraphModule, source: Any, reader: Node) -> bool:
 
 def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
     weight_node, bias_node = get_argument(layer, "weight"), get_argument(layer, "bias")
-    quantizer = weight_node if op_name(weight_node) == "quantize_affine" else None
+    quantizer = weight_node if op_name(weight_node) in _QUANTIZERS else None
     if quantizer is not None:
         weight_node = get_argument(quantizer, "x")
     weight: Tensor = get_attribute(graph, str(weight_node.target))
@@ -138,21 +146,35 @@ def _scale_codes(graph: GraphModule, quantizer: Node, weight: Tensor, new_weight
         new_weight: The same times `factor`, float64.
         factor: float64 ``[out]``.
     """
-    scale_node, zero_node = get_argument(quantizer, "scale"), get_argument(quantizer, "zero_point")
+    scale_node = get_argument(quantizer, "scale")
     scale: Tensor = get_attribute(graph, str(scale_node.target))
-    zero_point: Tensor = get_attribute(graph, str(zero_node.target))
-    limits = get_argument(quantizer, "quant_min"), get_argument(quantizer, "quant_max")
-    codes = quantize_codes(weight, scale.detach(), zero_point, get_argument(quantizer, "axis"), *limits)
+    codes = _codes(graph, quantizer, weight)
     new_scale = (scale.detach().double() * factor.abs()).clamp(min=SMALLEST_SCALE).to(scale.dtype)
-    zeros = torch.zeros(factor.shape, dtype=zero_point.dtype)
     set_attribute(graph, str(scale_node.target), nn.Parameter(new_scale) if _trains(scale) else new_scale)
-    set_attribute(graph, str(zero_node.target), zeros)
+    if op_name(quantizer) == "quantize_affine":
+        name = str(get_argument(quantizer, "zero_point").target)
+        set_attribute(graph, name, torch.zeros(factor.shape, dtype=get_attribute(graph, name).dtype))
     set_argument(quantizer, "axis", 0)
     # A weight midway between two codes could fall to the other side by rounding; it moves to its code.
     columns = [-1, *[1] * (weight.ndim - 1)]
     codes = codes * factor.sign().reshape(columns)
-    found = quantize_codes(new_weight.to(weight.dtype), new_scale, zeros, 0, *limits)
+    found = _codes(graph, quantizer, new_weight.to(weight.dtype))
     return torch.where(found == codes, new_weight, codes * new_scale.double().reshape(columns))
+
+
+def _codes(graph: GraphModule, quantizer: Node, weight: Tensor) -> Tensor:
+    """Return what a weight's quantizer rounds it to, in units of its scale."""
+    scale, axis = _attribute(graph, quantizer, "scale").detach(), get_argument(quantizer, "axis")
+    if op_name(quantizer) == "quantize_levels":
+        levels = _attribute(graph, quantizer, "levels")
+        return levels[level_codes(weight, scale, levels, axis)].double()
+    limits = get_argument(quantizer, "quant_min"), get_argument(quantizer, "quant_max")
+    return quantize_codes(weight, scale, _attribute(graph, quantizer, "zero_point"), axis, *limits)
+
+
+def _attribute(graph: GraphModule, node: Node, name: str) -> Tensor:
+    value: Tensor = get_attribute(graph, str(get_argument(node, name).target))
+    return value
 
 
 def _trains(value: Tensor) -> bool:

@@ -15,6 +15,7 @@ from mil_cli.errors import ModelError, did_you_mean
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, module_stack, op_name
 from mil_cli.graph.program import set_out_spec
+from mil_cli.ops import QUANTIZERS
 
 
 class Tapped:
@@ -111,7 +112,7 @@ def _output(nodes: Sequence[Node]) -> Node | None:
         return None
     output = leaving[-1]
     # Layers may read in fewer bits what shortcuts read as it is.
-    while op_name(output) == "quantize_affine" and (source := output.all_input_nodes[0]) in leaving:
+    while op_name(output) in QUANTIZERS and (source := output.all_input_nodes[0]) in leaving:
         output = source
     return output
 

@@ -43,7 +43,7 @@ def quantize_affine(
     is the training method's business.
     """
     low, high = _bounds(x, zero_point, axis, quant_min, quant_max)
-    step = _along(scale, x, axis)
+    step = along(scale, x, axis)
     codes = torch.div(x, step)
     codes.round_()
     codes.clamp_(low, high)
@@ -58,14 +58,14 @@ def quantize_codes(
     Raises:
         ValueError: `x` holds a NaN, which has no code.
     """
-    shift = _along(zero_point, x, axis)
-    codes = torch.div(x, _along(scale, x, axis)).round_()
+    shift = along(zero_point, x, axis)
+    codes = torch.div(x, along(scale, x, axis)).round_()
     if bool(torch.isnan(codes).any()):
         raise ValueError("NaN has no integer code")
     return codes.add_(shift).clamp_(quant_min, quant_max).to(torch.int32)
 
 
-def _along(value: Tensor, x: Tensor, axis: int | None) -> Tensor:
+def along(value: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """Shape a vector of per-channel values so that it broadcasts along `axis` of `x`."""
     if axis is None:
         return value.reshape(())
@@ -81,7 +81,7 @@ def _bounds(x: Tensor, zero_point: Tensor, axis: int | None, quant_min: int, qua
         return quant_min - shift, quant_max - shift
     if not bool(zero_point.any()):
         return quant_min, quant_max
-    shifts = _along(zero_point, x, axis).to(x.dtype)
+    shifts = along(zero_point, x, axis).to(x.dtype)
     return quant_min - shifts, quant_max - shifts
 
 
@@ -100,7 +100,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, quant_min:
 
 
 @torch.library.custom_op("mil::quantize_affine_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-def _quantize_affine_backward(
+def quantize_affine_backward(
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
@@ -115,7 +115,7 @@ def _quantize_affine_backward(
     low, high = _bounds(x, zero_point, axis, quant_min, quant_max)
     if axis is None and x.dtype == torch.float32:
         return _one_step_backward(grad, x, scale, output, low, high, scale_too)
-    step = _along(scale, x, axis)
+    step = along(scale, x, axis)
     steps = torch.div(x, step)
     inside = (steps >= low).logical_and_(steps <= high)
     grad_x = grad * inside
@@ -153,7 +153,7 @@ def _one_step_backward(
     return grad_x, total.div_(step).reshape(scale.shape)
 
 
-@_quantize_affine_backward.register_fake
+@quantize_affine_backward.register_fake
 def _(
     grad: Tensor,
     x: Tensor,
@@ -177,7 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, scale, zero_point, output = ctx.saved_tensors
     needs_x, needs_scale, *_ = ctx.needs_input_grad
-    grad_x, grad_scale = _quantize_affine_backward(grad, x, scale, zero_point, output, *ctx.arguments, needs_scale)
+    grad_x, grad_scale = quantize_affine_backward(grad, x, scale, zero_point, output, *ctx.arguments, needs_scale)
     return grad_x if needs_x else None, grad_scale if needs_scale else None, None, None, None, None
 
 

@@ -57,6 +57,10 @@ METHODS: dict[tuple[str, str], str] = {
     ("quantize", "adaround"): "mil_cli.stages.quantize.adaround",
     ("quantize", "brecq"): "mil_cli.stages.quantize.brecq",
     ("quantize", "lsq"): "mil_cli.stages.quantize.lsq",
+    ("quantize", "lsq_plus"): "mil_cli.stages.quantize.lsq_plus",
+    ("quantize", "pact"): "mil_cli.stages.quantize.pact",
+    ("quantize", "dorefa"): "mil_cli.stages.quantize.dorefa",
+    ("quantize", "apot"): "mil_cli.stages.quantize.apot",
     ("quantize", "mixed"): "mil_cli.stages.quantize.mixed",
 }
 """(family, method) -> the module that holds it."""

@@ -58,7 +58,12 @@ class SparsityConfig(StageConfig):
     never_after: ClassVar[dict[str, str]] = {"quantize": "codes would be trained, and zeros with them"}
     never_before: ClassVar[dict[str, str]] = {
         **dict.fromkeys(
-            ("train", "distill", "nas", "quantize/lsq"),
+            (
+                "train",
+                "distill",
+                "nas",
+                *(f"quantize/{name}" for name in ("lsq", "lsq_plus", "pact", "dorefa", "apot")),
+            ),
             "its training would fill the zeros again; name the stage to train by under `recover` of the sparse one",
         ),
         **{

@@ -13,7 +13,9 @@ from torch.fx import GraphModule, Node
 from mil_cli.errors import StageError
 from mil_cli.events import Bar
 from mil_cli.graph.watch import watched
+from mil_cli.stages.quantize.insert import Quantizer
 from mil_cli.stages.quantize.observers import Observer, Statistic
+from mil_cli.stages.quantize.ranges import affine_parameters
 from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
@@ -41,6 +43,18 @@ class Seen(Generic[Watcher]):
     narrow: dict[Node, Watcher]
     codes: dict[tuple[Node, bool], CodeRange]
     ranges: dict[tuple[Node, bool], tuple[float, float]]
+
+
+def ranged_quantizers(seen: Seen[Watcher]) -> tuple[dict[Node, Quantizer], dict[Node, Quantizer]]:
+    """Return how owned values, and those that layers read in fewer bits, are quantized to span what was found."""
+
+    def quantizer(node: Node, *, few: bool) -> Quantizer:
+        codes = seen.codes[node, few]
+        scale, zero_point = affine_parameters(*seen.ranges[node, few], codes)
+        return Quantizer(torch.tensor(scale), torch.tensor(zero_point), codes)
+
+    values = {node: quantizer(node, few=False) for node in seen.values}
+    return values, {node: quantizer(node, few=True) for node in seen.narrow}
 
 
 def place_observed(

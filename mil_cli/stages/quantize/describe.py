@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from mil_cli.graph.fold import fold_batch_norm
-from mil_cli.graph.nodes import calls, get_argument, op_name
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.placement import choose_policy, place
 from mil_cli.stages.quantize.ranges import CodeRange
@@ -61,15 +61,19 @@ def present_bits(model: Model) -> LayerBits:
     """Return which bits the layers of a quantized model have; none if it has no quantizers."""
     found = LayerBits()
     for node in calls(model.graph):
-        weight = [value for value in map(_codes, node.all_input_nodes) if value is not None and value[1]]
-        read = [value for value in map(_codes, node.all_input_nodes) if value is not None and not value[1]]
+        codes = [value for source in node.all_input_nodes if (value := _codes(model.graph, source)) is not None]
+        weight = [value for value in codes if value[1]]
+        read = [value for value in codes if not value[1]]
         if weight:
             found.bits[node.name] = weight[0][0], read[0][0] if read else None
     return found
 
 
-def _codes(node: Node) -> tuple[int, bool] | None:
+def _codes(graph: GraphModule, node: Node) -> tuple[int, bool] | None:
     """Return the bits of a quantizer, and whether it is that of a weight; None if it is no quantizer."""
+    if op_name(node) == "quantize_levels":
+        levels = get_attribute(graph, str(get_argument(node, "levels").target))
+        return (len(levels) - 1).bit_length(), get_argument(node, "x").op == "get_attr"
     if op_name(node) != "quantize_affine":
         return None
     codes = CodeRange(get_argument(node, "quant_min"), get_argument(node, "quant_max"))

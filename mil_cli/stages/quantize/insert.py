@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-import mil_cli.ops  # noqa: F401  registers the operator
 from mil_cli.errors import StageError
 from mil_cli.graph.nodes import calls, op_name, set_attribute
+from mil_cli.ops import QUANTIZERS
 from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.ranges import CodeRange
 
@@ -34,6 +35,11 @@ class Quantizer:
     codes: CodeRange
     axis: int | None = None
 
+    @classmethod
+    def of_weight(cls, scale: Tensor, codes: CodeRange, axis: int | None) -> Quantizer:
+        """Return the quantizer of a weight, whose zero point is 0."""
+        return cls(scale, torch.zeros(scale.shape, dtype=torch.int32), codes, axis)
+
 
 def refuse_quantized(graph: GraphModule) -> None:
     """Refuse a graph that has quantizers.
@@ -41,7 +47,7 @@ def refuse_quantized(graph: GraphModule) -> None:
     Raises:
         StageError: It has.
     """
-    if any(op_name(node) == "quantize_affine" for node in calls(graph)):
+    if any(op_name(node) in QUANTIZERS for node in calls(graph)):
         raise StageError("the model is quantized already", hint="start from the float model")
 
 
@@ -95,6 +101,22 @@ def insert_quantizers(
         writer.insert(source, paths.narrow[node], axis=None, codes=form.codes, readers=placement.narrow[node])
     writer.finish()
     return paths
+
+
+def quantizers_at(graph: GraphModule, path: str) -> list[Node]:
+    """Return the quantizers of a graph that read the zero point below a path."""
+    zeros = [node for node in graph.graph.find_nodes(op="get_attr") if node.target == f"{path}.zero_point"]
+    return [user for node in zeros for user in node.users]
+
+
+def replace_quantizer(graph: GraphModule, old: Node, target: torch._ops.OpOverload, arguments: tuple[Any, ...]) -> Node:
+    """Put another quantizer in the place of one, in place."""
+    with graph.graph.inserting_before(old):
+        new = graph.graph.call_function(target, arguments)
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    graph.graph.erase_node(old)
+    return new
 
 
 class QuantizerWriter:

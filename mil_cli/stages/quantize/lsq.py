@@ -3,59 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from mil_cli.events import SilentProgress
-from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.ops.learned_scale import SMALLEST_SCALE
 from mil_cli.stages.context import Context
-from mil_cli.stages.quantize.aware import freeze_norms, place_unfolded, release_norms
-from mil_cli.stages.quantize.calibrate import Seen, calibrate, place_observed
-from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_quantized
+from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
+from mil_cli.stages.quantize.calibrate import Seen
+from mil_cli.stages.quantize.insert import Quantizer
+from mil_cli.stages.quantize.learned import insert_learned, one_sided_codes
 from mil_cli.stages.quantize.observers.magnitude import MeanMagnitude
 from mil_cli.stages.quantize.observers.mse import MeanSquaredError
 from mil_cli.stages.quantize.placement import Layer, Placement
-from mil_cli.stages.quantize.positive import keep_positive, mirror_channels, settle
 from mil_cli.stages.quantize.ranges import CodeRange, affine_parameters
-from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
-from mil_cli.stages.quantize.weights import protect_biases, weight_scale
+from mil_cli.stages.quantize.settings import Rules
+from mil_cli.stages.quantize.weights import weight_scale
 from mil_cli.stages.registry import stage
-from mil_cli.training.batch_norm import recalibrate
-from mil_cli.training.evaluate import fixed_batch
 
 Initialization = Literal["mse", "mean"]
 
 
-class LsqConfig(QuantizationConfig):
-    """Settings of ``quantize/lsq``, beside those that all quantization shares.
+class LsqConfig(AwareConfig):
+    """Settings of ``quantize/lsq``, beside those that all training with quantizers shares.
 
     Attributes:
         initialization: Where the scales start: ``mse`` (smallest squared error of rounding), or ``mean`` (the paper's:
             twice the mean magnitude over the root of the largest code; values that go below 0 start as ``mse`` does).
-        distill: Key of a distill (or train) stage of the recipe whose loss trains weights and scales; None: the task's
-            loss.
-        trainer: Trainer settings over that stage's own: a lower learning rate than the float training's, fewer epochs.
-        batch_norm: ``reestimate``: batch norms train as usual, and their statistics are taken anew at the end, without
-            augmentation; ``freeze``: they use and keep the statistics that they came with.
-        batch_norm_samples: Training samples for the new statistics.
     """
 
     method: ClassVar[str] = "lsq"
     version: ClassVar[int] = 3
 
     initialization: Initialization = "mse"
-    distill: str | None = None
-    trainer: dict[str, Any] = Field(default_factory=dict)
-    batch_norm: Literal["reestimate", "freeze"] = "reestimate"
-    batch_norm_samples: int = Field(2048, ge=1)
 
 
 @stage(LsqConfig)
@@ -82,28 +67,9 @@ def quantize(model: Model, config: LsqConfig, context: Context) -> Model:
         StageError: The model is quantized already, nothing in it can be quantized, calibration fails, or there is no
             stage `distill` that trains.
     """
-    refuse_quantized(model.graph)
-    rules = Rules.of(config, context)
-    start = model.clone().eval() if rules.all_per_channel else fold_batch_norm(model)
-
-    def place(silent: Collection[Node]) -> Placement:
-        return place_unfolded(start, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent)
-
-    placement, seen = place_observed(start, place, _ActivationStart, rules, config, context)
-    facts = placement.facts()
-    _insert(start, placement, seen, rules, config.initialization)
-    frozen = freeze_norms(start.graph) if config.batch_norm == "freeze" else {}
-    trained = context.finetune(start, stage=config.distill, name="lsq", trainer=config.trainer)
-    settle(trained.graph)
-    if config.batch_norm == "freeze":
-        release_norms(trained.graph, frozen)
-    else:
-        size = fixed_batch(trained) or config.calibration_batch_size
-        trained = recalibrate(trained, context.calibration(samples=config.batch_norm_samples, batch_size=size))
-    result = fold_batch_norm(trained)
-    protect_biases(result.graph)
-    context.note(**facts, **rules.facts(), initialization=config.initialization, batch_norm=config.batch_norm)
-    return result
+    context.note(initialization=config.initialization)
+    insert = partial(_insert, initialization=config.initialization)
+    return train_quantized(model, config, context, watcher=_ActivationStart, insert=insert)
 
 
 def start_scale(mean: Tensor | float, largest_code: int) -> Tensor:
@@ -115,27 +81,13 @@ def _insert(
     model: Model, placement: Placement, seen: Seen[_ActivationStart], rules: Rules, initialization: Initialization
 ) -> None:
     """Put quantizers with trainable scales into the graph, in place, and keep the gammas positive that they need so."""
-    graph = model.graph
-    codes = {layer.node: rules.weights(layer) for layer in placement.layers}
-    gammas, turned = mirror_channels(model, [node for node, wanted in codes.items() if wanted != wanted.symmetric()])
-    codes.update({node: codes[node].symmetric() for node in turned})
+    codes, gammas = one_sided_codes(model, placement.layers, rules)
     values, narrow = (
         {node: watcher.quantizer(initialization) for node, watcher in watchers.items()}
         for watchers in (seen.values, seen.narrow)
     )
-    weights = [_weight(graph, layer, codes[layer.node], rules, initialization) for layer in placement.layers]
-    features = _features(model, [*placement.owned, *placement.narrow])
-    paths = insert_quantizers(graph, placement, values, narrow, weights)
-    factors = dict.fromkeys(gammas, 1.0)
-    for forms, places in ((values, paths.values), (narrow, paths.narrow)):
-        for node, form in forms.items():
-            zero_point = int(form.zero_point)
-            largest = max(form.codes.quant_max - zero_point, zero_point - form.codes.quant_min)
-            factors[f"{places[node]}.scale"] = 1 / math.sqrt(max(features[node], 1) * largest)
-    for layer, form, path in zip(placement.layers, weights, paths.weights, strict=True):
-        shared_by = get_attribute(graph, str(layer.weight.target)).numel() / form.scale.numel()
-        factors[f"{path}.scale"] = 1 / math.sqrt(shared_by * form.codes.quant_max)
-    keep_positive(graph, factors)
+    weights = [_weight(model.graph, layer, codes[layer.node], rules, initialization) for layer in placement.layers]
+    insert_learned(model, placement, values, narrow, weights, gammas=gammas)
 
 
 class _ActivationStart:
@@ -172,25 +124,4 @@ def _weight(
         others = [dimension for dimension in range(weight.ndim) if dimension != axis]
         mean = weight.double().abs().mean(others)
         scale = start_scale(torch.where(mean > 0, mean, mean.max()), codes.quant_max)
-    return Quantizer(scale, torch.zeros(scale.shape, dtype=torch.int32), codes, axis)
-
-
-def _features(model: Model, nodes: Iterable[Node]) -> dict[Node, float]:
-    """Return how many numbers of each value belong to one sample."""
-
-    class Size:
-        numbers = 0
-
-        def update(self, values: Tensor) -> None:
-            self.numbers = values.numel()
-
-        def range(self) -> tuple[float, float]:
-            return 0.0, 0.0
-
-    sizes = {node: Size() for node in nodes}
-    with SilentProgress().work("sizes") as bar:
-        calibrate(model.graph, sizes, [model.samples], bar=bar)
-    leaves = zip(model.flat_inputs(*model.samples[0], **model.samples[1]), model.spec.inputs, strict=True)
-    found = [leaf.shape[axis] for leaf, spec in leaves if (axis := spec.batch_axis()) is not None]
-    samples = found[0] if found else fixed_batch(model) or 1
-    return {node: size.numbers / samples for node, size in sizes.items()}
+    return Quantizer.of_weight(scale, codes, axis)

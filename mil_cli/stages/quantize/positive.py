@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from mil_cli.graph.fold import foldable_norms, per_output, reads_alone
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_attribute
+from mil_cli.ops import QUANTIZERS
 from mil_cli.ops.learned_scale import learned_scale
 
 
@@ -93,7 +94,7 @@ def settle(graph: GraphModule) -> None:
             graph.graph.erase_node(node)
             value: Tensor = get_attribute(graph, str(source.target))
             settled = learned_scale(value.detach(), 1.0)
-            if any(op_name(reader) == "quantize_affine" for reader in readers):
+            if any(op_name(reader) in QUANTIZERS for reader in readers):
                 set_attribute(graph, str(source.target), settled)
             else:
                 set_attribute(graph, str(source.target), nn.Parameter(settled, requires_grad=value.requires_grad))

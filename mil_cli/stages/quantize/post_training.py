@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from pydantic import Field
 from torch.fx import Node
 
@@ -14,13 +13,12 @@ from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.bias_correction import BiasCorrection
-from mil_cli.stages.quantize.calibrate import place_observed
+from mil_cli.stages.quantize.calibrate import place_observed, ranged_quantizers
 from mil_cli.stages.quantize.equalisation import equalise
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_quantized
 from mil_cli.stages.quantize.observers import ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Layer, Placement, place_any
-from mil_cli.stages.quantize.ranges import affine_parameters
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.smoothing import smooth
 from mil_cli.stages.quantize.weights import WeightObserverName, protect_biases, weight_scale
@@ -128,27 +126,23 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
         context,
     )
 
-    def quantizer(node: Node, *, few: bool) -> Quantizer:
-        codes = seen.codes[node, few]
-        scale, zero_point = affine_parameters(*seen.ranges[node, few], codes)
-        return Quantizer(torch.tensor(scale), torch.tensor(zero_point), codes)
-
     def weight(layer: Layer) -> Quantizer:
         axis, levels = rules.axis(layer), rules.weights(layer)
         tensor = get_attribute(graph, str(layer.weight.target))
         scale = weight_scale(tensor, axis=axis, codes=levels, observer=config.weight_observer)
-        return Quantizer(scale, torch.zeros(scale.shape, dtype=torch.int32), levels, axis)
+        return Quantizer.of_weight(scale, levels, axis)
 
     few = any(rules.of_layer(layer).weight_bits < 8 for layer in placement.layers)
     corrects = few if config.bias_correction is None else config.bias_correction
+    values, narrow = ranged_quantizers(seen)
     context.note(**placement.facts(), **rules.facts(), observer=config.observer)
     context.note(calibration_samples=config.calibration_samples)
     return Prepared(
         folded,
         placement,
         rules,
-        values={node: quantizer(node, few=False) for node in placement.owned},
-        narrow={node: quantizer(node, few=True) for node in placement.narrow},
+        values=values,
+        narrow=narrow,
         weights=[weight(layer) for layer in placement.layers],
         correction=BiasCorrection.of(folded, placement, config, context) if corrects else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
@@ -123,6 +123,21 @@ class Rules:
             layers=config.layers,
         )
 
+    def at_least(self, bits: int) -> Rules:
+        """Return the same with so many bits wherever weights or activations have fewer."""
+        layers = {
+            pattern: settings.model_copy(
+                update={
+                    name: max(bits, asked)
+                    for name in ("weight_bits", "activation_bits")
+                    if (asked := getattr(settings, name)) is not None
+                }
+            )
+            for pattern, settings in self.layers.items()
+        }
+        weight_bits, activation_bits = max(bits, self.weight_bits), max(bits, self.activation_bits)
+        return replace(self, weight_bits=weight_bits, activation_bits=activation_bits, layers=layers)
+
     def facts(self) -> dict[str, object]:
         """Return what the report shows."""
         return {
@@ -173,6 +188,11 @@ class Rules:
     def all_per_channel(self) -> bool:
         """Whether each output channel of every layer has a scale of its own."""
         return self.per_channel and all(settings.per_channel is not False for settings in self.layers.values())
+
+    @property
+    def largest_weight(self) -> int:
+        """The largest code of a weight that integer kernels take."""
+        return weight_codes(8, reduce_range=self.reduce_range).quant_max
 
     def narrow(self, layer: Layer) -> bool:
         """Whether a layer reads fewer bits than what lies between layers keeps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,12 +10,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, schema_index, set_attribute
+from mil_cli.ops import QUANTIZERS
 from mil_cli.ops.learned_scale import SMALLEST_SCALE
+from mil_cli.ops.levels import level_codes
 from mil_cli.stages.quantize.ranges import CodeRange
 
 WeightObserverName = Literal["min_max", "mse"]
 
 _CANDIDATES = 71
+_LEVELS_SHARE = 0.1
+"""The share of the whole range below which no best scale of levels lies, ternary ones included."""
 
 
 def _smallest_share(codes: CodeRange) -> float:
@@ -36,24 +41,56 @@ def weight_scale(weight: Tensor, *, axis: int | None, codes: CodeRange, observer
         float32, shape ``[weight.shape[axis]]``, or ``[]``. A channel of zeros gets the scale that the whole tensor
         would have.
     """
-    rows = weight.detach().double()
-    rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).reshape(weight.shape[axis], -1)
+    rows = rows_of(weight, axis)
     scale = rows.new_zeros(len(rows))
     if rows.shape[1]:
         scale = torch.maximum(rows.amax(1) / codes.quant_max, rows.amin(1) / codes.quant_min)
     scale = torch.where(scale > 0, scale, scale.max())
     if observer == "mse":
-        scale = _least_squared_error(rows, scale, codes)
+        scale = _least_squared_error(
+            rows, scale, _smallest_share(codes), lambda steps: steps.round_().clamp_(codes.quant_min, codes.quant_max)
+        )
+    return as_scale(scale, axis)
+
+
+def level_scale(weight: Tensor, *, axis: int | None, levels: Tensor) -> Tensor:
+    """Return the scale with which levels stand for a weight at the smallest squared error, searched as above.
+
+    Args:
+        weight: The weight, any shape.
+        axis: The axis of its output channels, each of which gets a scale; None gives one for all.
+        levels: ``[levels]``, sorted, the largest as far from 0 as the smallest.
+
+    Returns:
+        float32, shape ``[weight.shape[axis]]``, or ``[]``.
+    """
+    rows, known, one = rows_of(weight, axis), levels.double(), torch.ones((), dtype=torch.float64)
+    full = rows.abs().amax(1) / known[-1]
+    full = torch.where(full > 0, full, full.max())
+    scale = _least_squared_error(rows, full, _LEVELS_SHARE, lambda steps: known[level_codes(steps, one, known, None)])
+    return as_scale(scale, axis)
+
+
+def rows_of(weight: Tensor, axis: int | None) -> Tensor:
+    """Return a row in double precision for each scale."""
+    rows = weight.detach().double()
+    return rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).reshape(weight.shape[axis], -1)
+
+
+def as_scale(scale: Tensor, axis: int | None) -> Tensor:
+    """Return scales of rows as a quantizer holds them: float32, positive, ``[]`` where there is no axis."""
     scale = torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=SMALLEST_SCALE).float()
     return scale.reshape(()) if axis is None else scale
 
 
-def _least_squared_error(rows: Tensor, full: Tensor, codes: CodeRange) -> Tensor:
+def _least_squared_error(
+    rows: Tensor, full: Tensor, smallest_share: float, rounded: Callable[[Tensor], Tensor]
+) -> Tensor:
     best, best_error = full, torch.full_like(full, float("inf"))
-    for share in torch.linspace(1.0, _smallest_share(codes), _CANDIDATES, dtype=torch.float64):
+    for share in torch.linspace(1.0, smallest_share, _CANDIDATES, dtype=torch.float64):
         scale = full * share
         step = scale.clamp(min=SMALLEST_SCALE)[:, None]
-        error = ((rows / step).round_().clamp_(codes.quant_min, codes.quant_max).mul_(step) - rows).square().sum(1)
+        error = (rounded(rows / step).mul_(step) - rows).square().sum(1)
         better = error < best_error
         best = torch.where(better, scale, best)
         best_error = torch.where(better, error, best_error)
@@ -77,7 +114,7 @@ def scale_for_bias(scale: Tensor, bias: Tensor | None, input_scale: float) -> Te
 def protect_biases(graph: GraphModule) -> None:
     """Raise the scales of quantized weights, in place, where `scale_for_bias` asks for it."""
     for quantizer in calls(graph):
-        weight = get_argument(quantizer, "x") if op_name(quantizer) == "quantize_affine" else None
+        weight = get_argument(quantizer, "x") if op_name(quantizer) in QUANTIZERS else None
         if not isinstance(weight, Node) or weight.op != "get_attr":
             continue
         target = str(get_argument(quantizer, "scale").target)

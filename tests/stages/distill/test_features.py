@@ -24,7 +24,6 @@ from mil_cli.stages.distill.features import FeatureConfig
 from mil_cli.stages.distill.hints import HintsConfig, hints
 from mil_cli.stages.distill.soft_labels import SoftLabelsConfig, soft_labels
 from mil_cli.stages.prune.magnitude import MagnitudeConfig
-from mil_cli.stages.quantize.lsq import LsqConfig
 from mil_cli.stages.quantize.static import StaticConfig
 from mil_cli.stages.registry import config_type, function_of
 from mil_cli.task.classification import Classification
@@ -176,13 +175,18 @@ def test_a_killed_training_ends_alike(method: str, tmp_path: Path, monkeypatch: 
     assert killed.fingerprint() == whole.fingerprint()
 
 
-@pytest.mark.parametrize("method", ["hints", "relational"])
-def test_step_sizes_are_trained_by_features(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "quantization"),
+    [("hints", "lsq"), ("relational", "lsq"), ("hints", "lsq_plus"), ("relational", "pact"), ("hints", "apot")],
+)
+def test_step_sizes_are_trained_by_features(method: str, quantization: str) -> None:
     teacher = _net("mobilenet", 8)
-    config = LsqConfig(weight_bits=4, activation_bits=4, distill="by", calibration_samples=16)
+    settings = {"weight_bits": 4, "activation_bits": 4, "distill": "by", "calibration_samples": 16}
+    config = config_type("quantize", quantization).model_validate(settings)
     context = _context(teacher, stages={"by": _configured(method)}, trainer={"epochs": 2})
     trained = function_of(config)(teacher, config, context)
-    assert any(op_name(node) == "quantize_affine" for node in calls(trained.graph))
+    names = {op_name(node) for node in calls(trained.graph)}
+    assert ("quantize_levels" if quantization in ("pact", "apot") else "quantize_affine") in names
     pairs = cast("list[dict[str, Any]]", context.notes["pairs"])
     assert pairs
     assert all(pair["student"] == pair["teacher"] for pair in pairs)

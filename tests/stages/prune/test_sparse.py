@@ -34,6 +34,7 @@ from mil_cli.stages.prune.sparse_magnitude import (
 )
 from mil_cli.stages.prune.sparsegpt import SparseGptConfig, sparsegpt
 from mil_cli.stages.prune.wanda import WandaConfig, input_norms, wanda, weighted
+from mil_cli.stages.quantize.apot import ApotConfig
 from mil_cli.stages.quantize.lsq import LsqConfig
 from mil_cli.stages.quantize.static import StaticConfig
 from mil_cli.stages.registry import check_order, config_type, function_of
@@ -261,7 +262,7 @@ def test_what_cannot_be_is_told(trained: Model) -> None:
     with pytest.raises(StageError, match="no layer of the model can become sparse"):
         sparsegpt(grouped, SparseGptConfig(), context())
     sparse = SparseMagnitudeConfig()
-    for later in (SupervisedConfig(), SoftLabelsConfig(), LsqConfig()):
+    for later in (SupervisedConfig(), SoftLabelsConfig(), LsqConfig(), ApotConfig()):
         (problem,) = check_order([("sparse", sparse), ("later", later)])
         assert "fill the zeros" in str(problem)
     assert check_order([("sparse", sparse), ("later", StaticConfig())]) == []

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from mil_cli.data.base import Data, Split
 from mil_cli.data.tensors import TensorSplit
-from mil_cli.device.profile import DeviceProfile, Int8Form
 from mil_cli.errors import StageError
-from mil_cli.events import SilentProgress
 from mil_cli.export.coverage import integer_coverage
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.parity import check_parity
@@ -25,134 +23,31 @@ from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.mode import mode_arguments
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
-from mil_cli.models.resnet import resnet20
-from mil_cli.models.vit import vit
-from mil_cli.stages.context import Context, Surroundings
 from mil_cli.stages.distill.soft_labels import SoftLabelsConfig
 from mil_cli.stages.prune.magnitude import MagnitudeConfig
 from mil_cli.stages.quantize.lsq import LsqConfig, quantize
-from mil_cli.stages.quantize.positive import settle
+from mil_cli.stages.quantize.settle import settle
 from mil_cli.stages.quantize.static import StaticConfig
 from mil_cli.stages.quantize.static import quantize as quantize_static
 from mil_cli.stages.registry import StageConfig, config_type, function_of
 from mil_cli.stages.train.supervised import SupervisedConfig
-from mil_cli.task.classification import Classification
-from mil_cli.training.config import TrainerConfig
-from mil_cli.training.evaluate import evaluate
-from mil_cli.training.loop import fit
 from tests.stages.contexts import run_through_kills
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(torch.relu(x + self.body(x)).mean((2, 3)))
-
-
-def stripes(samples: int, seed: int) -> TensorSplit:
-    """Images of three kinds: horizontal stripes, vertical stripes, a chequerboard; with noise."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 3, (samples,), generator=generator)
-    line = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(2)
-    kinds = torch.stack([line[:, None].expand(8, 8), line[None].expand(8, 8), line[:, None] * line[None]])
-    return TensorSplit((kinds[labels][:, None] + torch.randn(samples, 1, 8, 8, generator=generator), labels))
-
-
-def images(split: Split) -> Tensor:
-    return torch.cat([batch[0] for batch in split.batches(64)])  # type: ignore[index]
-
-
-@pytest.fixture(scope="module")
-def data() -> Data:
-    return Data(name="stripes", train=stripes(512, 0), val=stripes(256, 1), test=stripes(8, 2))
-
-
-@pytest.fixture(scope="module")
-def model(data: Data) -> Model:
-    """A trained float net; some gammas are negative, with the weights before them mirrored."""
-    torch.manual_seed(0)
-    net = Model.capture(Net(), (torch.randn(2, 1, 8, 8),))
-    settings = TrainerConfig(epochs=6, batch_size=64, learning_rate=0.1)
-    net = fit(net, task=Classification(), data=data, settings=settings, seed=0).model
-    with torch.no_grad():
-        state = net.state_dict()
-        for conv, norm in (("stem.0", "stem.1"), ("body.0", "body.1")):
-            for name in (f"{conv}.weight", f"{norm}.weight", f"{norm}.running_mean"):
-                state[name][2:5] *= -1
-    return net
-
-
-def around(data: Data, original: Model | None = None, **changes: Any) -> Surroundings:
-    class Stored:
-        fingerprint = "original"
-
-        def load(self) -> Model:
-            assert original is not None
-            return original
-
-    settings: dict[str, Any] = {
-        "seed": 0,
-        "task": Classification(),
-        "data": data,
-        "device": DeviceProfile(name="test", int8=Int8Form(activations="uint8", reduce_range=False)),
-        "trainer": TrainerConfig(epochs=2, batch_size=64, learning_rate=0.02, channels_last=False),
-        "goals": {},
-        "stages": {},
-        "load_source": lambda source: pytest.fail("no source is needed"),
-        "source_fingerprint": str,
-        "original": Stored(),
-    }
-    return Surroundings(**{**settings, **changes})
-
-
-def context(data: Data, original: Model | None = None, workspace: Path | None = None, **changes: Any) -> Context:
-    surroundings = around(data, original, **changes)
-    return Context(name="quantize", surroundings=surroundings, progress=SilentProgress(), workspace=workspace)
+from tests.stages.quantize.striped import (
+    accuracy,
+    codes,
+    context,
+    images,
+    loss,
+    quantizers,
+    scales,
+    small_mlp,
+    small_resnet,
+    small_vit,
+)
 
 
 def config(**settings: Any) -> LsqConfig:
     return LsqConfig(**{"weight_bits": 3, "activation_bits": 3, "batch_norm_samples": 256, **settings})
-
-
-def accuracy(model: Model, data: Data) -> float:
-    return evaluate(model, task=Classification(), split=data.val, split_name="val").value
-
-
-def loss(model: Model, data: Data) -> float:
-    labels = torch.cat([batch[1] for batch in data.val.batches(64)])  # type: ignore[index]
-    with torch.no_grad():
-        return float(nn.functional.cross_entropy(model(images(data.val)), labels))
-
-
-def quantizers(model: Model) -> list[Any]:
-    return [node for node in calls(model.graph) if op_name(node) == "quantize_affine"]
-
-
-def scales(model: Model) -> dict[str, Tensor]:
-    names = {str(get_argument(node, "scale").target) for node in quantizers(model)}
-    return {name: get_attribute(model.graph, name) for name in names}
-
-
-@pytest.fixture
-def inserted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
-    """Keep the model with its quantizers as it goes into training, and as it comes out of it."""
-    kept: dict[str, Model] = {}
-    original = Context.finetune
-
-    def finetune(self: Context, model: Model, **options: Any) -> Model:
-        kept["start"] = model.clone()
-        trained = original(self, model, **options)
-        kept["trained"] = trained.clone()
-        return trained
-
-    monkeypatch.setattr(Context, "finetune", finetune)
-    return kept
 
 
 def test_it_learns_what_rounding_alone_loses(model: Model, data: Data) -> None:
@@ -274,17 +169,6 @@ def test_folding_after_training_changes_neither_outputs_nor_codes(
     for name, values in before.items():
         assert torch.equal(after[name], values)
     assert int(after["body.0.weight"].min()) == -4
-
-
-def codes(model: Model) -> dict[str, Tensor]:
-    found = {}
-    for node in quantizers(model):
-        if node.args[0].op == "get_attr":
-            x, scale = (get_attribute(model.graph, str(source.target)).detach() for source in node.args[:2])
-            shape = [1] * x.ndim
-            shape[0] = -1
-            found[str(node.args[0].target)] = (x / scale.reshape(shape)).round().clamp(*node.args[4:]).int()
-    return found
 
 
 def test_frozen_norms_keep_their_statistics(model: Model, data: Data, inserted: dict[str, Model]) -> None:
@@ -421,20 +305,6 @@ def test_problems_are_named(model: Model, data: Data) -> None:
             LsqConfig.model_validate(wrong)
     assert config_type("quantize", "lsq") is LsqConfig
     assert function_of(LsqConfig()) is quantize
-
-
-def small_resnet() -> nn.Module:
-    return resnet20(num_classes=3, widths=(8, 16), blocks=1)
-
-
-def small_vit() -> nn.Module:
-    return vit(num_classes=3, image_size=8, patch=4, dim=16, depth=1, heads=2)
-
-
-def small_mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3)
-    )
 
 
 @pytest.mark.parametrize("build", [small_vit, small_mlp])

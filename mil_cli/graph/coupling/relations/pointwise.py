@@ -134,16 +134,17 @@ def prelu(operation: Operation) -> None:
     operation.link_all(data, operation.output)
 
 
-def quantize_affine(operation: Operation) -> None:
+def quantizer(operation: Operation) -> None:
     """Relate data to its quantized form, and per-channel scales and zero points to the axis that they belong to."""
     data, axis = operation.need("x"), operation.argument("axis")
     operation.link_all(data, operation.output)
-    for name in ("scale", "zero_point"):
-        key = operation.need(name)
+    for key in (operation.need("scale"), operation.key("zero_point")):
+        if key is None:
+            continue
         if axis is not None and operation.rank(key) == 1 and operation.shape(key)[0] > 1:
             operation.link(key, 0, data, axis)
         elif operation.rank(key) == 1 and operation.shape(key)[0] > 1:
             raise UnsupportedForm("several scales without an axis")
 
 
-RULES: Rules = {**rules_for(prelu, "prelu"), **rules_for(quantize_affine, "mil::quantize_affine")}
+RULES: Rules = {**rules_for(prelu, "prelu"), **rules_for(quantizer, "mil::quantize_affine", "mil::quantize_levels")}

@@ -50,8 +50,8 @@ class ReconstructionConfig(PostTrainingConfig):
 
     samples: int = Field(1024, ge=1)
     batch_size: int = Field(32, ge=1)
-    iterations: int = Field(500, ge=1)
-    learning_rate: float = Field(0.03, gt=0, allow_inf_nan=False)
+    iterations: int = Field(200, ge=1)
+    learning_rate: float = Field(0.1, gt=0, allow_inf_nan=False)
     penalty: float = Field(0.01, ge=0, allow_inf_nan=False)
     exponents: tuple[Exponent, Exponent] = (20.0, 2.0)
     warmup: float = Field(0.2, ge=0, lt=1)

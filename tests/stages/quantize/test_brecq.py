@@ -75,7 +75,8 @@ def test_nearly_all_is_saved_where_nearest_rounding_fails() -> None:
         "calibration_samples": 256,
     }
     used = make_context(data)
-    nearest = used.evaluate(quantize_static(model, StaticConfig.model_validate({**bits, "bias_correction": False}), used)).value
+    plain = StaticConfig.model_validate({**bits, "bias_correction": False})
+    nearest = used.evaluate(quantize_static(model, plain, used)).value
     learned = used.evaluate(quantize(model, BrecqConfig.model_validate(settings), used)).value
     assert nearest < 0.5
     assert learned > 0.9

@@ -16,8 +16,9 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize import accuracy as method
 from mil_cli.stages.quantize.accuracy import alone
 from mil_cli.stages.quantize.describe import present_bits
-from mil_cli.stages.quantize.post_training import prepare
+from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
 from mil_cli.stages.quantize.static import StaticConfig, quantize
+from mil_cli.stages.registry import METHODS, config_type, function_of
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import evaluate
@@ -149,6 +150,15 @@ def test_a_layer_alone_is_quantized_as_if_all_others_were_skipped(name: str, dat
         assert torch.equal(quantized(x), single(x))
     assert torch.equal(quantized(x), before)
     assert not torch.equal(single(x), before)
+
+
+@pytest.mark.parametrize(("family", "name"), sorted(key for key in METHODS if key[0] == "quantize"))
+def test_every_method_that_takes_the_bound_holds_it(family: str, name: str) -> None:
+    kind = config_type(family, name)
+    if issubclass(kind, PostTrainingConfig):
+        assert hasattr(function_of(kind()), "__wrapped__")
+    else:
+        assert "max_drop" not in kind.model_fields
 
 
 def test_a_drop_that_anything_meets_is_refused() -> None:

@@ -6,6 +6,8 @@ resolution, without shortcuts but one, which adds each pixel to the four that co
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,7 +26,7 @@ class PlainNet(nn.Module):
         super().__init__()
         widths = [3] + [width] * (layers + 1)
         self.features = nn.Sequential()
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             self.features.extend([nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()])
         self.last = nn.Conv2d(width, 3 * SCALE**2, 3, padding=1)
 

@@ -109,7 +109,7 @@ def test_what_was_said_once_is_kept_and_what_is_damaged_is_said_again(machine: P
 
 
 def test_no_voice_is_in_two_splits() -> None:
-    speakers = locate_in("data.SPEAKERS", root=RECIPE, where="data", error=DataError)
+    speakers = locate_in("voices.SPEAKERS", root=RECIPE, where="data", error=DataError)
     names = [name for voices in speakers.values() for name in voices.split()]
     assert len(names) == len(set(names))
     assert set(speakers) == {"train", "val", "test"}

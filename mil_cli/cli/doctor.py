@@ -152,12 +152,12 @@ def check_data() -> Iterator[Finding]:
         yield Finding(State.NOTE, "data", "fashion_mnist is not installed", remedy)
     if missing := speech.missing_packages():
         remedy = f"apt-get install {' '.join(missing)}, or data.root=FOLDER with a folder of WAV files for each voice"
-        yield Finding(State.NOTE, "data", "the clips of speech of recipes/audio_denoising are not here", remedy)
+        yield Finding(State.NOTE, "data", "the clips of audio_denoising and speech_recognition are not here", remedy)
     else:
         yield Finding(State.OK, "data", f"speech of the packages {', '.join(speech.PACKAGES)}")
     if missing := photographs.missing_packages():
         remedy = f"apt-get install {' '.join(missing)}, or data.root=FOLDER with images in train, val and test"
-        yield Finding(State.NOTE, "data", "the photographs of recipes/hrnet and recipes/pynet are not here", remedy)
+        yield Finding(State.NOTE, "data", "the photographs of hrnet, pynet and super_resolution are not here", remedy)
     else:
         yield Finding(State.OK, "data", f"photographs of the packages {', '.join(photographs.PACKAGES)}")
 

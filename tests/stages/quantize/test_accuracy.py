@@ -24,7 +24,7 @@ from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import evaluate
 from mil_cli.training.loop import fit
 from tests.stages.contexts import Notices, make_context, run_through_kills
-from tests.stages.quantize.test_lsq import stripes
+from tests.stages.quantize.striped import stripes
 from tests.stages.quantize.test_mixed import Net
 
 LAYERS = ("stem.0", "wide", "back", "head")

@@ -31,7 +31,7 @@ from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.loop import fit
 from tests.stages.contexts import make_context, run_through_kills
-from tests.stages.quantize.test_lsq import stripes
+from tests.stages.quantize.striped import stripes
 
 FREE = StaticConfig(first_last_bits=2)
 """First and last layers may have as few bits as the others."""

@@ -94,7 +94,7 @@ class DeviceProfile(_Part):
     threads: int = Field(1, ge=1, le=1024)
     requires: Requirements = Field(default_factory=Requirements)
     int8: Int8Form
-    weight_bits: Annotated[tuple[Annotated[int, Field(ge=1, le=8)], ...], AfterValidator(_rising)] = (2, 4, 8)
+    weight_bits: Annotated[tuple[Annotated[int, Field(ge=1, le=8)], ...], AfterValidator(_rising)] = (2, 3, 4, 8)
     preferred_multiple: PreferredMultiple = Field(default_factory=lambda: PreferredMultiple(float=8, int8=16))
     price_per_hour: float | None = Field(None, gt=0, allow_inf_nan=False)
     watts: float | None = Field(None, gt=0, allow_inf_nan=False)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -16,12 +16,14 @@ import torch
 from torch.export import ExportedProgram
 
 MARKER_DOMAIN = "mil.marker"
-"""The domain of nodes that stand for quantizers and codebooks until `mil_cli.export.qdq` and `mil_cli.export.codebook`
-replace them; no file holds one."""
+"""The domain of nodes that stand for quantizers and codebooks until `mil_cli.export.onnx` has them replaced; no file
+holds one."""
 
 MARKER = "QuantizeAffine"
 LEVELS_MARKER = "QuantizeLevels"
 LOOKUP = "Lookup"
+BLOCKS = "QuantizeBlocks"
+DYNAMIC = "QuantizeDynamic"
 
 
 def convert(program: ExportedProgram, *, opset: int) -> ir.Model:
@@ -30,8 +32,9 @@ def convert(program: ExportedProgram, *, opset: int) -> ir.Model:
     A ``mil::quantize_affine`` becomes a node ``mil.marker::QuantizeAffine(x, scale, zero_point)`` with the attributes
     ``axis`` (absent: per tensor), ``quant_min`` and ``quant_max``; a ``mil::quantize_levels`` becomes
     ``mil.marker::QuantizeLevels(x, scale, levels)`` with the attribute ``axis``; a ``mil::lookup`` becomes
-    ``mil.marker::Lookup(codebook, indices)`` with the attribute ``groups``. The exporter folds constants and fuses
-    operators but does not know markers, so it cannot fold what they mark.
+    ``mil.marker::Lookup(codebook, indices)`` with the attribute ``groups``; ``mil::quantize_blocks`` and
+    ``mil::quantize_dynamic`` likewise. The exporter folds constants and fuses operators but does not know markers, so
+    it cannot fold what they mark.
 
     Raises:
         torch.onnx.OnnxExporterError: An operator has no translation, say.
@@ -68,73 +71,55 @@ def _order_attention(program: ExportedProgram) -> None:
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    marker = onnxscript.values.Op(onnxscript.values.Opset(MARKER_DOMAIN, 1), MARKER, _marker_schema())
+    pair = {"scale": "float", "zero_point": "int32"}
+    marker = _marker(MARKER, {"x": "float", **pair}, ["quant_min", "quant_max"], "axis")
+    lookup_marker = _marker(LOOKUP, {"codebook": "float", "indices": "uint8"}, ["groups"])
+    blocks_marker = _marker(BLOCKS, {"x": "float", "scale": "float"}, ["axis", "block_size", "quant_min", "quant_max"])
+    dynamic_marker = _marker(DYNAMIC, {"x": "float"}, [])
 
     def quantize_affine(x: Any, scale: Any, zero_point: Any, axis: int | None, quant_min: int, quant_max: int) -> Any:
         attributes: Mapping[str, int] = {} if axis is None else {"axis": axis}
         return marker(x, scale, zero_point, quant_min=quant_min, quant_max=quant_max, **attributes)
 
-    levels_marker = onnxscript.values.Op(onnxscript.values.Opset(MARKER_DOMAIN, 1), LEVELS_MARKER, _levels_schema())
+    levels_marker = _marker(LEVELS_MARKER, {"x": "float", "scale": "float", "levels": "float"}, [], "axis")
 
     def quantize_levels(x: Any, scale: Any, levels: Any, axis: int | None) -> Any:
         attributes: Mapping[str, int] = {} if axis is None else {"axis": axis}
         return levels_marker(x, scale, levels, **attributes)
 
-    lookup_marker = onnxscript.values.Op(onnxscript.values.Opset(MARKER_DOMAIN, 1), LOOKUP, _lookup_schema())
-
     def lookup(codebook: Any, indices: Any, groups: int) -> Any:
         return lookup_marker(codebook, indices, groups=groups)
+
+    def quantize_blocks(x: Any, scale: Any, axis: int, block_size: int, quant_min: int, quant_max: int) -> Any:
+        return blocks_marker(x, scale, axis=axis, block_size=block_size, quant_min=quant_min, quant_max=quant_max)
+
+    def quantize_dynamic(x: Any) -> Any:
+        return dynamic_marker(x)
 
     return {
         torch.ops.mil.quantize_affine.default: quantize_affine,
         torch.ops.mil.quantize_levels.default: quantize_levels,
         torch.ops.mil.lookup.default: lookup,
+        torch.ops.mil.quantize_blocks.default: quantize_blocks,
+        torch.ops.mil.quantize_dynamic.default: quantize_dynamic,
     }
 
 
-def _lookup_schema() -> onnx.defs.OpSchema:
-    parameter = onnx.defs.OpSchema.FormalParameter
-    return onnx.defs.OpSchema(
-        LOOKUP,
-        MARKER_DOMAIN,
-        1,
-        inputs=[parameter("codebook", "tensor(float)"), parameter("indices", "tensor(uint8)")],
-        outputs=[parameter("weight", "tensor(float)")],
-        attributes=[onnx.defs.OpSchema.Attribute("groups", onnx.defs.OpSchema.AttrType.INT, required=True)],
-    )
-
-
-def _levels_schema() -> onnx.defs.OpSchema:
-    parameter = onnx.defs.OpSchema.FormalParameter
-    return onnx.defs.OpSchema(
-        LEVELS_MARKER,
-        MARKER_DOMAIN,
-        1,
-        inputs=[parameter(name, "tensor(float)") for name in ("x", "scale", "levels")],
-        outputs=[parameter("y", "tensor(float)")],
-        attributes=[onnx.defs.OpSchema.Attribute("axis", onnx.defs.OpSchema.AttrType.INT, required=False)],
-    )
-
-
-def _marker_schema() -> onnx.defs.OpSchema:
+def _marker(name: str, inputs: Mapping[str, str], required: Sequence[str], optional: str | None = None) -> Any:
+    """Return the operator of a marker: inputs with their types, integer attributes, one float output."""
     schema = onnx.defs.OpSchema
-    parameter, attribute = schema.FormalParameter, schema.Attribute
-    return schema(
-        MARKER,
+    attributes = [schema.Attribute(each, schema.AttrType.INT, required=True) for each in required]
+    if optional is not None:
+        attributes.append(schema.Attribute(optional, schema.AttrType.INT, required=False))
+    described = schema(
+        name,
         MARKER_DOMAIN,
         1,
-        inputs=[
-            parameter("x", "tensor(float)"),
-            parameter("scale", "tensor(float)"),
-            parameter("zero_point", "tensor(int32)"),
-        ],
-        outputs=[parameter("y", "tensor(float)")],
-        attributes=[
-            attribute("axis", schema.AttrType.INT, required=False),
-            attribute("quant_min", schema.AttrType.INT, required=True),
-            attribute("quant_max", schema.AttrType.INT, required=True),
-        ],
+        inputs=[schema.FormalParameter(each, f"tensor({kind})") for each, kind in inputs.items()],
+        outputs=[schema.FormalParameter("y", "tensor(float)")],
+        attributes=attributes,
     )
+    return onnxscript.values.Op(onnxscript.values.Opset(MARKER_DOMAIN, 1), name, described)
 
 
 @contextlib.contextmanager

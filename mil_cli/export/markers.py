@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,7 @@ import torch
 
 from mil_cli.errors import ExportError
 from mil_cli.export.exporter import LEVELS_MARKER
+from mil_cli.export.surgery import constant_of
 from mil_cli.ops.levels import level_codes
 from mil_cli.ops.quantize import quantize_codes
 
@@ -54,7 +54,13 @@ class Marker:
         )
 
     def codes(self, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-        """Return the codes of a weight, int32, shaped like it."""
+        """Return the codes of a weight, int32, shaped like it.
+
+        Raises:
+            ExportError: It holds NaN or infinity.
+        """
+        if not np.all(np.isfinite(weight)):
+            raise ExportError(f"the weight '{self.x.name}' holds NaN or infinity", hint="train it again or restore it")
         values = torch.from_numpy(np.ascontiguousarray(weight))
         scale = torch.from_numpy(np.array(self.scale))
         if self.levels is not None:
@@ -92,9 +98,3 @@ def read_marker(node: ir.Node) -> Marker:
     zeros = others.reshape(()) if axis is None else others
     quant_min, quant_max = (node.attributes[name].as_int() for name in ("quant_min", "quant_max"))
     return Marker(node, x, scales, zeros, along, quant_min, quant_max)
-
-
-def constant_of(value: ir.Value) -> npt.NDArray[Any] | None:
-    """Return the values of a constant, or None."""
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()

@@ -11,10 +11,14 @@ import onnx_ir as ir
 import torch
 
 from mil_cli.errors import ExportError
+from mil_cli.export.blocks import write_blocks
 from mil_cli.export.codebook import write_codebooks
-from mil_cli.export.exporter import convert
+from mil_cli.export.dynamic import write_dynamic
+from mil_cli.export.exporter import MARKER_DOMAIN, convert
 from mil_cli.export.interface import apply_interface, strip_metadata
-from mil_cli.export.qdq import ALL_WIDTHS, needed_opset, write_quantizers
+from mil_cli.export.packing import ALL_WIDTHS, needed_opset
+from mil_cli.export.qdq import write_quantizers
+from mil_cli.export.surgery import GraphWriter, remove_unused
 from mil_cli.files import writing
 from mil_cli.graph.model import Model
 
@@ -50,10 +54,10 @@ class ExportedFile:
 def export_onnx(model: Model, path: Path, *, device: DeviceProfile | None = None) -> ExportedFile:
     """Write a float or quantized model as ONNX.
 
-    Quantizers become QuantizeLinear/DequantizeLinear pairs, quantized weights become packed integer tensors. Inputs
-    and outputs have the names, dtypes, shapes and dynamic axes of the model's specification. The file holds no stack
-    traces and no paths, and exporting the same model again gives the same bytes. It is checked with ONNX's own
-    checker and appears under its name only when it is complete.
+    Quantizers become QuantizeLinear/DequantizeLinear pairs (DynamicQuantizeLinear where ranges are found at run time),
+    quantized weights become packed integer tensors. Inputs and outputs have the names, dtypes, shapes and dynamic axes
+    of the model's specification. The file holds no stack traces and no paths, and exporting the same model again gives
+    the same bytes. It is checked with ONNX's own checker and appears under its name only when it is complete.
 
     Args:
         model: The model; it is not changed.
@@ -74,7 +78,12 @@ def export_onnx(model: Model, path: Path, *, device: DeviceProfile | None = None
             f"the model cannot be written as ONNX: {_root_cause(error)}",
             hint="replace the operator that it names in the model's code by one that ONNX knows",
         ) from error
-    notices = [*write_codebooks(converted, widths), *write_quantizers(converted, widths)]
+    # Dynamic products come before the quantizers, whose marker on their weights they take over.
+    graph = GraphWriter(converted.graph)
+    writers = (write_codebooks, write_blocks, write_dynamic, write_quantizers)
+    notices = [notice for write in writers for notice in write(graph, widths)]
+    converted.opset_imports.pop(MARKER_DOMAIN, None)
+    remove_unused(converted.graph)
     apply_interface(converted, model.spec)
     strip_metadata(converted)
     converted.producer_name = "mil"

@@ -14,8 +14,8 @@ from mil_cli.device.profile import DeviceProfile, Int8Form
 from mil_cli.errors import ExportError
 from mil_cli.export.coverage import integer_coverage
 from mil_cli.export.onnx import export_onnx
+from mil_cli.export.packing import storage_bits
 from mil_cli.export.parity import check_parity, without_quantizers
-from mil_cli.export.qdq import storage_bits
 from mil_cli.export.session import OnnxModel
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import set_attribute
@@ -61,20 +61,19 @@ def weight_bytes(path: Path) -> dict[str, int]:
     return sizes
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(8, "INT8"), (4, "INT4"), (3, "INT4"), (2, "INT2")])
+@pytest.mark.parametrize(("bits", "kind"), [(8, "INT8"), (4, "INT4"), (3, "UINT8"), (2, "INT2")])
 def test_weights_are_packed(bits: int, kind: str, case: Build, tmp_path: Path) -> None:
     made = case("mobilenet")
     model, _ = made.quantize(weight_bits=bits, first_last_bits=bits)
     exported = export_onnx(model, tmp_path / "model.onnx")
     numbers = sum(parameter.numel() for parameter in made.module.parameters() if parameter.dim() > 1)
-    stored = {8: 8, 4: 4, 3: 4, 2: 2}[bits]
     sizes = weight_bytes(exported.path)
-    assert numbers * stored / 8 <= sizes[kind] <= numbers * stored / 8 + 500  # beside 8-bit zero points
+    assert numbers * bits / 8 <= sizes[kind] <= numbers * bits / 8 + 500  # beside 8-bit zero points
     assert sizes["FLOAT"] < 3000  # scales and biases
     assert integer_coverage(exported.path).integer == KERNELS["mobilenet"]
     check_parity(model, exported.path, [(made.inputs(16), {})])
     assert exported.opset == (25 if bits == 2 else 21)
-    assert bool(exported.notices) == (bits == 3)
+    assert exported.notices == ()
 
 
 def test_packed_codes_are_those_of_the_graph(case: Build, tmp_path: Path) -> None:
@@ -98,6 +97,15 @@ def test_target_without_packed_types_gets_bytes(case: Build, tmp_path: Path) -> 
     exported = export_onnx(model, tmp_path / "model.onnx", device=device)
     assert "INT4" not in weight_bytes(exported.path)
     check_parity(model, exported.path, [(case("mobilenet").inputs(16), {})])
+
+
+def test_target_without_three_bits_gets_four(case: Build, tmp_path: Path) -> None:
+    model, _ = case("mobilenet").quantize(weight_bits=3)
+    device = DeviceProfile(name="old", int8=Int8Form(activations="uint8", reduce_range=False), weight_bits=(2, 4, 8))
+    exported = export_onnx(model, tmp_path / "model.onnx", device=device)
+    assert exported.notices == (
+        "6 weights: 8 levels stored in 4 bits each, the narrowest packed type that ONNX has for them",
+    )
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
@@ -142,7 +150,7 @@ class Recurrent(nn.Module):
 def test_what_stays_float_is_said(tmp_path: Path, make_case: Callable[..., Any]) -> None:
     made = make_case(Recurrent(), lambda count: (torch.randn(count, 5, 8),), tmp_path / "float.onnx")
     model, notes = made.quantize()
-    assert set(notes["kept_float"]) == {"lstm.lstm", "up.conv_transpose1d"}
+    assert set(notes["kept_float"]) == {"lstm.lstm", "up"}
     path = export_onnx(model, tmp_path / "model.onnx").path
     assert integer_coverage(path).integer == {"MatMulIntegerToFloat": 3}
     check_parity(model, path, [(made.inputs(3), {})])
@@ -211,13 +219,8 @@ def test_quantizers_that_onnx_cannot_hold_are_refused(case: Build, tmp_path: Pat
 
 
 def test_storage_bits() -> None:
-    assert [storage_bits(low, high) for low, high in ((-127, 127), (-8, 7), (-3, 3), (-2, 1), (-1, 1))] == [
-        8,
-        4,
-        4,
-        2,
-        2,
-    ]
+    ranges = ((-127, 127), (-8, 7), (-3, 3), (-4, 3), (-2, 1), (-1, 1))
+    assert [storage_bits(low, high) for low, high in ranges] == [8, 4, 3, 3, 2, 2]
     assert storage_bits(-1, 1, (4, 8)) == 4
     assert storage_bits(-1, 1, ()) == 8
     with pytest.raises(ExportError, match="8 bits"):

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mil_cli.graph.nodes import get_argument, get_attribute, op_name
-from mil_cli.graph.watch import watched
+from mil_cli.stages.curvature import input_curvature, inverse_factor
 from mil_cli.stages.prune.sparse import (
     SparsityConfig,
     finish,
@@ -18,16 +18,12 @@ from mil_cli.stages.prune.sparse import (
     used_once,
 )
 from mil_cli.stages.registry import stage
-from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-
-
-_SAMPLES_AT_ONCE = 4
 
 
 class SparseGptConfig(SparsityConfig):
@@ -75,7 +71,7 @@ def sparsegpt(model: Model, config: SparseGptConfig, context: Context) -> Model:
         for name, node in layers.items():
             weight = get_attribute(sparse.graph, name)
             curvature = input_curvature(sparse, node, context, samples=config.samples, batch_size=config.batch_size)
-            solved, masks[name] = solve(weight.detach(), curvature, config)
+            solved, masks[name] = solve(weight.detach(), curvature[0], config)
             with torch.no_grad():
                 weight.copy_(solved)
             bar.advance()
@@ -84,56 +80,6 @@ def sparsegpt(model: Model, config: SparseGptConfig, context: Context) -> Model:
 
 def _can_solve(graph: GraphModule, node: Node) -> bool:
     return used_once(graph, node) and (op_name(node) == "linear" or get_argument(node, "groups") == 1)
-
-
-def input_curvature(model: Model, node: Node, context: Context, *, samples: int, batch_size: int) -> Tensor:
-    """Return ``X X^T`` over what a layer multiplies its weights by, float64 ``[inputs, inputs]``.
-
-    Args:
-        model: The model.
-        node: A linear layer, or a convolution of one group: its inputs are the entries of its windows.
-        context: Gives training samples.
-        samples: How many.
-        batch_size: How many at once.
-    """
-    total: Tensor | float = 0.0
-
-    def look(value: Tensor) -> None:
-        nonlocal total
-        for part in torch.split(value, _SAMPLES_AT_ONCE):  # the windows of many large images would not fit into memory
-            rows = (part.reshape(-1, part.shape[-1]) if op_name(node) == "linear" else _windows(part, node)).double()
-            total = total + rows.T @ rows
-
-    runner = watched(model.graph, {get_argument(node, "input"): look})
-    size = fixed_batch(model) or batch_size
-    with torch.no_grad():
-        for args, kwargs in context.calibration(samples=samples, batch_size=size):
-            runner(*args, **kwargs)
-    return torch.as_tensor(total)
-
-
-def _windows(value: Tensor, node: Node) -> Tensor:
-    """Return the windows of a convolution as rows, in the order of its flattened weight."""
-    weight = node.args[1].meta["val"]  # type: ignore[union-attr]
-    dimensions = weight.ndim - 2
-    strides, dilations = (_tuple(get_argument(node, name), dimensions) for name in ("stride", "dilation"))
-    padding = get_argument(node, "padding")
-    if padding == "same":  # an odd one goes behind
-        whole = [dilation * (size - 1) for dilation, size in zip(dilations, weight.shape[2:], strict=True)]
-        sides = [(each // 2, each - each // 2) for each in whole]
-    else:
-        sides = [(each, each) for each in _tuple(0 if padding == "valid" else padding, dimensions)]
-    padded = torch.nn.functional.pad(value, [side for pair in reversed(sides) for side in pair])
-    for axis, (size, stride, dilation) in enumerate(zip(weight.shape[2:], strides, dilations, strict=True)):
-        padded = padded.unfold(axis + 2, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    # [samples, channels, positions..., window...] -> [samples * positions, channels * window]
-    order = [0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions)]
-    return padded.permute(order).reshape(-1, weight[0].numel())
-
-
-def _tuple(value: object, dimensions: int) -> list[int]:
-    values = [int(each) for each in value] if isinstance(value, list | tuple) else [int(value)]  # type: ignore[call-overload]
-    return values * dimensions if len(values) == 1 else values
 
 
 def solve(weight: Tensor, curvature: Tensor, config: SparseGptConfig) -> tuple[Tensor, Tensor]:
@@ -165,12 +111,3 @@ def solve(weight: Tensor, curvature: Tensor, config: SparseGptConfig) -> tuple[T
             rows[:, column:] -= lost[:, None] * inverse[column, column:]
             rows[:, column] = torch.where(kept[:, column], rows[:, column], 0.0)
     return rows.reshape(weight.shape).to(weight.dtype), kept.reshape(weight.shape)
-
-
-def inverse_factor(curvature: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the damped curvature's inverse; inputs that are always 0 count as 1."""
-    damped = curvature.clone()
-    damped.diagonal().masked_fill_(damped.diagonal() == 0, 1.0)
-    damped.diagonal().add_(damping * damped.diagonal().mean())
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    return factor

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mil_cli.errors import StageError
 from mil_cli.export.onnx import export_onnx
-from mil_cli.export.qdq import storage_bits
+from mil_cli.export.packing import storage_bits
 from mil_cli.measure.size import size_bytes
 from mil_cli.stages.knapsack import choose
 from mil_cli.stages.quantize.ranges import CodeRange

@@ -74,7 +74,9 @@ def _codes(graph: GraphModule, node: Node) -> tuple[int, bool] | None:
     if op_name(node) == "quantize_levels":
         levels = get_attribute(graph, str(get_argument(node, "levels").target))
         return (len(levels) - 1).bit_length(), get_argument(node, "x").op == "get_attr"
-    if op_name(node) != "quantize_affine":
+    if op_name(node) == "quantize_dynamic":
+        return 8, False
+    if op_name(node) not in ("quantize_affine", "quantize_blocks"):
         return None
     codes = CodeRange(get_argument(node, "quant_min"), get_argument(node, "quant_max"))
     return codes.bits, get_argument(node, "x").op == "get_attr"

@@ -1,4 +1,4 @@
-"""Puts ``mil::quantize_affine`` nodes and their scales into a graph."""
+"""Puts quantizers and their scales into a graph."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ class QuantizerWriter:
             self._owner += "_"
         self._names: set[str] = set()
 
-    def store(self, name: str, scale: Tensor, zero_point: Tensor) -> str:
-        """Keep a scale (float32) and a zero point (int32) as buffers; returns the path of the pair."""
+    def store(self, name: str, scale: Tensor, zero_point: Tensor | None = None) -> str:
+        """Keep a scale (float32) and a zero point (int32), if any, as buffers; returns the path of the pair."""
         base = name = name.replace(".", "_")
         number = 1
         while name in self._names:
@@ -145,7 +145,8 @@ class QuantizerWriter:
         self._names.add(name)
         path = f"{self._owner}.{name}"
         set_attribute(self._graph, f"{path}.scale", scale.float())
-        set_attribute(self._graph, f"{path}.zero_point", zero_point.to(torch.int32))
+        if zero_point is not None:
+            set_attribute(self._graph, f"{path}.zero_point", zero_point.to(torch.int32))
         return path
 
     def insert(
@@ -160,15 +161,39 @@ class QuantizerWriter:
             codes: The integer codes.
             readers: The nodes that read it quantized; None: all.
         """
+        settings = (axis, codes.quant_min, codes.quant_max)
+        names = [f"{path}.scale", f"{path}.zero_point"]
+        return self._insert(torch.ops.mil.quantize_affine.default, value, names, settings, readers)
+
+    def insert_blocks(
+        self, value: Node, path: str, *, axis: int, block_size: int, codes: CodeRange, readers: Iterable[Node]
+    ) -> Node:
+        """Quantize a weight with the scales at `path`, ``[rows along the axis, blocks]``, for some readers."""
+        settings = (axis, block_size, codes.quant_min, codes.quant_max)
+        return self._insert(torch.ops.mil.quantize_blocks.default, value, [f"{path}.scale"], settings, readers)
+
+    def insert_dynamic(self, value: Node, readers: Iterable[Node]) -> Node:
+        """Quantize `value` by the range that it has at run time, for some readers."""
+        return self._insert(torch.ops.mil.quantize_dynamic.default, value, [], (), readers)
+
+    def _insert(
+        self,
+        operator: torch._ops.OpOverload,
+        value: Node,
+        names: Sequence[str],
+        settings: tuple[int | None, ...],
+        readers: Iterable[Node] | None,
+    ) -> Node:
+        """Call a quantizer on a value, some attributes and settings, and let readers, or all, read what it gives."""
         graph = self._graph.graph
         users = list(value.users if readers is None else readers)
-        with graph.inserting_after(self._place(value)):
-            scale = graph.get_attr(f"{path}.scale")
-        with graph.inserting_after(scale):
-            zero_point = graph.get_attr(f"{path}.zero_point")
-        arguments = (value, scale, zero_point, axis, codes.quant_min, codes.quant_max)
-        with graph.inserting_after(zero_point):
-            quantizer = graph.call_function(torch.ops.mil.quantize_affine.default, arguments)
+        before, attributes = self._place(value), []
+        for name in names:
+            with graph.inserting_after(before):
+                before = graph.get_attr(name)
+            attributes.append(before)
+        with graph.inserting_after(before):
+            quantizer = graph.call_function(operator, (value, *attributes, *settings))
         quantizer.meta = {
             key: value.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in value.meta
         }

@@ -10,10 +10,10 @@ Two policies, measured on onnxruntime:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from mil_cli.graph.nodes import calls, get_argument, get_attribute, module_path,
 Policy = Literal["cnn", "transformer"]
 
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 _PRODUCTS = {"linear": ("input", "weight", 0), "matmul": ("self", "other", -1), "mm": ("self", "mat2", 1)}
 """Operator -> its activation, its weight, and the weight's axis of output channels."""
 
@@ -39,10 +40,8 @@ _PASSING = frozenset(
 )
 """Operators whose outputs are some of their input's values: the same codes serve both."""
 
-_NEVER = {
-    "conv_transpose1d": "onnxruntime has no integer kernel for transposed convolutions",
-    "conv_transpose2d": "onnxruntime has no integer kernel for transposed convolutions",
-    "conv_transpose3d": "onnxruntime has no integer kernel for transposed convolutions",
+NEVER = {
+    **dict.fromkeys(_TRANSPOSED, "onnxruntime has no integer kernel for transposed convolutions"),
     "embedding": "a table look-up computes nothing",
     "lstm": "onnxruntime has no static integer kernel for recurrent layers",
     "gru": "onnxruntime has no static integer kernel for recurrent layers",
@@ -59,10 +58,10 @@ _ATTENTION = frozenset({"scaled_dot_product_attention", "softmax", "_softmax"})
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that will run on an integer kernel.
+    """A layer whose weight is quantized; where its input is too it will run on an integer kernel.
 
     Attributes:
-        node: The convolution or product.
+        node: The convolution, product or look-up.
         name: The dotted path of its module, or the name of its weight or node where there is none.
         source: The node of its activation.
         weight: The node that reads its weight.
@@ -158,8 +157,8 @@ def place(
     Raises:
         StageError: A pattern of `skip` fits no layer.
     """
-    placement = Placement(policy)
-    _find_layers(graph, placement, skip, silent)
+    found = find_layers(graph, skip=skip, silent=silent)
+    placement = Placement(policy, found.layers, kept_float=found.left_out, names=found.names)
     wanted: dict[Node, set[Node]] = {}
     for layer in placement.layers:
         readers = placement.narrow if narrow is not None and narrow(layer) else wanted
@@ -206,32 +205,67 @@ def place_any(
     return placement
 
 
-def _find_layers(graph: GraphModule, placement: Placement, skip: Sequence[str], silent: Collection[Node]) -> None:
+class FoundLayers(NamedTuple):
+    """The layers of a graph.
+
+    Attributes:
+        layers: Those that can be quantized, in order of execution.
+        left_out: Name of each other layer -> why.
+        names: Node name -> layer name, of all of them.
+    """
+
+    layers: list[Layer]
+    left_out: dict[str, str]
+    names: dict[str, str]
+
+
+def find_layers(
+    graph: GraphModule,
+    *,
+    skip: Sequence[str] = (),
+    silent: Collection[Node] = (),
+    never: Mapping[str, str] = NEVER,
+) -> FoundLayers:
+    """Find the layers with weights.
+
+    Args:
+        graph: The graph.
+        skip: Patterns of layers to leave out; see `place`.
+        silent: Values of which nothing but zeros was seen; layers that read them are left out.
+        never: Operator -> why it is left out.
+
+    Raises:
+        StageError: A pattern of `skip` fits no layer.
+    """
+    layers: list[Layer] = []
+    left_out: dict[str, str] = {}
+    names: dict[str, str] = {}
     unused = set(skip)
     for node in calls(graph):
         found = _weighted(graph, node)
-        if found is None and op_name(node) not in _NEVER:
+        if found is None and op_name(node) not in never:
             continue
         name = _layer_name(graph, node, found)
-        placement.names[node.name] = name
+        names[node.name] = name
         patterns = {pattern for pattern in skip if matches(pattern, name, node.name)}
         unused -= patterns
         if patterns:
-            placement.kept_float[name] = f"skipped by '{min(patterns)}'"
-        elif op_name(node) in _NEVER:
-            placement.kept_float[name] = _NEVER[op_name(node)]
+            left_out[name] = f"skipped by '{min(patterns)}'"
+        elif op_name(node) in never:
+            left_out[name] = never[op_name(node)]
         elif isinstance(found, str):
-            placement.kept_float[name] = found
+            left_out[name] = found
         elif found is not None and _is_any(found[0], silent):
-            placement.kept_float[name] = "its input was nothing but zeros in calibration"
+            left_out[name] = "its input was nothing but zeros in calibration"
         elif found is not None:
             source, weight, axis, bias = found
             edge = _comes_from_input(source) or _goes_to_output(node)
-            placement.layers.append(Layer(node, name, source, weight, axis, bias, edge))
+            layers.append(Layer(node, name, source, weight, axis, bias, edge))
     if unused:
         pattern = min(unused)
-        hint = did_you_mean(pattern, placement.names.values())
+        hint = did_you_mean(pattern, names.values())
         raise StageError(f"'{pattern}' fits no layer", where="skip", value=list(skip), hint=hint)
+    return FoundLayers(layers, left_out, names)
 
 
 def _weighted(graph: GraphModule, node: Node) -> tuple[Node, Node, int, Node | None] | str | None:
@@ -239,6 +273,10 @@ def _weighted(graph: GraphModule, node: Node) -> tuple[Node, Node, int, Node | N
     name = op_name(node)
     if name in _CONVOLUTIONS:
         source, weight, axis = get_argument(node, "input"), get_argument(node, "weight"), 0
+    elif name in _TRANSPOSED:
+        source, weight, axis = get_argument(node, "input"), get_argument(node, "weight"), 1
+    elif name == "embedding":
+        source, weight, axis = get_argument(node, "indices"), get_argument(node, "weight"), 0
     elif name in _PRODUCTS:
         source_name, weight_name, axis = _PRODUCTS[name]
         source, weight = get_argument(node, source_name), get_argument(node, weight_name)
@@ -253,7 +291,7 @@ def _weighted(graph: GraphModule, node: Node) -> tuple[Node, Node, int, Node | N
         return "its weight is not float32"
     if name == "matmul" and value.ndim != 2:
         return "only two-dimensional weights become integer kernels"
-    bias = get_argument(node, "bias") if name not in ("matmul", "mm") else None
+    bias = get_argument(node, "bias") if name not in ("matmul", "mm", "embedding") else None
     return source, weight, axis % value.ndim, bias if isinstance(bias, Node) and bias.op == "get_attr" else None
 
 

@@ -1,4 +1,4 @@
-"""SparseGPT against least squares, against Wanda, and on windows of convolutions."""
+"""SparseGPT against least squares, against Wanda."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from mil_cli.data.base import Data
 from mil_cli.data.digits import digits
 from mil_cli.data.tensors import TensorSplit
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import calls, op_name
-from mil_cli.stages.prune.sparsegpt import SparseGptConfig, input_curvature, inverse_factor, solve, sparsegpt
+from mil_cli.stages.prune.sparsegpt import SparseGptConfig, solve, sparsegpt
 from mil_cli.stages.prune.wanda import WandaConfig, wanda
 from mil_cli.training.config import TrainerConfig
 from tests.stages.contexts import make_context, trained_digits
@@ -41,17 +40,6 @@ def test_where_the_first_input_goes_the_rest_is_the_least_squares_solution() -> 
     torch.testing.assert_close(found[:, 1:], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_factor_is_that_of_the_inverse() -> None:
-    x = correlated(100, 8).double()
-    factor = inverse_factor(x.T @ x, 0.01)
-    damped = x.T @ x
-    damped.diagonal().add_(0.01 * damped.diagonal().mean())
-    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped))
-    assert torch.equal(factor, factor.triu())
-    dead = torch.zeros(3, 3, dtype=torch.float64)
-    assert torch.isfinite(inverse_factor(dead, 0.01)).all()
-
-
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 def test_outputs_stay_closer_than_wandas(pattern: str | None) -> None:
     x = correlated(500, 32)
@@ -64,31 +52,6 @@ def test_outputs_stay_closer_than_wandas(pattern: str | None) -> None:
         assert float((sparse.state_dict()["weight"] == 0).double().mean()) == 0.5
         errors.append(float((sparse(x) - net(x)).detach().square().mean()))
     assert errors[0] < 0.9 * errors[1]
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(3, 4, 3, padding=1),
-        nn.Conv2d(3, 4, (3, 1), stride=2, padding=(2, 0), dilation=(2, 1)),
-        nn.Conv1d(3, 4, 5, stride=2, padding=2),
-        nn.Conv3d(3, 4, 2, padding=1),
-        nn.Conv2d(3, 4, (4, 3), padding="same"),
-        nn.Conv1d(3, 4, 4, padding="valid"),
-    ],
-)
-def test_windows_of_convolutions_give_their_outputs(layer: nn.Module) -> None:
-    """With the curvature of the windows, ``w H w^T`` is the sum of squares of what the layer gives."""
-    sides = {"Conv1d": (9,), "Conv2d": (9, 7), "Conv3d": (5, 4, 6)}[type(layer).__name__]
-    inputs = torch.randn(20, 3, *sides, generator=torch.Generator().manual_seed(0))
-    net = Model.capture(layer.eval(), (inputs[:2],))
-    (node,) = calls(net.graph)
-    assert op_name(node).startswith("conv")
-    curvature = input_curvature(net, node, make_context(data_of(inputs)), samples=20, batch_size=20)
-    weight, bias = net.state_dict()["weight"].flatten(1).double(), net.state_dict()["bias"]
-    given = net(inputs).detach() - bias.reshape(1, -1, *[1] * len(sides))
-    sums = given.double().square().transpose(0, 1).flatten(1).sum(1)
-    torch.testing.assert_close((weight @ curvature * weight).sum(1), sums, rtol=1e-4, atol=1e-4)
 
 
 def test_a_network_stays_good_without_training_and_better_than_by_wanda() -> None:

@@ -147,4 +147,23 @@ def quantizer(operation: Operation) -> None:
             raise UnsupportedForm("several scales without an axis")
 
 
-RULES: Rules = {**rules_for(prelu, "prelu"), **rules_for(quantizer, "mil::quantize_affine", "mil::quantize_levels")}
+def quantize_blocks(operation: Operation) -> None:
+    """Relate a weight to its quantized form, and the rows of its scales to the axis of the weight's rows."""
+    data, scale = operation.need("x"), operation.need("scale")
+    if operation.shape(scale)[1] > 1:
+        raise UnsupportedForm("several scales in a row")
+    operation.link_all(data, operation.output)
+    operation.link(scale, 0, data, operation.argument("axis"))
+
+
+def quantize_dynamic(operation: Operation) -> None:
+    """Relate data to its quantized form."""
+    operation.link_all(operation.need("x"), operation.output)
+
+
+RULES: Rules = {
+    **rules_for(prelu, "prelu"),
+    **rules_for(quantizer, "mil::quantize_affine", "mil::quantize_levels"),
+    **rules_for(quantize_blocks, "mil::quantize_blocks"),
+    **rules_for(quantize_dynamic, "mil::quantize_dynamic"),
+}

@@ -1,0 +1,94 @@
+"""How strongly what a layer gives depends on its inputs: ``X X^T`` over calibration samples, and its inverse."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mil_cli.graph.nodes import get_argument, op_name
+from mil_cli.graph.watch import watched
+from mil_cli.training.evaluate import fixed_batch
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_SAMPLES_AT_ONCE = 4
+
+
+def input_curvature(model: Model, node: Node, context: Context, *, samples: int, batch_size: int) -> Tensor:
+    """Return ``X X^T`` over what a layer multiplies its weights by, float64 ``[groups, inputs, inputs]``.
+
+    Args:
+        model: The model.
+        node: A product with a weight, which has one group, or a convolution: its inputs are the entries of its windows
+            in each group, in the order of its flattened weight.
+        context: Gives training samples.
+        samples: How many.
+        batch_size: How many at once.
+    """
+    total: Tensor | float = 0.0
+
+    def look(value: Tensor) -> None:
+        nonlocal total
+        for part in torch.split(value, _SAMPLES_AT_ONCE):  # the windows of many large images would not fit into memory
+            if op_name(node) in _CONVOLUTIONS:
+                rows = _windows(part, node).double()
+            else:
+                rows = part.reshape(-1, 1, part.shape[-1]).double()
+            total = total + torch.einsum("ngi,ngj->gij", rows, rows)
+
+    source = node.args[0]
+    runner = watched(model.graph, {source: look})  # type: ignore[dict-item]
+    size = fixed_batch(model) or batch_size
+    with torch.no_grad():
+        for args, kwargs in context.calibration(samples=samples, batch_size=size):
+            runner(*args, **kwargs)
+    return torch.as_tensor(total)
+
+
+def _windows(value: Tensor, node: Node) -> Tensor:
+    """Return the windows of a convolution, ``[samples * positions, groups, inputs of a group]``."""
+    weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+    dimensions = weight.ndim - 2
+    strides, dilations = (_tuple(get_argument(node, name), dimensions) for name in ("stride", "dilation"))
+    padding = get_argument(node, "padding")
+    if padding == "same":  # an odd one goes behind
+        whole = [dilation * (size - 1) for dilation, size in zip(dilations, weight.shape[2:], strict=True)]
+        sides = [(each // 2, each - each // 2) for each in whole]
+    else:
+        sides = [(each, each) for each in _tuple(0 if padding == "valid" else padding, dimensions)]
+    padded = torch.nn.functional.pad(value, [side for pair in reversed(sides) for side in pair])
+    for axis, (size, stride, dilation) in enumerate(zip(weight.shape[2:], strides, dilations, strict=True)):
+        padded = padded.unfold(axis + 2, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    # [samples, channels, positions..., window...] -> [samples * positions, groups, channels of a group * window]
+    order = [0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions)]
+    return padded.permute(order).reshape(-1, get_argument(node, "groups"), weight[0].numel())
+
+
+def _tuple(value: object, dimensions: int) -> list[int]:
+    values = [int(each) for each in value] if isinstance(value, list | tuple) else [int(value)]  # type: ignore[call-overload]
+    return values * dimensions if len(values) == 1 else values
+
+
+def inverse_factor(curvature: Tensor, damping: float) -> Tensor:
+    """Return the upper Cholesky factor of the damped curvature's inverse; inputs that are always 0 count as 1.
+
+    Args:
+        curvature: ``[..., inputs, inputs]``.
+        damping: Share of the mean curvature that is added to each.
+
+    Raises:
+        torch.linalg.LinAlgError: Even damped it cannot be inverted.
+    """
+    damped = curvature.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    diagonal.masked_fill_(diagonal == 0, 1.0)
+    diagonal.add_(damping * diagonal.mean(-1, keepdim=True))
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return factor

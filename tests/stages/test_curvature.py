@@ -1,0 +1,59 @@
+"""The curvature of layers' inputs against what the layers give, and the factor of its inverse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mil_cli.data.base import Data
+from mil_cli.data.tensors import TensorSplit
+from mil_cli.graph.model import Model
+from mil_cli.graph.nodes import calls
+from mil_cli.stages.curvature import input_curvature, inverse_factor
+from tests.stages.contexts import make_context
+
+
+def data_of(inputs: Tensor) -> Data:
+    split = TensorSplit((inputs, torch.zeros(len(inputs), dtype=torch.int64)))
+    return Data(name="noise", train=split, val=split, test=split)
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    x = torch.randn(3, 100, 8, generator=torch.Generator().manual_seed(0)).double()
+    curvature = x.mT @ x
+    factor = inverse_factor(curvature, 0.01)
+    damped = curvature.clone()
+    for each in damped:
+        each.diagonal().add_(0.01 * each.diagonal().mean())
+    torch.testing.assert_close(factor.mT @ factor, torch.linalg.inv(damped))
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(inverse_factor(curvature[1], 0.01), factor[1])
+    dead = torch.zeros(3, 3, dtype=torch.float64)
+    assert torch.isfinite(inverse_factor(dead, 0.01)).all()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Conv2d(3, 4, (3, 1), stride=2, padding=(2, 0), dilation=(2, 1)),
+        nn.Conv1d(3, 4, 5, stride=2, padding=2),
+        nn.Conv3d(3, 4, 2, padding=1),
+        nn.Conv2d(3, 4, (4, 3), padding="same"),
+        nn.Conv1d(3, 4, 4, padding="valid"),
+        nn.Conv2d(3, 6, 3, padding=1, groups=3),
+    ],
+)
+def test_windows_of_convolutions_give_their_outputs(layer: nn.Module) -> None:
+    """With the curvature of the windows, ``w H w^T`` is the sum of squares of what the layer gives."""
+    sides = {"Conv1d": (9,), "Conv2d": (9, 7), "Conv3d": (5, 4, 6)}[type(layer).__name__]
+    inputs = torch.randn(20, 3, *sides, generator=torch.Generator().manual_seed(0))
+    net = Model.capture(layer.eval(), (inputs[:2],))
+    (node,) = calls(net.graph)
+    curvature = input_curvature(net, node, make_context(data_of(inputs)), samples=20, batch_size=20)
+    weight, bias = net.state_dict()["weight"].flatten(1).double(), net.state_dict()["bias"]
+    rows = weight.reshape(len(curvature), -1, weight.shape[1])
+    given = net(inputs).detach() - bias.reshape(1, -1, *[1] * len(sides))
+    sums = given.double().square().transpose(0, 1).flatten(1).sum(1)
+    torch.testing.assert_close((rows @ curvature * rows).sum(2).flatten(), sums, rtol=1e-4, atol=1e-4)

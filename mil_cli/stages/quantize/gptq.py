@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -10,7 +9,6 @@ from pydantic import Field
 from mil_cli.stages.quantize.accuracy import within_drop
 from mil_cli.stages.quantize.compensate import Compensation, round_layers
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
-from mil_cli.stages.quantize.weights import protect_biases
 from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
@@ -53,10 +51,8 @@ def quantize(model: Model, config: GptqConfig, context: Context) -> Model:
         StageError: The model is quantized already, nothing in it can be quantized, or calibration fails.
     """
     prepared = prepare(model, config, context)
-    quantized = replace(prepared, correction=None).insert()
+    quantized = prepared.insert(correct=False)
     how = Compensation(config.calibration_samples, config.calibration_batch_size, config.damping, config.act_order)
     round_layers(quantized, prepared.placement.layers, how, context)
-    if prepared.correction is not None:  # of what this rounding leaves
-        prepared.correction.apply(quantized)
-        protect_biases(quantized.graph)
+    prepared.correct()
     return quantized

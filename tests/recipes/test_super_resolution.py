@@ -75,12 +75,18 @@ def test_halving_keeps_what_is_smooth_and_drops_what_is_too_fine() -> None:
     assert float((halved(checks)[:, 4:-4, 4:-4] - 0.5).abs().max()) < 2 / 255
 
 
-def test_a_net_without_details_repeats_each_pixel() -> None:
+def test_a_net_without_details_interpolates() -> None:
     net = module(width=8, layers=1)
     nn.init.zeros_(net.last.weight)  # type: ignore[union-attr, arg-type]
     nn.init.zeros_(net.last.bias)  # type: ignore[union-attr, arg-type]
-    image = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(net(image), image.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    row = torch.rand(10, generator=torch.Generator().manual_seed(0))
+    enlarged = net(row.expand(2, 3, 6, 10))
+    assert enlarged.shape == (2, 3, 12, 20)
+    # Keys' cubic kernel with a = -0.75, at the distances of a pixel that lies a quarter to the right of the fifth.
+    near, far = [1.25 * d**3 - 2.25 * d**2 + 1 for d in (0.25, 0.75)], [1.25, 1.75]
+    left, right = (-0.75 * (d**3 - 5 * d**2 + 8 * d - 4) for d in far)
+    expected = left * row[3] + near[0] * row[4] + near[1] * row[5] + right * row[6]
+    torch.testing.assert_close(enlarged[..., 9], expected.expand(2, 3, 12), rtol=0, atol=1e-6)
 
 
 def test_the_net_is_as_small_as_its_recipe_says() -> None:

@@ -253,12 +253,8 @@ def _tensors(graph: GraphModule) -> dict[str, Tensor]:
 
 def _canonical(graph: GraphModule) -> Iterator[str]:
     """Yield one line for each live node, whatever the nodes are called and however their arguments are passed."""
-    live = set()
-    for node in reversed(graph.graph.nodes):
-        if node.op in ("output", "placeholder") or node in live or (node.op == "call_function" and node.is_impure()):
-            live.add(node)
-            live.update(node.all_input_nodes)
-    number = {node: index for index, node in enumerate(node for node in calls(graph) if node in live)}
+    order = _live_calls(graph)
+    number = {node: index for index, node in enumerate(order)}
     inputs = {node: index for index, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     # Tied weights have several names; it does not matter which one a node reads.
     named = graph.named_parameters(remove_duplicate=False)
@@ -275,10 +271,35 @@ def _canonical(graph: GraphModule) -> Iterator[str]:
             return _Shown(f"@{first_names.get(id(value), target)}")
         return _Shown(f"%{number[node]}" if node in number else f"${inputs[node]}")
 
-    for node in graph.graph.nodes:
-        if node in number or node.op == "output":
-            arguments = torch.fx.node.map_arg(_arguments(node), show)
-            yield f"{op_name(node)} {node.target} {arguments!r}"
+    for node in [*order, graph.graph.output_node()]:
+        arguments = torch.fx.node.map_arg(_arguments(node), show)
+        yield f"{op_name(node)} {node.target} {arguments!r}"
+
+
+def _live_calls(graph: GraphModule) -> list[torch.fx.Node]:
+    """Return the calls that count, operands first; where nothing is written into, in an order of their own.
+
+    Loading an archive may move calls that only depend on shapes to where they are first used.
+    """
+    ends = [*(node for node in calls(graph) if node.is_impure()), graph.graph.output_node()]
+    live: dict[torch.fx.Node, None] = {}
+    pending = [(end, False) for end in reversed(ends)]
+    while pending:
+        node, after_operands = pending.pop()
+        if after_operands:
+            live[node] = None
+        elif node not in live:
+            pending.append((node, True))
+            operands: list[torch.fx.Node] = []
+            torch.fx.node.map_arg(_arguments(node), operands.append)
+            pending.extend((used, False) for used in reversed(operands) if used not in live)
+    order = graph.graph.nodes if any(_writes(node) for node in live) else live
+    return [node for node in order if node in live and node.op == "call_function"]
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _arguments(node: torch.fx.Node) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from mil_cli.errors import StageError
 from mil_cli.events import SilentProgress
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, op_name
+from mil_cli.models.vit import vit
 from mil_cli.stages.context import Context, Surroundings, fingerprint_of
 from mil_cli.stages.quantize.static import StaticConfig, quantize
 from mil_cli.stages.registry import check_order, config_type, function_of
@@ -327,3 +329,10 @@ def test_registered_and_not_twice_in_a_chain() -> None:
     assert config_type("quantize", "static") is StaticConfig
     assert function_of(StaticConfig()) is quantize
     assert len(check_order([("a", StaticConfig()), ("b", StaticConfig())])) == 1
+
+
+def test_an_archive_keeps_the_fingerprint_of_a_quantized_transformer(tmp_path: Path) -> None:
+    net = vit(dim=8, depth=1, heads=2, image_size=8, patch=4).eval()
+    quantized = quantize(Model.capture(net, (torch.randn(2, 1, 8, 8),)), StaticConfig(), context())
+    quantized.save(tmp_path / "model.pt2")
+    assert Model.load(tmp_path / "model.pt2").fingerprint() == quantized.fingerprint()

@@ -15,6 +15,8 @@ import onnxscript
 import torch
 from torch.export import ExportedProgram
 
+from mil_cli.export.attention import rewrite_attention
+
 MARKER_DOMAIN = "mil.marker"
 """The domain of nodes that stand for quantizers and codebooks until `mil_cli.export.onnx` has them replaced; no file
 holds one."""
@@ -39,7 +41,7 @@ def convert(program: ExportedProgram, *, opset: int) -> ir.Model:
     Raises:
         torch.onnx.OnnxExporterError: An operator has no translation, say.
     """
-    _order_attention(program)
+    rewrite_attention(program)
     with _quiet():
         exported = torch.onnx.export(
             program,
@@ -51,23 +53,6 @@ def convert(program: ExportedProgram, *, opset: int) -> ir.Model:
     if exported is None:
         raise TypeError("the exporter gave no program")
     return exported.model
-
-
-def _order_attention(program: ExportedProgram) -> None:
-    """Copy every attention result into plain order of memory, in place; in ONNX the copy is nothing.
-
-    The exporter chooses views by how the fused kernel lays out its result, and only then takes attention apart into
-    products that lay it out otherwise, where those views are not possible.
-    """
-    graph = program.graph_module.graph
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
-        with graph.inserting_after(node):
-            ordered = graph.call_function(
-                torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
-            )
-        ordered.meta = dict(node.meta)
-        node.replace_all_uses_with(ordered, delete_user_cb=lambda user, made=ordered: user is not made)
-    program.graph_module.recompile()
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -202,3 +202,29 @@ def test_attention_with_a_bias_can_be_written(tmp_path: Path) -> None:
     export_onnx(model, path)
     assert check_parity(model, path, [((torch.randn(3, 6, 8),), {})]).max_abs_diff < 1e-5
     assert "Identity" not in {node.op_type for node in onnx.load(path).graph.node}  # the copy costs nothing
+
+
+class ShapedAttention(nn.Module):
+    """Attention of queries, keys and values of any number of axes; inputs are (batch, 4, 6, 8)."""
+
+    def __init__(self, axes: int, mask_axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+        self.project = nn.Linear(8, 24)
+        shape = (1, 4, 2, 6, 6)[-mask_axes:] if mask_axes else ()
+        self.mask = nn.Parameter(torch.randn(shape)) if mask_axes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.project(x).view(x.shape[0], 4, 6, 3, 2, 4).permute(3, 0, 1, 4, 2, 5)  # batch, 4, heads, 6, size
+        parts = parts.flatten(1, 3) if self.axes == 3 else parts
+        mixed = nn.functional.scaled_dot_product_attention(*parts.unbind(0), attn_mask=self.mask)
+        return mixed.reshape(x.shape[0], -1)
+
+
+@pytest.mark.parametrize(("axes", "mask_axes"), [(5, 0), (5, 2), (5, 4), (5, 5), (3, 0), (3, 2)])
+def test_attention_may_have_any_number_of_axes(axes: int, mask_axes: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Model.capture(ShapedAttention(axes, mask_axes).eval(), (torch.randn(2, 4, 6, 8),))
+    path = tmp_path / "attention.onnx"
+    export_onnx(model, path)
+    assert check_parity(model, path, [((torch.randn(3, 4, 6, 8),), {})]).max_abs_diff < 1e-5

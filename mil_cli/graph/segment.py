@@ -76,24 +76,37 @@ def segment(graph: GraphModule, entry: Node, end: Node) -> Segment:
 
 
 def overwritten(graph: GraphModule) -> set[Node]:
-    """Return the nodes into whose values an operator in place writes, itself or through views.
+    """Return the nodes whose values an operator in place changes after they were made, through whatever view.
 
-    Such a value is not the same wherever it is read: a part of the graph that reads it cannot stand alone.
+    Such a value is not the same wherever it is read: a part of the graph that reads it cannot stand alone, and it
+    cannot be rounded once for all its readers.
     """
     found: set[Node] = set()
+    sharing: dict[Node, list[Node]] = {}
     for node in calls(graph):
-        if op_name(node).endswith("_") and not op_name(node).endswith("__"):
-            found.add(node)
-            value = node.args[0]
-            while isinstance(value, Node):
-                found.add(value)
-                value = value.args[0] if _is_view(value) else None
+        memory = _memory(node)
+        if is_in_place(node):
+            found.update(sharing.setdefault(memory, [memory]))
+        sharing.setdefault(memory, [memory]).append(node)
     return found
 
 
-def _is_view(node: Node) -> bool:
-    """Whether a call's result may lie where its first operand lies."""
+def is_in_place(node: Node) -> bool:
+    """Whether a call writes into its first operand."""
+    name = op_name(node)
+    return name.endswith("_") and not name.endswith("__")
+
+
+def is_view(node: Node) -> bool:
+    """Whether a call's result may lie where its first operand lies, as that of an operator in place does."""
     if isinstance(node.target, torch._ops.OpOverload):
         arguments = node.target._schema.arguments
         return bool(arguments) and arguments[0].alias_info is not None
     return node.target is operator.getitem
+
+
+def _memory(node: Node) -> Node:
+    """Return the node in whose memory a value lies."""
+    while node.args and is_view(node) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node

@@ -96,3 +96,22 @@ def test_what_is_written_in_place_is_told() -> None:
     found = overwritten(model.graph)
     assert second in found
     assert first not in found
+
+
+class Viewed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        before = y.flatten(1)
+        y[:, 0].add_(1.0).relu_()
+        after = y.flatten(1)
+        return before + after
+
+
+def test_what_is_written_through_another_view_is_told_but_not_what_is_made_afterwards() -> None:
+    graph = Model.capture(Viewed().eval(), (torch.randn(2, 3, 4),)).graph
+    product, before = (next(node for node in calls(graph) if op_name(node) == name) for name in ("mul", "flatten"))
+    after = [node for node in calls(graph) if op_name(node) == "flatten"][-1]
+    added = next(node for node in calls(graph) if op_name(node) == "add_")
+    found = overwritten(graph)
+    assert {product, before, added} <= found  # the rectifier writes over the sum
+    assert after not in found

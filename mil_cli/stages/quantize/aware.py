@@ -195,7 +195,9 @@ def place_unfolded(
 
     def value(node: Node) -> Node:
         found: Node = here[node.name]
-        return next((user for user in found.users if user.name not in remaining), found)
+        while (norm := next((user for user in found.users if user.name not in remaining), None)) is not None:
+            found = norm
+        return found
 
     unheard = {node for node in folded.graph.graph.nodes if node.name in here and value(node) in silent}
     chosen = place_any(folded.graph, policy=policy, skip=skip, narrow=narrow, silent=unheard)
@@ -203,7 +205,7 @@ def place_unfolded(
     def layer(old: Layer) -> Layer:
         bias = None if old.bias is None else here.get(old.bias.name)
         node, weight = here[old.node.name], here[old.weight.name]
-        return Layer(node, old.name, value(old.source), weight, old.axis, bias, old.edge)
+        return Layer(node, old.name, old.alias, value(old.source), weight, old.axis, bias, old.edge)
 
     return Placement(
         policy=chosen.policy,

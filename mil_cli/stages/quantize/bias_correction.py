@@ -29,7 +29,7 @@ class BiasCorrection:
     arXiv:1906.04721), section 4.2 and appendix D, the empirical form.
 
     Attributes:
-        layers: The layers that can have a bias, in order of execution.
+        layers: The layers that can have a bias, and have none that is computed in the graph, in order of execution.
         means: For each the mean of each channel in the float model, float64 ``[channels]``.
         config: Says how many calibration samples are looked at.
         context: Gives them.
@@ -47,7 +47,8 @@ class BiasCorrection:
         Raises:
             StageError: There are no samples, or a value is NaN or infinite.
         """
-        layers = [layer for layer in placement.layers if schema_index(layer.node, "bias") is not None]
+        able = [layer for layer in placement.layers if schema_index(layer.node, "bias") is not None]
+        layers = [layer for layer in able if get_argument(layer.node, "bias") is layer.bias]
         seen = {layer.node: ChannelMean(channel_axis(layer.node)) for layer in layers}
         observe(model, seen, config, context)
         return cls(layers, [seen[layer.node].mean for layer in layers], config, context)
@@ -63,7 +64,7 @@ class BiasCorrection:
         if state is None or state["start"] != start:  # a method may correct several models, one after the other
             state = {"start": start, "shifts": []}
         shifts: list[Tensor] = state["shifts"]
-        passes = batches_of(model, self.config)
+        passes = batches_of(model, self.config, self.context)
         steps = passes * len(self.layers)
         with self.context.progress.work("correcting biases", steps, done=passes * len(shifts)) as bar:
             for position, (layer, mean) in enumerate(zip(self.layers, self.means, strict=True)):

@@ -112,13 +112,14 @@ def observe(model: Model, observers: Mapping[Node, Statistic], config: Quantizat
     """
     if not observers:
         return
-    with context.progress.work("calibrating", batches_of(model, config)) as bar:
+    with context.progress.work("calibrating", batches_of(model, config, context)) as bar:
         observe_with(model, observers, config, context, bar=bar)
 
 
-def batches_of(model: Model, config: QuantizationConfig) -> int:
+def batches_of(model: Model, config: QuantizationConfig, context: Context) -> int:
     """Return how many batches one pass over the calibration samples has."""
-    return -(-config.calibration_samples // (fixed_batch(model) or config.calibration_batch_size))
+    size = fixed_batch(model) or config.calibration_batch_size
+    return min(-(-config.calibration_samples // size), max(len(context.data.train) // size, 1))
 
 
 def observe_with(

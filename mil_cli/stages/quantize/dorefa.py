@@ -23,8 +23,7 @@ class DorefaConfig(AwareConfig):
     """Settings of ``quantize/dorefa``, beside those that all training with quantizers shares.
 
     Attributes:
-        observer: How the range that activations are clipped to is found: ``min_max`` (all that was seen),
-            ``percentile`` (outliers clipped), ``mse`` (smallest squared error).
+        observer: How the range that activations are clipped to is found; as for ``quantize/static``.
         percentile: For the percentile observer, in percent.
     """
 

@@ -10,9 +10,10 @@ from pydantic import Field
 from mil_cli.errors import StageError
 from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.nodes import get_attribute
+from mil_cli.graph.segment import overwritten
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
-from mil_cli.stages.quantize.placement import NEVER, Layer, find_layers
+from mil_cli.stages.quantize.placement import NEVER, OVERWRITTEN, Layer, find_layers
 from mil_cli.stages.quantize.ranges import weight_codes
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
 from mil_cli.stages.registry import StageConfig, stage
@@ -75,7 +76,8 @@ def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
     quantized = fold_batch_norm(model)
     graph = quantized.graph
     make_functional(graph)
-    layers, kept_float, _ = find_layers(graph, skip=config.skip, never=_LEFT_OUT)
+    apart = dict.fromkeys(overwritten(graph), OVERWRITTEN)
+    layers, kept_float, _ = find_layers(graph, skip=config.skip, apart=apart, never=_LEFT_OUT)
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in kept_float.items())
         raise StageError("no product of the model can be quantized", value=reasons or "it has no layer with weights")

@@ -6,25 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.nodes import calls, op_name
-
-_VIEWS = frozenset(
-    {
-        *("view", "reshape", "flatten", "permute", "transpose", "t", "select", "slice", "squeeze", "unsqueeze"),
-        *(
-            "expand",
-            "unflatten",
-            "narrow",
-            "chunk",
-            "split",
-            "split_with_sizes",
-            "unbind",
-            "getitem",
-            "detach",
-            "alias",
-        ),
-        *("view_as", "movedim", "contiguous"),
-    }
-)
+from mil_cli.graph.segment import is_in_place, is_view
 
 
 def make_functional(graph: GraphModule) -> None:
@@ -37,7 +19,11 @@ def make_functional(graph: GraphModule) -> None:
     for node in list(calls(graph)):
         functional = _functional_target(node)
         target = node.args[0] if node.args else None
-        if functional is None or not isinstance(target, Node) or _is_viewed(target):
+        if functional is None or not isinstance(target, Node) or target.op != "call_function" or is_view(target):
+            continue
+        # Of the operators in place that read the target, those before this one are functional already, if they can be.
+        views = [user for user in target.users if is_view(user)]
+        if any(not is_in_place(user) or position[user] < position[node] for user in views):
             continue
         node.target = functional
         later = [user for user in target.users if position[user] > position[node]]
@@ -50,17 +36,12 @@ def make_functional(graph: GraphModule) -> None:
 def _functional_target(node: Node) -> torch._ops.OpOverload | None:
     """Return the functional overload with the same arguments as the in-place one that `node` calls, or None."""
     target = node.target
-    name = op_name(node)
-    if not isinstance(target, torch._ops.OpOverload) or not name.endswith("_") or name.endswith("__"):
+    if not isinstance(target, torch._ops.OpOverload) or not is_in_place(node):
         return None
-    packet = getattr(getattr(torch.ops, target.namespace), name[:-1], None)
+    packet = getattr(getattr(torch.ops, target.namespace), op_name(node)[:-1], None)
     functional = getattr(packet, target._overloadname, None)
     if not isinstance(functional, torch._ops.OpOverload):
         return None
     names = [argument.name for argument in target._schema.arguments]
     same = names == [argument.name for argument in functional._schema.arguments]
     return functional if same and not functional._schema.is_mutable else None
-
-
-def _is_viewed(node: Node) -> bool:
-    return node.op != "call_function" or op_name(node) in _VIEWS or any(op_name(user) in _VIEWS for user in node.users)

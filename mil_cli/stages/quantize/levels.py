@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from mil_cli.graph.nodes import get_argument, set_argument, set_attribute
+from mil_cli.graph.nodes import get_argument, get_attribute, set_argument, set_attribute
 from mil_cli.stages.quantize.insert import quantizers_at, replace_quantizer
 from mil_cli.stages.quantize.settle import forget, read_attributes
 
@@ -17,8 +17,12 @@ Compute = Callable[[Graph, Node], Node]
 
 
 def compute_weight(graph: GraphModule, path: str, compute: Compute) -> None:
-    """Let the quantizer below `path` round what is computed from its weight, in place."""
+    """Let the quantizer below `path` round what is computed from its weight, in place; that becomes a parameter."""
     for quantizer in quantizers_at(graph, path):
+        name = str(get_argument(quantizer, "x").target)
+        stored = get_attribute(graph, name)
+        if not isinstance(stored, nn.Parameter):
+            set_attribute(graph, name, nn.Parameter(stored, requires_grad=False))
         with graph.graph.inserting_before(quantizer):
             set_argument(quantizer, "x", compute(graph.graph, get_argument(quantizer, "x")))
     graph.recompile()

@@ -143,7 +143,7 @@ def _widths(layer: Layer, config: MixedConfig, prepared: Prepared) -> Sequence[i
     fixed = [
         settings.weight_bits
         for pattern, settings in rules.layers.items()
-        if settings.weight_bits is not None and matches(pattern, layer.name, layer.node.name)
+        if settings.weight_bits is not None and matches(pattern, layer.name, layer.alias)
     ]
     if fixed:
         return fixed[-1:]

@@ -29,8 +29,7 @@ class PactConfig(AwareConfig):
     """Settings of ``quantize/pact``, beside those that all training with quantizers shares.
 
     Attributes:
-        observer: How the range is found that the clip of activations starts from: ``min_max`` (all that was seen),
-            ``percentile`` (outliers clipped), ``mse`` (smallest squared error).
+        observer: How the range is found that the clip of activations starts from; as for ``quantize/static``.
         percentile: For the percentile observer, in percent.
         clip_decay: Weight decay of the clips: what draws them in, where rounding gains by it.
     """

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from mil_cli.errors import StageError, did_you_mean
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, module_path, op_name
+from mil_cli.graph.segment import overwritten
 
 Policy = Literal["cnn", "transformer"]
 
@@ -55,6 +56,9 @@ NEVER = {
 }
 _ATTENTION = frozenset({"scaled_dot_product_attention", "softmax", "_softmax"})
 
+OVERWRITTEN = "an operator in place changes its input after it was made"
+_SILENT = "its input was nothing but zeros in calibration"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -63,6 +67,7 @@ class Layer:
     Attributes:
         node: The convolution, product or look-up.
         name: The dotted path of its module, or the name of its weight or node where there is none.
+        alias: The name of its node, which settings may use too; its `name` again where that is the path of a module.
         source: The node of its activation.
         weight: The node that reads its weight.
         axis: The weight's axis of output channels.
@@ -72,6 +77,7 @@ class Layer:
 
     node: Node
     name: str
+    alias: str
     source: Node
     weight: Node
     axis: int
@@ -97,7 +103,7 @@ class Placement:
         edges: The owned values that a first or last layer reads, or that are outputs of the model themselves.
         narrow: Value -> the layers that read it in fewer bits than the rest of the graph has.
         kept_float: Layer name -> why it stays float.
-        names: Node name -> layer name, of all that can be named in settings, quantized or float.
+        names: Alias -> layer name, of all that can be named in settings, quantized or float.
     """
 
     policy: Policy
@@ -152,12 +158,14 @@ def place(
         skip: Patterns of layers to leave float: a module's path (with all below it), a node's name, or either with
             ``*`` and ``?``.
         narrow: Says which layers read fewer bits than the rest of the graph has; None: no layer does.
-        silent: Values of which nothing but zeros was seen, which is no range; they and their readers stay float.
+        silent: Values of which nothing but zeros was seen, which is no range; they and their readers stay float, as do
+            values that an operator in place changes later.
 
     Raises:
         StageError: A pattern of `skip` fits no layer.
     """
-    found = find_layers(graph, skip=skip, silent=silent)
+    apart = {**dict.fromkeys(overwritten(graph), OVERWRITTEN), **dict.fromkeys(silent, _SILENT)}
+    found = find_layers(graph, skip=skip, apart=apart)
     placement = Placement(policy, found.layers, kept_float=found.left_out, names=found.names)
     wanted: dict[Node, set[Node]] = {}
     for layer in placement.layers:
@@ -165,9 +173,9 @@ def place(
         readers.setdefault(layer.source, set()).add(layer.node)
         if op_name(layer.node) in _CONVOLUTIONS:
             placement.exclusive.add(after_rectifier(layer.node))
-    placement.exclusive = {node for node in placement.exclusive if not _is_any(node, silent)}
+    placement.exclusive = {node for node in placement.exclusive if not _is_any(node, apart)}
     if policy == "cnn":
-        _place_joins(graph, placement, wanted, silent)
+        _place_joins(graph, placement, wanted, apart)
     placement.exclusive -= {node for node, layers in placement.narrow.items() if set(node.users) <= layers}
     order = {node: index for index, node in enumerate(graph.graph.nodes)}
     for node in sorted({*wanted, *placement.exclusive}, key=order.__getitem__):
@@ -211,7 +219,7 @@ class FoundLayers(NamedTuple):
     Attributes:
         layers: Those that can be quantized, in order of execution.
         left_out: Name of each other layer -> why.
-        names: Node name -> layer name, of all of them.
+        names: Alias -> layer name, of all of them.
     """
 
     layers: list[Layer]
@@ -223,7 +231,7 @@ def find_layers(
     graph: GraphModule,
     *,
     skip: Sequence[str] = (),
-    silent: Collection[Node] = (),
+    apart: Mapping[Node, str] | None = None,
     never: Mapping[str, str] = NEVER,
 ) -> FoundLayers:
     """Find the layers with weights.
@@ -231,7 +239,7 @@ def find_layers(
     Args:
         graph: The graph.
         skip: Patterns of layers to leave out; see `place`.
-        silent: Values of which nothing but zeros was seen; layers that read them are left out.
+        apart: Value that must stay float -> why; layers that read it are left out. None: all can be quantized.
         never: Operator -> why it is left out.
 
     Raises:
@@ -240,14 +248,14 @@ def find_layers(
     layers: list[Layer] = []
     left_out: dict[str, str] = {}
     names: dict[str, str] = {}
-    unused = set(skip)
-    for node in calls(graph):
-        found = _weighted(graph, node)
-        if found is None and op_name(node) not in never:
-            continue
-        name = _layer_name(graph, node, found)
-        names[node.name] = name
-        patterns = {pattern for pattern in skip if matches(pattern, name, node.name)}
+    unused, apart = set(skip), apart or {}
+    weighted = [(node, _weighted(graph, node)) for node in calls(graph)]
+    weighted = [(node, found) for node, found in weighted if found is not None or op_name(node) in never]
+    paths = [_layer_name(graph, node, found) for node, found in weighted]
+    for (node, found), name in zip(weighted, paths, strict=True):
+        alias = name if any(f"{path}.".startswith(f"{node.name}.") for path in paths) else node.name
+        names[alias] = name
+        patterns = {pattern for pattern in skip if matches(pattern, name, alias)}
         unused -= patterns
         if patterns:
             left_out[name] = f"skipped by '{min(patterns)}'"
@@ -255,12 +263,12 @@ def find_layers(
             left_out[name] = never[op_name(node)]
         elif isinstance(found, str):
             left_out[name] = found
-        elif found is not None and _is_any(found[0], silent):
-            left_out[name] = "its input was nothing but zeros in calibration"
+        elif found is not None and _is_any(found[0], apart):
+            left_out[name] = next(apart[step] for step in _backwards(found[0]) if step in apart)
         elif found is not None:
             source, weight, axis, bias = found
             edge = _comes_from_input(source) or _goes_to_output(node)
-            layers.append(Layer(node, name, source, weight, axis, bias, edge))
+            layers.append(Layer(node, name, alias, source, weight, axis, bias, edge))
     if unused:
         pattern = min(unused)
         hint = did_you_mean(pattern, names.values())
@@ -303,9 +311,9 @@ def _layer_name(graph: GraphModule, node: Node, found: object) -> str:
     return f"{path}.{node.name}" if path else node.name
 
 
-def matches(pattern: str, layer: str, node: str) -> bool:
-    """Whether a pattern is for a layer of such a name, and such a name of its node."""
-    return fnmatchcase(layer, pattern) or fnmatchcase(node, pattern) or layer.startswith(f"{pattern}.")
+def matches(pattern: str, layer: str, alias: str) -> bool:
+    """Whether a pattern is for a layer of such a name and such an alias."""
+    return fnmatchcase(layer, pattern) or fnmatchcase(alias, pattern) or layer.startswith(f"{pattern}.")
 
 
 def after_rectifier(node: Node) -> Node:
@@ -318,7 +326,7 @@ def after_rectifier(node: Node) -> Node:
 
 
 def _place_joins(
-    graph: GraphModule, placement: Placement, wanted: dict[Node, set[Node]], silent: Collection[Node]
+    graph: GraphModule, placement: Placement, wanted: dict[Node, set[Node]], apart: Collection[Node]
 ) -> None:
     """Quantize both sides of joins whose inputs come from integer kernels, until nothing changes."""
     joins = [node for node in calls(graph) if op_name(node) in _JOINS]
@@ -330,7 +338,7 @@ def _place_joins(
             after = after_rectifier(node)
             if after in placement.exclusive or not inputs or _only_goes_out(after):
                 continue
-            if any(_is_any(value, silent) for value in (*inputs, after)):
+            if any(_is_any(value, apart) for value in (*inputs, after)):
                 continue
             if any(_is_any(source, placement.exclusive) for source in inputs):
                 for source in inputs:
@@ -340,7 +348,7 @@ def _place_joins(
 
 
 def _join_inputs(node: Node) -> list[Node]:
-    """Return the activations that a join reads; none if one of its inputs is no activation."""
+    """Return the activations that a join reads; none if one of its inputs is no activation, or none in float32."""
     if op_name(node) == "cat":
         candidates = list(get_argument(node, "tensors"))
     elif op_name(node) == "add":
@@ -349,8 +357,14 @@ def _join_inputs(node: Node) -> list[Node]:
             return []
     else:
         candidates = [node.args[0]]
-    good = all(isinstance(source, Node) and source.op in ("call_function", "placeholder") for source in candidates)
-    return candidates if good else []
+    return candidates if all(_is_activation(source) for source in candidates) else []
+
+
+def _is_activation(source: object) -> bool:
+    if not isinstance(source, Node) or source.op not in ("call_function", "placeholder"):
+        return False
+    value = source.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
 def _is_any(node: Node, values: Collection[Node]) -> bool:

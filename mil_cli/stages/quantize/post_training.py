@@ -136,7 +136,7 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
     corrects = few if config.bias_correction is None else config.bias_correction
     values, narrow = ranged_quantizers(seen)
     context.note(**placement.facts(), **rules.facts(), observer=config.observer)
-    context.note(calibration_samples=config.calibration_samples)
+    context.note(calibration_samples=min(config.calibration_samples, len(context.data.train)))
     return Prepared(
         folded,
         placement,

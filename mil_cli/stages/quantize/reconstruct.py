@@ -263,4 +263,5 @@ def _note(context: Context, config: ReconstructionConfig, units: Sequence[Unit],
         {"layers": unit.layers, **{key: value for key, value in done[unit.end].items() if key != "values"}}
         for unit in units
     ]
-    context.note(units=facts, samples=config.samples, iterations=config.iterations)
+    samples = min(config.samples, len(context.data.train))
+    context.note(units=facts, samples=samples, iterations=config.iterations)

@@ -215,7 +215,11 @@ def estimated_rises(
     """
     free = [weight for weight in weights if len(weight.widths) > 1]
     targets, model = [weight.target for weight in free], rounding.prepared.model
-    traces = hessian_traces(model, targets, context, samples=rounding.samples, probes=probes, found=found, keep=keep)
+    traces: list[float] = []
+    if targets:
+        traces = hessian_traces(
+            model, targets, context, samples=rounding.samples, probes=probes, found=found, keep=keep
+        )
     means = {weight.target: max(trace, 0.0) / weight.numbers for weight, trace in zip(free, traces, strict=True)}
 
     def error(weight: Weight, codes: CodeRange) -> float:

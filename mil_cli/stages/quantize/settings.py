@@ -72,7 +72,8 @@ class QuantizationConfig(StageConfig):
     @field_validator("layers", mode="before")
     @classmethod
     def _from_pairs(cls, value: Any) -> Any:
-        return dict(value) if isinstance(value, list) else value
+        pairs = isinstance(value, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
+        return dict(value) if pairs else value
 
     @field_serializer("layers", when_used="json")
     def _to_pairs(self, value: dict[str, LayerSettings]) -> list[tuple[str, dict[str, Any]]]:
@@ -152,7 +153,7 @@ class Rules:
         """Return what a layer has."""
         asked: dict[str, Any] = {}
         for pattern, settings in self.layers.items():
-            if matches(pattern, layer.name, layer.node.name):
+            if matches(pattern, layer.name, layer.alias):
                 asked.update(settings.model_dump(exclude_none=True))
         least = self.edge_bits if layer.edge else 0
         return LayerRules(
@@ -172,7 +173,7 @@ class Rules:
             StageError: Names it.
         """
         for pattern in self.layers:
-            if not any(matches(pattern, name, node) for node, name in placement.names.items()):
+            if not any(matches(pattern, name, alias) for alias, name in placement.names.items()):
                 hint = did_you_mean(pattern, placement.names.values())
                 raise StageError(f"'{pattern}' fits no layer", where="layers", value=list(self.layers), hint=hint)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mil_cli.data.base import Data
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_argument, get_attribute
+from mil_cli.stages.quantize.aware import place_unfolded
 from mil_cli.stages.quantize.damping import dampen
 from mil_cli.stages.quantize.dorefa import DorefaConfig
 from mil_cli.stages.quantize.dorefa import quantize as dorefa
@@ -143,3 +144,9 @@ def test_damped_weights_end_near_what_they_round_to(model: Model, data: Data) ->
         for strength in (0.0, 3.0)
     )
     assert distance(damped) < 0.6 * distance(free)
+
+
+def test_a_layer_reads_what_comes_out_of_all_norms_that_are_folded() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)).eval()
+    placement = place_unfolded(Model.capture(net, (torch.randn(2, 1, 8, 8),)), policy="cnn", skip=(), narrow=None)
+    assert [layer.source for layer in placement.layers] == [layer.node.args[0] for layer in placement.layers]

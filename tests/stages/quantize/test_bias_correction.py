@@ -115,3 +115,22 @@ def test_by_default_only_few_bits_are_corrected(model: Model) -> None:
         used = context()
         quantize(model, CONFIG.model_copy(update={"weight_bits": bits}), used)
         assert ("corrected_biases" in used.notes) == corrected
+
+
+class Computed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gain, self.head = nn.Linear(64, 8), nn.Parameter(torch.ones(8)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = functional.linear(x.flatten(1), self.inner.weight, self.inner.bias * self.gain)
+        logits: Tensor = self.head(torch.relu(hidden))
+        return logits
+
+
+def test_a_bias_that_is_computed_stays() -> None:
+    used = context()
+    result = quantize(Model.capture(Computed().eval(), (torch.randn(2, 1, 8, 8),)), CONFIG, used)
+    assert used.notes["quantized_layers"] == 2
+    assert used.notes["corrected_biases"] == 1
+    assert any(op_name(node) == "mul" for node in calls(result.graph))

@@ -128,3 +128,24 @@ def test_registered_archived_and_analysed(net: Model, tmp_path: Path) -> None:
         assert torch.equal(Model.load(tmp_path / "model.pt2")(*inputs(3)), model(*inputs(3)))
     assert analyse(model).unknown == ()
     assert set(present_bits(model).bits.values()) == {(8, 8)}
+
+
+class Written(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x[:, :, :4] += 5.0
+        return self.second(x)
+
+
+def test_a_value_that_is_overwritten_is_not_quantized_as_it_was_before() -> None:
+    torch.manual_seed(0)
+    model = Model.capture(Written().eval(), inputs(2))
+    used = make_context(digits())
+    with torch.no_grad():
+        exact, found = model(*inputs(8)), quantize(model, DynamicConfig(), used)(*inputs(8))
+    assert float((found - exact).norm() / exact.norm()) < 0.02
+    assert used.notes["kept_float"] == {"second": "an operator in place changes its input after it was made"}

@@ -239,3 +239,28 @@ def test_a_weight_that_others_read_stays_theirs(data: Data) -> None:
     }
     alike = run(DorefaConfig, net, data, weight_bits=4, first_last_bits=4, trainer={"epochs": 1})
     assert alike.num_params() == result.num_params() - 64 * 64
+
+
+class Stored(nn.Module):
+    """The weight of a layer is a buffer: it does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(16, 64))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.relu(nn.functional.linear(x.flatten(1), self.table)))
+        return logits
+
+
+@pytest.mark.parametrize("kind", [DorefaConfig, ApotConfig])
+def test_a_weight_that_is_a_buffer_is_put_on_levels_and_stays(kind: type[StageConfig], data: Data) -> None:
+    torch.manual_seed(0)
+    model = Model.capture(Stored().eval(), (torch.randn(2, 1, 8, 8),))
+    result = run(kind, model, data, first_last_bits=3, trainer={"epochs": 1}, damping=1e-3)
+    stored = get_attribute(result.graph, "table")
+    assert not stored.requires_grad
+    _, levels = weights_of(result)["table"]
+    assert levels.round().unique().numel() <= 8
+    assert float(torch.corrcoef(torch.stack([stored.flatten(), model.state_dict()["table"].flatten()]))[0, 1]) > 0.9

@@ -261,3 +261,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     resumed = run_through_kills(run, monkeypatch, saves=(1, 3))
     assert resumed.fingerprint() == whole.fingerprint()
     assert contexts[-1].notes == around.notes
+
+
+@pytest.mark.parametrize("sensitivity", ["outputs", "hessian"])
+def test_where_all_layers_are_first_or_last_there_is_nothing_to_choose(sensitivity: str, data: Data) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    used = context(data)
+    mixed(
+        Model.capture(net, (torch.randn(2, 1, 8, 8),)), config(by=None, average_bits=8, sensitivity=sensitivity), used
+    )
+    assert set(chosen(used).values()) == {8}

@@ -169,7 +169,7 @@ class InPlace(nn.Module):
         z = y + 1
         z.add_(x)
         part = x + 3
-        part[:, 0].mul_(2)
+        part[:, 0].mul_(2).relu_()
         return y, z, part
 
 
@@ -179,8 +179,62 @@ def test_in_place_operators_become_functional_where_that_is_safe() -> None:
     expected = model(x.clone())
     make_functional(model.graph)
     names = [op_name(node) for node in calls(model.graph)]
-    assert "relu_" not in names
+    assert names.count("relu_") == 1
     assert "add_" not in names
-    assert "mul_" in names  # it writes into a view
+    assert "mul_" in names  # it writes into a view, and so does the rectifier behind it
     for found, reference in zip(model(x.clone()), expected, strict=True):
         assert torch.equal(found, reference)
+
+
+class Named(nn.Module):
+    """The path of the second layer is the name that the node of the first one gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.linear, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(torch.relu(self.linear(torch.relu(self.first(x)))))
+        return logits
+
+
+def test_a_path_of_a_layer_is_not_taken_for_the_node_of_another() -> None:
+    assert set(placed(Named(), (2, 4), "transformer", skip=("linear",)).kept_float) == {"linear"}
+    assert set(placed(Named(), (2, 4), "transformer", skip=("linear_2",)).kept_float) == {"last"}
+
+
+class Written(nn.Module):
+    """The input of `second` is changed after it was made; `third` reads what is made of it afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x[:, :2] += 5.0
+        return self.third(torch.relu(self.second(x)))
+
+
+def test_values_that_are_overwritten_get_no_quantizer() -> None:
+    kept = placed(Written(), (2, 4), "transformer")
+    assert kept.kept_float == {"second": "an operator in place changes its input after it was made"}
+    assert [layer.name for layer in kept.layers] == ["first", "third"]
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(1, 4, 1), nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.tanh(self.second(self.first(x) + mask))
+
+
+def test_values_that_are_no_floats_get_no_quantizer() -> None:
+    x = torch.randn(2, 1, 4)
+    for mask, joined in ((torch.ones(2, 1, 4), True), (torch.ones(2, 1, 4, dtype=torch.int64), False)):
+        placement = place(Model.capture(Shifted().eval(), (x, mask)).graph, policy="cnn")
+        quantized = [node.name for node in [*placement.owned, *placement.shared]]
+        assert ("mask" in quantized) == joined
+        assert len(placement.layers) == 2

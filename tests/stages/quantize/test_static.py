@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +275,9 @@ def test_a_pattern_of_bits_that_fits_nothing_is_refused() -> None:
     assert "did you mean 'body.0'" in str(caught.value)
     with pytest.raises(ValidationError, match="less than or equal to 8"):
         StaticConfig.model_validate({"layers": {"body": {"weight_bits": 9}}})
+    for wrong in ([1], ["body"], "body"):
+        with pytest.raises(ValidationError, match="valid dictionary"):
+            StaticConfig.model_validate({"layers": wrong})
     # a layer that is left float may be named: the report says why it is
     quantize(make_model(), StaticConfig.model_validate({"skip": ["head"], "layers": {"head": {}}}), context())
 
@@ -336,3 +341,51 @@ def test_an_archive_keeps_the_fingerprint_of_a_quantized_transformer(tmp_path: P
     quantized = quantize(Model.capture(net, (torch.randn(2, 1, 8, 8),)), StaticConfig(), context())
     quantized.save(tmp_path / "model.pt2")
     assert Model.load(tmp_path / "model.pt2").fingerprint() == quantized.fingerprint()
+
+
+class Written(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x.flatten(1)))
+        x[:, :4] += 5.0
+        logits: Tensor = self.head(torch.relu(self.second(x)))
+        return logits
+
+
+def test_values_that_are_overwritten_are_read_as_they_are_then() -> None:
+    torch.manual_seed(0)
+    model = Model.capture(Written().eval(), (torch.randn(2, 1, 8, 8),))
+    used = context()
+    assert noise(model, quantize(model, StaticConfig(), used)) < 0.02
+    assert used.notes["quantized_layers"] == 2
+
+
+class Counted(SilentProgress):
+    """Keeps how far each piece of work came, and how far it was to come."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int | None]] = []
+
+    @contextmanager
+    def work(self, description: str, total: int | None = None, *, done: int = 0) -> Iterator[Any]:
+        steps: list[int] = [done]
+
+        class Bar:
+            def advance(self, by: int = 1, *, note: str = "") -> None:
+                steps[0] += by
+
+        yield Bar()
+        self.seen.append((steps[0], total))
+
+
+@pytest.mark.parametrize("samples", [40, 130, 256])
+def test_with_fewer_samples_than_asked_for_progress_ends_at_its_end(samples: int) -> None:
+    used = context(samples=samples)
+    used.progress = counted = Counted()
+    quantize(make_model(), StaticConfig(bias_correction=True, calibration_samples=200), used)
+    assert len(counted.seen) == 3
+    assert all(done == total for done, total in counted.seen)
+    assert used.notes["calibration_samples"] == min(samples, 200)

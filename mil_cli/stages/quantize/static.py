@@ -19,7 +19,7 @@ class StaticConfig(PostTrainingConfig):
     """
 
     method: ClassVar[str] = "static"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     bias_correction: bool | None = None
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
+from mil_cli.graph.fold import reads_alone
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_attribute
 
 _VIEWS = frozenset(
     {
@@ -37,15 +38,14 @@ def make_functional(graph: GraphModule) -> None:
 
     ``relu_(x)`` becomes ``relu(x)``, and whoever read ``x`` afterwards reads the result. An operator that writes into a
     view, or whose target somebody else views, is left alone. ``x @ w.T`` becomes ``linear(x, w)``, as the heads of
-    language models are written that share the weight of their embedding; ``addmm(b, x, w)`` becomes ``x @ w + b``, the
-    linear layer of GPT-2. Nodes keep their names.
+    language models are written that share the weight of their embedding; so does ``addmm(b, x, w)``, the linear layer
+    of GPT-2, whose weight is stored transposed from then on. Nodes keep their names.
     """
     _make_functional(graph)
     for node in list(calls(graph)):
         if op_name(node) == "addmm":
-            _split_sum(graph, node)
-    for node in list(calls(graph)):
-        if op_name(node) in ("matmul", "mm"):
+            _make_biased(graph, node)
+        elif op_name(node) in ("matmul", "mm"):
             _make_linear(graph, node)
     graph.graph.lint()
     graph.recompile()
@@ -64,32 +64,37 @@ def _make_functional(graph: GraphModule) -> None:
             user.replace_input_with(target, node)
 
 
-def _split_sum(graph: GraphModule, node: Node) -> None:
-    """Write ``addmm`` with a weight as a product and a sum."""
-    bias, source, weight = (get_argument(node, name) for name in ("self", "mat1", "mat2"))
+def _make_biased(graph: GraphModule, node: Node) -> None:
+    """Write ``addmm`` with a weight and a bias as a linear layer, for which the weight is stored transposed."""
+    bias, source, matrix = (get_argument(node, name) for name in ("self", "mat1", "mat2"))
     if get_argument(node, "alpha") != 1 or get_argument(node, "beta") != 1:
         return
-    if weight.op != "get_attr" and _untransposed(graph, weight) is None:
+    if bias.op != "get_attr" or get_attribute(graph, str(bias.target)).shape != node.meta["val"].shape[1:]:
         return
-    node.target, node.args, node.kwargs = torch.ops.aten.matmul.default, (source, weight), {}
-    with graph.graph.inserting_after(node):
-        total = graph.graph.call_function(torch.ops.aten.add.Tensor, (node, bias))
-    total.meta = dict(node.meta)
-    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    weight = _untransposed(graph, matrix)
+    if weight is None and reads_alone(graph, matrix, node):
+        weight = matrix
+        value = get_attribute(graph, str(weight.target))
+        swapped = nn.Parameter(value.detach().T.contiguous(), requires_grad=value.requires_grad)
+        set_attribute(graph, str(weight.target), swapped)
+        weight.meta["val"] = weight.meta["val"].T.contiguous()
+    if weight is not None:
+        _become_linear(graph, node, (source, weight, bias), matrix)
 
 
 def _make_linear(graph: GraphModule, node: Node) -> None:
     """Write a product with a transposed weight as a linear layer."""
-    source, transposed = (
-        get_argument(node, "self"),
-        get_argument(node, "other" if op_name(node) == "matmul" else "mat2"),
-    )
+    names = ("self", "other" if op_name(node) == "matmul" else "mat2")
+    source, transposed = (get_argument(node, name) for name in names)
     weight = _untransposed(graph, transposed)
-    if weight is None:
-        return
-    node.target, node.args, node.kwargs = torch.ops.aten.linear.default, (source, weight), {}
-    if not transposed.users:
-        graph.graph.erase_node(transposed)
+    if weight is not None:
+        _become_linear(graph, node, (source, weight), transposed)
+
+
+def _become_linear(graph: GraphModule, node: Node, arguments: tuple[Node, ...], matrix: Node) -> None:
+    node.target, node.args, node.kwargs = torch.ops.aten.linear.default, arguments, {}
+    if not matrix.users:
+        graph.graph.erase_node(matrix)
 
 
 def _untransposed(graph: GraphModule, value: Node) -> Node | None:

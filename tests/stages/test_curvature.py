@@ -64,7 +64,8 @@ def test_windows_of_convolutions_give_their_outputs(
 
 
 def test_windows_of_large_images_are_not_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, sizes, double = torch.randn(2, 8, 64, 64), [], Tensor.double
+    inputs, double = torch.randn(2, 8, 64, 64), Tensor.double
+    sizes: list[int] = []
     net = Model.capture(nn.Conv2d(8, 4, 3).eval(), (inputs,))
 
     def watching(value: Tensor) -> Tensor:

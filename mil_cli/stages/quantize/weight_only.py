@@ -119,8 +119,10 @@ def planned_bits(model: Model, config: WeightOnlyConfig) -> LayerBits:
         StageError: A pattern of `skip` fits no layer.
     """
     _, weights, kept_float = _found(model, config)
-    bits = {layer.node.name: (_bits(sharing, config), None) for sharing in weights for layer in sharing}
-    return LayerBits(dict(bits), kept_float)
+    found = LayerBits(kept_float=kept_float)
+    for sharing in weights:
+        found.bits.update({layer.node.name: (_bits(sharing, config), None) for layer in sharing})
+    return found
 
 
 def _found(model: Model, config: WeightOnlyConfig) -> tuple[Model, list[list[Layer]], dict[str, str]]:

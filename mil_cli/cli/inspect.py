@@ -90,6 +90,7 @@ def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
     """Return the bits that layers have or would have, and by what."""
     from mil_cli.device.host import resolve
     from mil_cli.recipe.load import load_recipe
+    from mil_cli.stages.quantize import dynamic, weight_only
     from mil_cli.stages.quantize.describe import planned_bits, present_bits
     from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
     from mil_cli.stages.quantize.static import StaticConfig
@@ -105,8 +106,13 @@ def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
         device = recipe.device
         for name in recipe.chain:
             stage = recipe.stages[name]
+            as_given = f"as the stage '{name}' ({stage.key()}) gives them"
             if isinstance(stage, QuantizationConfig):
-                config, origin = stage, f"as the stage '{name}' ({stage.key()}) gives them"
+                config, origin = stage, as_given
+            elif isinstance(stage, weight_only.WeightOnlyConfig):
+                return weight_only.planned_bits(graph, stage), as_given
+            elif isinstance(stage, dynamic.DynamicConfig):
+                return dynamic.planned_bits(graph, stage), as_given
     profile = resolve(device, runnable=False)
     return planned_bits(graph, Rules.on(config, profile.int8), config.skip), f"{origin}, on {profile.name}"
 

@@ -108,8 +108,8 @@ class _Writer:
             if marker.levels is None
             else index_bits(count, self._widths)
         )
-        if bits != 8 and count <= 2 ** (bits - 1):
-            text = f"{count} levels stored in {bits} bits each, the narrowest packed type that ONNX has for them"
+        if count <= 2 ** (bits - 1):
+            text = f"{count} levels stored in {bits} bits each, the narrowest form of the target that holds them"
             self._widened[text] = self._widened.get(text, 0) + 1
         # Where the exporter transposes the weight, the transposed codes are stored: a Transpose between a weight and
         # its product would keep the product from being fused.

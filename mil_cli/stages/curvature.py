@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from mil_cli.stages.context import Context
 
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
-_SAMPLES_AT_ONCE = 4
+_NUMBERS_AT_ONCE = 2**22
+"""Of what a layer multiplies: the windows of one large image alone can take gigabytes."""
 
 
 def input_curvature(model: Model, node: Node, context: Context, *, samples: int, batch_size: int) -> Tensor:
@@ -36,11 +38,8 @@ def input_curvature(model: Model, node: Node, context: Context, *, samples: int,
 
     def look(value: Tensor) -> None:
         nonlocal total
-        for part in torch.split(value, _SAMPLES_AT_ONCE):  # the windows of many large images would not fit into memory
-            if op_name(node) in _CONVOLUTIONS:
-                rows = _windows(part, node).double()
-            else:
-                rows = part.reshape(-1, 1, part.shape[-1]).double()
+        for part in _windows(value, node) if op_name(node) in _CONVOLUTIONS else _vectors(value):
+            rows = part.double()
             total = total + torch.einsum("ngi,ngj->gij", rows, rows)
 
     source = node.args[0]
@@ -52,8 +51,14 @@ def input_curvature(model: Model, node: Node, context: Context, *, samples: int,
     return torch.as_tensor(total)
 
 
-def _windows(value: Tensor, node: Node) -> Tensor:
-    """Return the windows of a convolution, ``[samples * positions, groups, inputs of a group]``."""
+def _vectors(value: Tensor) -> Iterator[Tensor]:
+    """Yield what a product with a weight reads, some at once, ``[vectors, 1, inputs]``."""
+    rows = value.reshape(-1, 1, value.shape[-1])
+    return iter(torch.split(rows, max(1, _NUMBERS_AT_ONCE // value.shape[-1])))
+
+
+def _windows(value: Tensor, node: Node) -> Iterator[Tensor]:
+    """Yield the windows of a convolution, some at once, ``[windows, groups, inputs of a group]``."""
     weight = node.args[1].meta["val"]  # type: ignore[union-attr]
     dimensions = weight.ndim - 2
     strides, dilations = (_tuple(get_argument(node, name), dimensions) for name in ("stride", "dilation"))
@@ -68,7 +73,10 @@ def _windows(value: Tensor, node: Node) -> Tensor:
         padded = padded.unfold(axis + 2, (size - 1) * dilation + 1, stride)[..., ::dilation]
     # [samples, channels, positions..., window...] -> [samples * positions, groups, channels of a group * window]
     order = [0, *range(2, 2 + dimensions), 1, *range(2 + dimensions, 2 + 2 * dimensions)]
-    return padded.permute(order).reshape(-1, get_argument(node, "groups"), weight[0].numel())
+    numbers, positions = padded.shape[1:].numel(), padded.shape[2]
+    for samples in torch.split(padded, max(1, _NUMBERS_AT_ONCE // numbers)):
+        for strip in torch.split(samples, max(1, _NUMBERS_AT_ONCE * positions // numbers), dim=2):
+            yield strip.permute(order).reshape(-1, get_argument(node, "groups"), weight[0].numel())
 
 
 def _tuple(value: object, dimensions: int) -> list[int]:

@@ -25,6 +25,7 @@ from mil_cli.models.user_code import source_sha256
 FRAME, HOP = 200, 80  # samples: 25 ms every 10 ms
 
 _RECORDED_SHARE = 0.3  # of what train reads
+_SLOWEST = 1.15  # times what a recording takes
 _NOISE_DB = 10.0, 30.0  # ratio of speech to noise
 
 
@@ -90,7 +91,7 @@ class ConnectedDigits(Dataset[tuple[Tensor, Tensor]]):
     def _joined(self) -> tuple[Tensor, tuple[int, ...]]:
         """Return recorded digits with pauses between them, as many as the window holds, and what is said."""
         voice = self._recorded[_below(len(self._recorded))]
-        factor = 0.75 + 0.4 * float(torch.rand(()))
+        factor = 0.75 + (_SLOWEST - 0.75) * float(torch.rand(()))
         parts: list[Tensor] = []
         digits: list[int] = []
         length = 0
@@ -167,6 +168,14 @@ def build(
         raise DataError("a slow digit takes a second", where="data.seconds", value=seconds, hint="give 3 or more")
     window = round(seconds * RATE)
     recorded = recorded_digits(None if root is None else Path(root))
+    longest = _SLOWEST * max(len(digit) for voice in recorded for digit in voice)
+    if longest > window:
+        raise DataError(
+            "a recorded digit, played slowly, does not fit into the window",
+            where="data.seconds",
+            value=seconds,
+            hint=f"give {math.ceil(10 * longest / RATE) / 10:g} or more, or shorter recordings",
+        )
 
     def split(name: str, strings: int, samples: int | None) -> ConnectedDigits:
         spoken = synthesized(name, strings, window=window)

@@ -86,7 +86,7 @@ def recorded_digits(root: Path | None = None) -> list[list[Tensor]]:
             hint="give a folder with digits/0.wav to digits/9.wav in a folder for each voice",
         )
     files = [[folder / voice / "digits" / f"{digit}.wav" for digit in range(DIGITS)] for voice in voices]
-    return [[_trimmed(read_wav(file, sample_rate=RATE).numpy()) for file in voice] for voice in files]
+    return [[_trimmed(read_wav(file, sample_rate=RATE).numpy(), str(file)) for file in voice] for voice in files]
 
 
 def synthesized(split: str, count: int, *, window: int) -> list[Spoken]:
@@ -159,11 +159,21 @@ def _speak(digits: Sequence[int], *, voice: str, words_per_minute: int, pitch: i
         )
     with wave.open(BytesIO(made.stdout)) as file:
         waveform = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
-        return _trimmed(resample_poly(waveform / 32768, RATE, file.getframerate()))
+        return _trimmed(resample_poly(waveform / 32768, RATE, file.getframerate()), " ".join(command))
 
 
-def _trimmed(waveform: np.ndarray) -> Tensor:
-    """Cut what is quieter than 2 % of the peak off both ends, and bring the peak to a half."""
-    peak = np.abs(waveform).max()
+def _trimmed(waveform: np.ndarray, origin: str) -> Tensor:
+    """Cut what is quieter than 2 % of the peak off both ends, and bring the peak to a half.
+
+    Args:
+        waveform: Of shape (samples,).
+        origin: Where it is from, for people.
+
+    Raises:
+        DataError: Nothing can be heard.
+    """
+    peak = np.abs(waveform).max(initial=0)
+    if not peak:
+        raise DataError("a recording of a digit is silent", where="data.root", value=origin, hint="record it again")
     loud = np.flatnonzero(np.abs(waveform) > 0.02 * peak)
     return torch.from_numpy((waveform[loud[0] : loud[-1] + 1] / peak * 16384).astype(np.int16))

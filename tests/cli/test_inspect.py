@@ -26,3 +26,25 @@ def test_without_a_recipe_it_shows_what_could_be(
     shown = capsys.readouterr().out
     assert "as quantize/static would give them by itself" in shown
     assert shown.count("W8A8") == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "expected"),
+    [
+        ("weight_only", "{first_last_bits: 2}", {"W4": 2, "W4A": 0}),
+        ("dynamic", "{weight_bits: 3, first_last_bits: 2}", {"W3A8": 1, "take quantize/static": 1}),
+    ],
+)
+def test_methods_without_calibration_show_their_bits(
+    method: str,
+    settings: str,
+    expected: dict[str, int],
+    project: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = project(("quantize: static", f"quantize: {method}")) / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("\nstages:", f"\nstages:\n  quantize: {settings}"))
+    assert main(["inspect", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    assert f"as the stage 'quantize' (quantize/{method}) gives them" in shown
+    assert {text: shown.count(text) for text in expected} == expected

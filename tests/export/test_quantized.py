@@ -96,6 +96,9 @@ def test_target_without_packed_types_gets_bytes(case: Build, tmp_path: Path) -> 
     device = DeviceProfile(name="old", int8=Int8Form(activations="uint8", reduce_range=False), weight_bits=(8,))
     exported = export_onnx(model, tmp_path / "model.onnx", device=device)
     assert "INT4" not in weight_bytes(exported.path)
+    assert exported.notices == (
+        "6 weights: 16 levels stored in 8 bits each, the narrowest form of the target that holds them",
+    )
     check_parity(model, exported.path, [(case("mobilenet").inputs(16), {})])
 
 
@@ -104,7 +107,7 @@ def test_target_without_three_bits_gets_four(case: Build, tmp_path: Path) -> Non
     device = DeviceProfile(name="old", int8=Int8Form(activations="uint8", reduce_range=False), weight_bits=(2, 4, 8))
     exported = export_onnx(model, tmp_path / "model.onnx", device=device)
     assert exported.notices == (
-        "6 weights: 8 levels stored in 4 bits each, the narrowest packed type that ONNX has for them",
+        "6 weights: 8 levels stored in 4 bits each, the narrowest form of the target that holds them",
     )
 
 

@@ -171,6 +171,16 @@ def test_what_is_missing_or_impossible_is_told(machine: Path, monkeypatch: pytes
         data(machine)
 
 
+@pytest.mark.parametrize(("seconds", "loudness", "message"), [(0.3, 0, "silent"), (3.1, 8000, "does not fit")])
+def test_recordings_that_cannot_be_used_are_told(machine: Path, seconds: float, loudness: int, message: str) -> None:
+    spoilt = machine / "recorded" / "low" / "digits" / "3.wav"
+    with wave.open(str(spoilt), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", "not compressed"))
+        file.writeframes(np.full(round(8000 * seconds), loudness, "<i2").tobytes())
+    with pytest.raises(DataError, match=message):
+        data(machine)
+
+
 @pytest.mark.slow
 def test_the_recipe_runs(machine: Path) -> None:
     settings = {

@@ -45,8 +45,12 @@ def test_the_factor_is_that_of_the_inverse() -> None:
         nn.Conv2d(3, 6, 3, padding=1, groups=3),
     ],
 )
-def test_windows_of_convolutions_give_their_outputs(layer: nn.Module) -> None:
+@pytest.mark.parametrize("at_once", [2**22, 500, 1])
+def test_windows_of_convolutions_give_their_outputs(
+    layer: nn.Module, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the curvature of the windows, ``w H w^T`` is the sum of squares of what the layer gives."""
+    monkeypatch.setattr("mil_cli.stages.curvature._NUMBERS_AT_ONCE", at_once)
     sides = {"Conv1d": (9,), "Conv2d": (9, 7), "Conv3d": (5, 4, 6)}[type(layer).__name__]
     inputs = torch.randn(20, 3, *sides, generator=torch.Generator().manual_seed(0))
     net = Model.capture(layer.eval(), (inputs[:2],))
@@ -57,3 +61,45 @@ def test_windows_of_convolutions_give_their_outputs(layer: nn.Module) -> None:
     given = net(inputs).detach() - bias.reshape(1, -1, *[1] * len(sides))
     sums = given.double().square().transpose(0, 1).flatten(1).sum(1)
     torch.testing.assert_close((rows @ curvature * rows).sum(2).flatten(), sums, rtol=1e-4, atol=1e-4)
+
+
+def test_windows_of_large_images_are_not_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, double = torch.randn(2, 8, 64, 64), Tensor.double
+    sizes: list[int] = []
+    net = Model.capture(nn.Conv2d(8, 4, 3).eval(), (inputs,))
+
+    def watching(value: Tensor) -> Tensor:
+        sizes.append(value.numel())
+        return double(value)
+
+    monkeypatch.setattr("mil_cli.stages.curvature._NUMBERS_AT_ONCE", 10000)
+    monkeypatch.setattr(Tensor, "double", watching)
+    (node,) = calls(net.graph)
+    input_curvature(net, node, make_context(data_of(inputs)), samples=2, batch_size=2)
+    assert max(sizes) <= 10000
+    assert sum(sizes) == 2 * 62 * 62 * 8 * 9
+
+
+def test_vectors_of_any_rank() -> None:
+    inputs = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0))
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.all = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.all(self.tokens(x).mean((0, 1)))  # a vector alone
+
+    net = Model.capture(Mean().eval(), (inputs,), dynamic={})
+    first, _, last = calls(net.graph)
+    rows = inputs.flatten(0, 1).double()
+    used = make_context(data_of(inputs))
+    torch.testing.assert_close(input_curvature(net, first, used, samples=6, batch_size=6)[0], rows.T @ rows)
+    with torch.no_grad():
+        mean = nn.functional.linear(inputs, *(net.state_dict()[f"tokens.{name}"] for name in ("weight", "bias"))).mean(
+            (0, 1)
+        )
+    torch.testing.assert_close(
+        input_curvature(net, last, used, samples=6, batch_size=6)[0], mean.double().outer(mean.double())
+    )

@@ -11,9 +11,10 @@ from mil_cli.errors import StageError
 from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.graph.segment import overwritten
+from mil_cli.stages.quantize.describe import LayerBits
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
-from mil_cli.stages.quantize.placement import NEVER, OVERWRITTEN, Layer, find_layers
+from mil_cli.stages.quantize.placement import NEVER, OVERWRITTEN, FoundLayers, Layer, find_layers
 from mil_cli.stages.quantize.ranges import weight_codes
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
 from mil_cli.stages.registry import StageConfig, stage
@@ -73,19 +74,16 @@ def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
     device = context.device.int8
     per_channel = device.per_channel if config.per_channel is None else config.per_channel
     reduce_range = device.reduce_range if config.reduce_range is None else config.reduce_range
-    quantized = fold_batch_norm(model)
+    quantized, (layers, kept_float, _) = _found(model, config)
     graph = quantized.graph
-    make_functional(graph)
-    apart = dict.fromkeys(overwritten(graph), OVERWRITTEN)
-    layers, kept_float, _ = find_layers(graph, skip=config.skip, apart=apart, never=_LEFT_OUT)
     if not layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in kept_float.items())
         raise StageError("no product of the model can be quantized", value=reasons or "it has no layer with weights")
     writer = QuantizerWriter(graph)
     readers: dict[Node, list[Layer]] = {}
     for layer in layers:
-        bits = max(config.weight_bits, config.first_last_bits) if layer.edge else config.weight_bits
-        codes, axis = weight_codes(bits, reduce_range=reduce_range), layer.axis if per_channel else None
+        codes = weight_codes(_bits(layer, config), reduce_range=reduce_range)
+        axis = layer.axis if per_channel else None
         weight = get_attribute(graph, str(layer.weight.target))
         scale = weight_scale(weight, axis=axis, codes=codes, observer=config.weight_observer)
         path = writer.store(f"{layer.name}_weight", scale, torch.zeros(scale.shape))
@@ -104,3 +102,25 @@ def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
         reduce_range=reduce_range,
     )
     return quantized
+
+
+def planned_bits(model: Model, config: DynamicConfig) -> LayerBits:
+    """Return which bits the layers of a float model would have.
+
+    Raises:
+        StageError: A pattern of `skip` fits no layer.
+    """
+    found = _found(model, config)[1]
+    return LayerBits({layer.node.name: (_bits(layer, config), 8) for layer in found.layers}, found.left_out)
+
+
+def _found(model: Model, config: DynamicConfig) -> tuple[Model, FoundLayers]:
+    """Return a folded copy of a model, and its layers."""
+    folded = fold_batch_norm(model)
+    make_functional(folded.graph)
+    apart = dict.fromkeys(overwritten(folded.graph), OVERWRITTEN)
+    return folded, find_layers(folded.graph, skip=config.skip, apart=apart, never=_LEFT_OUT)
+
+
+def _bits(layer: Layer, config: DynamicConfig) -> int:
+    return max(config.weight_bits, config.first_last_bits) if layer.edge else config.weight_bits

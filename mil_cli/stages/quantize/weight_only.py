@@ -12,6 +12,7 @@ from mil_cli.errors import StageError
 from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.nodes import get_attribute, op_name
 from mil_cli.stages.quantize.compensate import Compensation, round_layers
+from mil_cli.stages.quantize.describe import LayerBits
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
 from mil_cli.stages.quantize.placement import Layer, find_layers
@@ -85,11 +86,7 @@ def quantize(model: Model, config: WeightOnlyConfig, context: Context) -> Model:
         StageError: The model is quantized already, or it has no weight to round.
     """
     refuse_quantized(model.graph)
-    quantized = fold_batch_norm(model)
-    make_functional(quantized.graph)
-    never = _LEFT_OUT if config.embeddings else {**_LEFT_OUT, "embedding": "embeddings: false"}
-    layers, kept_float, _ = find_layers(quantized.graph, skip=config.skip, never=never)
-    weights = _by_weight(quantized.graph, layers, kept_float)
+    quantized, weights, kept_float = _found(model, config)
     if not weights:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in kept_float.items())
         raise StageError("no weight of the model can be rounded", value=reasons or "it has no layer with weights")
@@ -115,6 +112,28 @@ def quantize(model: Model, config: WeightOnlyConfig, context: Context) -> Model:
     return quantized
 
 
+def planned_bits(model: Model, config: WeightOnlyConfig) -> LayerBits:
+    """Return which bits the layers of a float model would have.
+
+    Raises:
+        StageError: A pattern of `skip` fits no layer.
+    """
+    _, weights, kept_float = _found(model, config)
+    found = LayerBits(kept_float=kept_float)
+    for sharing in weights:
+        found.bits.update({layer.node.name: (_bits(sharing, config), None) for layer in sharing})
+    return found
+
+
+def _found(model: Model, config: WeightOnlyConfig) -> tuple[Model, list[list[Layer]], dict[str, str]]:
+    """Return a folded copy of a model, its layers by weight, and why others stay float."""
+    folded = fold_batch_norm(model)
+    make_functional(folded.graph)
+    never = _LEFT_OUT if config.embeddings else {**_LEFT_OUT, "embedding": "embeddings: false"}
+    layers, kept_float, _ = find_layers(folded.graph, skip=config.skip, never=never)
+    return folded, _by_weight(folded.graph, layers, kept_float), kept_float
+
+
 def _has_curvature(layer: Layer) -> bool:
     return op_name(layer.node) != "embedding" and not op_name(layer.node).startswith("conv_transpose")
 
@@ -137,14 +156,18 @@ def _by_weight(graph: GraphModule, layers: list[Layer], kept_float: dict[str, st
     return list(sharing.values())
 
 
+def _bits(sharing: list[Layer], config: WeightOnlyConfig) -> int:
+    edge = any(layer.edge and op_name(layer.node) != "embedding" for layer in sharing)
+    return max(config.weight_bits, config.first_last_bits) if edge else config.weight_bits
+
+
 def _insert(
     graph: GraphModule, writer: QuantizerWriter, sharing: list[Layer], config: WeightOnlyConfig
 ) -> tuple[int, int]:
     """Quantize a weight for all of its layers; returns how many numbers it has, and the bits that they take."""
     first = sharing[0]
     weight = get_attribute(graph, str(first.weight.target))
-    edge = any(layer.edge and op_name(layer.node) != "embedding" for layer in sharing)
-    bits = max(config.weight_bits, config.first_last_bits) if edge else config.weight_bits
+    bits = _bits(sharing, config)
     codes = weight_codes(bits, reduce_range=False)
     rows = weight.detach().movedim(first.axis, 0).reshape(weight.shape[first.axis], -1)
     size = rows.shape[1] if config.block_size is None else min(config.block_size, rows.shape[1])

@@ -224,7 +224,7 @@ def read_voices(folder: Path, *, test_voice: str, sample_rate: int) -> dict[str,
     Raises:
         DataError: There is no such voice, a voice besides it is missing, or a file cannot be read.
     """
-    names = sorted({path.relative_to(folder).parts[0] for path in folder.glob("*/**/*.wav")})
+    names = _voice_names(folder)
     if test_voice not in names:
         raise DataError(
             "there is no such voice with WAV files",
@@ -257,6 +257,15 @@ def read_voices(folder: Path, *, test_voice: str, sample_rate: int) -> dict[str,
     return {
         split: {voice: torch.cat(waveforms) for voice, waveforms in voices.items()} for split, voices in clips.items()
     }
+
+
+def _voice_names(folder: Path) -> list[str]:
+    """Return the folders that hold WAV files, without links to others: the voice to test on must have one name."""
+    names = sorted({path.relative_to(folder).parts[0] for path in folder.glob("*/**/*.wav")})
+    places: dict[Path, str] = {}
+    for name in sorted(names, key=lambda name: ((folder / name).is_symlink(), name)):
+        places.setdefault((folder / name).resolve(), name)
+    return sorted(places.values())
 
 
 def split_of(clip: str) -> str:

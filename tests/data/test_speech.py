@@ -76,6 +76,14 @@ def test_silent_clips_are_left_out(tmp_path: Path) -> None:
     assert len(voices["test"]["anna"]) == 10 * len(CLIPS)
 
 
+def test_a_link_to_a_voice_is_no_other_voice(folder: Path) -> None:
+    (folder / "another").symlink_to(folder / "boris", target_is_directory=True)
+    (folder / "zoe").symlink_to(folder / "anna", target_is_directory=True)
+    voices = read_voices(folder, test_voice="boris", sample_rate=8000)
+    assert set(voices["train"]) == set(voices["val"]) == {"anna", "clara"}
+    assert set(voices["test"]) == set(VOICES)
+
+
 def test_a_voice_of_silence_cannot_be_tested_on(tmp_path: Path) -> None:
     write_wav(tmp_path / "anna" / "1.wav", np.zeros(8000))
     with pytest.raises(DataError, match="silent"):

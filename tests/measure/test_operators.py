@@ -405,6 +405,7 @@ def prediction(
     return predicted, np.array([np.median(times) for times in real])
 
 
+@pytest.mark.slow
 def test_the_sum_predicts_the_latency_of_cut_resnets(resnet: Analysed, device: DeviceProfile, tmp_path: Path) -> None:
     predicted, real = prediction(resnet, device, tmp_path, (1.0, 0.5, 0.2), rounds=20)
     assert list(np.argsort(predicted)) == list(np.argsort(real))

@@ -83,6 +83,7 @@ def _accuracy(model: Model) -> float:
     return evaluate(model, task=Classification(), split=digits().val, split_name="val").value
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_the_teacher_alone() -> None:
     """The recipe's train and test splits raise where they are touched."""
     context = _context(trainer=TrainerConfig(epochs=12, batch_size=64, learning_rate=0.05))

@@ -85,6 +85,7 @@ def test_params_can_be_the_bound(trained: Model) -> None:
     assert small.num_params() <= 30_000
 
 
+@pytest.mark.slow  # whether a bound can be met at all, busy machines change
 @pytest.mark.parametrize("kernels", ["float", "int8"])
 def test_latency_can_be_the_bound_and_the_table_is_kept(trained: Model, kernels: str) -> None:
     used = context()

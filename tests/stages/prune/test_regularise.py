@@ -145,6 +145,7 @@ STRENGTHS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(STRENGTHS))
 def test_the_cut_after_the_penalty_loses_less_than_without(method: str, trained: Model) -> None:
     shared = {"macs": 0.65, "round_to": 1, "recalibrate_samples": 256, "compare_samples": 0}

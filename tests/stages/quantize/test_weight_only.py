@@ -89,6 +89,7 @@ def test_the_file_takes_the_bits_that_were_promised(
     assert any(f"stored in {bits} bits" in notice for notice in exported.notices)
 
 
+@pytest.mark.slow
 def test_nothing_is_read_out_at_every_inference(mixed: Model, tmp_path: Path) -> None:
     """onnxruntime's own graph has the float model's operators."""
     operators = []

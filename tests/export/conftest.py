@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,6 +151,7 @@ class Calibration:
         self.device = DeviceProfile(name="test", int8=Int8Form(**form))
         self.progress = SilentProgress()
         self.notes: dict[str, object] = {}
+        self.data = SimpleNamespace(train=range(2**20))  # as many samples as anybody asks for
         self._inputs = inputs
 
     def calibration(self, *, samples: int, batch_size: int) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from mil_cli.export.exporter import DYNAMIC, MARKER, MARKER_DOMAIN
 from mil_cli.export.markers import Marker, read_marker
 from mil_cli.export.packing import storage_bits, write_codes
-from mil_cli.export.surgery import GraphWriter, constant_of
+from mil_cli.export.surgery import GraphWriter, constant_of, transposes_second
 
 _FLOAT, _INT8, _INT32, _UINT8 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.UINT8
 
@@ -64,15 +64,8 @@ class _Weight(NamedTuple):
 
 def _weight_of(product: ir.Node, activation: ir.Value) -> _Weight | None:
     """Return the quantized matrix that a node multiplies the activation by; None if it does something else."""
-    if product.domain != "" or product.inputs[0] is not activation:
-        return None
-    numbers = {name: value.value for name, value in product.attributes.items()}
-    transposed = False
-    if product.op_type == "Gemm":
-        if numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0 or numbers.get("transA", 0):
-            return None
-        transposed = bool(numbers.get("transB", 0))
-    elif product.op_type != "MatMul":
+    transposed = transposes_second(product)
+    if transposed is None or product.inputs[0] is not activation:
         return None
     value = product.inputs[1]
     before = None if value is None else value.producer()

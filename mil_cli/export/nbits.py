@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mil_cli.export.surgery import GraphWriter
+from mil_cli.export.surgery import GraphWriter, transposes_second
 
 _SMALLEST = 2**20
 """Numbers of a weight from which on the kernel is no slower with a batch of 16 either."""
@@ -21,12 +21,10 @@ _DOMAIN, _BITS, _INTEGER = "com.microsoft", 4, 4
 
 def is_row_product(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> bool:
     """Whether a node multiplies one row for each sample by a large matrix ``[outputs, inputs]``."""
-    if node.domain != "" or node.op_type != "Gemm" or node.inputs[1] is not weight or weight.shape is None:
+    if not transposes_second(node) or node.inputs[1] is not weight or weight.shape is None:
         return False
-    numbers = {name: value.value for name, value in node.attributes.items()}
-    plain = numbers.get("alpha", 1.0) == 1.0 and numbers.get("beta", 1.0) == 1.0 and not numbers.get("transA", 0)
     large = int(np.prod(weight.shape.numpy())) >= _SMALLEST
-    return plain and large and bool(numbers.get("transB", 0)) and _is_row(graph, node.inputs[0])
+    return large and _is_row(graph, node.inputs[0])
 
 
 def _is_row(graph: ir.Graph, value: ir.Value | None) -> bool:

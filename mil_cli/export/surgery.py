@@ -16,6 +16,16 @@ def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
     return None if tensor is None else tensor.numpy()
 
 
+def transposes_second(product: ir.Node) -> bool | None:
+    """Whether a MatMul, or a Gemm that is a plain product, transposes its second operand; None if it is neither."""
+    if product.domain != "" or product.op_type not in ("MatMul", "Gemm"):
+        return None
+    numbers = {name: value.value for name, value in product.attributes.items()}
+    if numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0 or numbers.get("transA", 0):
+        return None
+    return bool(numbers.get("transB", 0))
+
+
 def remove_unused(graph: ir.Graph) -> None:
     """Remove the initializers that nothing reads."""
     for name, value in list(graph.initializers.items()):

@@ -1,4 +1,4 @@
-"""Strings of digits in five languages: real recordings of five voices, and a synthesizer's many voices.
+"""Strings of digits in one language or more: real recordings of a voice in each, and a synthesizer's many voices.
 
 Train knows the recordings and some of the synthesizer's voices; val and test have other voices of it, each its own.
 What the synthesizer speaks is made once, and kept in `digits/` of mil's cache folder.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
-from voices import DIGITS, LONGEST, RATE, SHORTEST, Spoken, padded, recorded_digits, synthesized
+from voices import DIGITS, LONGEST, RATE, RECORDED, SHORTEST, Spoken, padded, recorded_digits, synthesized
 
 from mil_cli.data.speech import coloured_noise, mix
 from mil_cli.errors import DataError
@@ -138,6 +138,7 @@ def mel_bands(bins: int) -> Tensor:
 
 def build(
     root: str | Path | None = None,
+    languages: Sequence[str] = ("en",),
     train_strings: int = 4000,
     train_samples: int = 3000,
     val_samples: int = 300,
@@ -149,6 +150,7 @@ def build(
 
     Args:
         root: A folder with recorded digits, see `recorded_digits`; by default those of the Debian packages.
+        languages: Of "en", "es", "fr", "it" and "ru"; a digit is the same token in all of them.
         train_strings: Strings that the synthesizer speaks for train.
         train_samples: Samples of an epoch; each epoch has new ones.
         val_samples: Strings of val, always the same.
@@ -164,10 +166,17 @@ def build(
     for name, count in counts.items():
         if count < 1:
             raise DataError("must be at least 1", where=f"data.{name}", value=count)
+    if not languages or not set(languages) <= set(RECORDED):
+        raise DataError(
+            "there are no voices for a language",
+            where="data.languages",
+            value=list(languages),
+            hint=f"give some of {', '.join(RECORDED)}",
+        )
     if seconds < SHORTEST:
         raise DataError("a slow digit takes a second", where="data.seconds", value=seconds, hint="give 3 or more")
     window = round(seconds * RATE)
-    recorded = recorded_digits(None if root is None else Path(root))
+    recorded = recorded_digits(None if root is None else Path(root), languages)
     longest = _SLOWEST * max(len(digit) for voice in recorded for digit in voice)
     if longest > window:
         raise DataError(
@@ -178,7 +187,7 @@ def build(
         )
 
     def split(name: str, strings: int, samples: int | None) -> ConnectedDigits:
-        spoken = synthesized(name, strings, window=window)
+        spoken = synthesized(name, strings, window=window, languages=tuple(languages))
         return ConnectedDigits(spoken, recorded if samples else (), samples, window=window, bins=bins)
 
     return {

@@ -1,4 +1,4 @@
-"""Who says digits: real recordings of five voices, one a language, and the many voices of a synthesizer."""
+"""Who says digits: real recordings of one voice a language, and the many voices of a synthesizer."""
 
 from __future__ import annotations
 
@@ -30,11 +30,24 @@ DIGITS = 10
 SHORTEST, LONGEST = 3, 5  # digits of a string
 PAD = -100  # behind the end of a string's digits
 
-RECORDED = ("en_US_f_Allison", "es_MX_f_Allison", "fr_CA_f_June", "it_IT_m_Carlo", "ru_RU_f_IvrvoiceRU")
-ACCENTS = (
-    *("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-us-nyc"),
-    *("es", "es-419", "fr-fr", "fr-be", "fr-ch", "it", "it", "ru", "ru-lv"),
-)
+RECORDED = {
+    "en": "en_US_f_Allison",
+    "es": "es_MX_f_Allison",
+    "fr": "fr_CA_f_June",
+    "it": "it_IT_m_Carlo",
+    "ru": "ru_RU_f_IvrvoiceRU",
+}
+"""The recorded voice of each language."""
+
+ACCENTS = {
+    "en": ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-us-nyc"),
+    "es": ("es", "es-419"),
+    "fr": ("fr-fr", "fr-be", "fr-ch"),
+    "it": ("it",),
+    "ru": ("ru", "ru-lv"),
+}
+"""How the synthesizer speaks each language."""
+
 SPEAKERS = {
     "train": "adam Alex Alicia Andrea Andy antonio belinda benjamin boris caleb david Denis Diogo ed edward edward2 f1 "
     "f2 f3 Gene Gene2 grandma grandpa gustave Henrique Hugo iven iven2 Jacky john klatt2 klatt4 Lee linda m1 m2 m3 m4 "
@@ -58,20 +71,21 @@ class Spoken:
     digits: tuple[int, ...]
 
 
-def recorded_digits(root: Path | None = None) -> list[list[Tensor]]:
+def recorded_digits(root: Path | None = None, languages: Sequence[str] = tuple(RECORDED)) -> list[list[Tensor]]:
     """Return the ten digits of each recorded voice, int16 of shape (samples,).
 
     Args:
         root: A folder with `digits/0.wav` to `digits/9.wav` in a folder for each voice; None: where Debian's packages
-            put the recordings of five voices.
+            put the recordings of a voice a language.
+        languages: Keys of `RECORDED`: whose voices are read where no folder is given.
 
     Raises:
         DataError: The recordings are missing or cannot be read.
     """
-    folder, voices = DEBIAN_FOLDER, RECORDED
+    folder, voices = DEBIAN_FOLDER, tuple(RECORDED[language] for language in languages)
     if root is not None:
         folder, voices = root, tuple(sorted(path.parents[1].name for path in root.glob("*/digits/0.wav")))
-    if root is None and (missing := missing_packages()):
+    if root is None and (missing := missing_packages(languages)):
         raise DataError(
             f"the recordings of the Debian package {missing[0]} are missing",
             where="data.root",
@@ -89,8 +103,8 @@ def recorded_digits(root: Path | None = None) -> list[list[Tensor]]:
     return [[_trimmed(read_wav(file, sample_rate=RATE).numpy(), str(file)) for file in voice] for voice in files]
 
 
-def synthesized(split: str, count: int, *, window: int) -> list[Spoken]:
-    """Return strings of 3 to 5 digits that fit into a window, spoken by the voices of a split.
+def synthesized(split: str, count: int, *, window: int, languages: Sequence[str]) -> list[Spoken]:
+    """Return strings of 3 to 5 digits that fit into a window, spoken by the voices of a split in some languages.
 
     Raises:
         DataError: The synthesizer is missing or fails.
@@ -98,14 +112,14 @@ def synthesized(split: str, count: int, *, window: int) -> list[Spoken]:
     if shutil.which("espeak-ng") is None:
         raise DataError("the synthesizer espeak-ng is missing", where="data", hint="apt-get install espeak-ng")
     version = subprocess.run(["espeak-ng", "--version"], capture_output=True, check=True).stdout
-    facts = repr((split, count, window, version, source_sha256(synthesized)))
+    facts = repr((split, count, window, tuple(languages), version, source_sha256(synthesized)))
     file = default_location() / "digits" / f"{split}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
     try:
         return _unpacked(safetensors.torch.load_file(file))
     except (FileNotFoundError, safetensors.SafetensorError, KeyError):
         pass  # not made yet, or damaged
     with ThreadPoolExecutor() as pool:
-        strings = list(pool.map(lambda number: _fitting(split, number, window), range(count)))
+        strings = list(pool.map(lambda number: _fitting(split, number, window, languages), range(count)))
     with writing(file) as temporary:
         safetensors.torch.save_file(_packed(strings), temporary)
     return strings
@@ -130,11 +144,12 @@ def _unpacked(tensors: Mapping[str, Tensor]) -> list[Spoken]:
     return [Spoken(*each) for each in zip(waveforms, digits, strict=True)]
 
 
-def _fitting(split: str, number: int, window: int) -> Spoken:
+def _fitting(split: str, number: int, window: int, languages: Sequence[str]) -> Spoken:
     generator = random.Random(f"{split} {number}")
     while True:
         digits = tuple(generator.randrange(DIGITS) for _ in range(generator.randint(SHORTEST, LONGEST)))
-        voice = f"{generator.choice(ACCENTS)}+{generator.choice(SPEAKERS[split].split())}"
+        accents = ACCENTS[generator.choice(languages)]
+        voice = f"{generator.choice(accents)}+{generator.choice(SPEAKERS[split].split())}"
         waveform = _speak(
             digits,
             voice=voice,

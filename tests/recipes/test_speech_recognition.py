@@ -162,6 +162,8 @@ def test_what_is_missing_or_impossible_is_told(machine: Path, monkeypatch: pytes
         data(machine, seconds=1.0)
     with pytest.raises(DataError, match=r"data\.val_samples"):
         data(machine, val_samples=0)
+    with pytest.raises(DataError, match=r"data\.languages"):
+        data(machine, languages=["en", "de"])
     with pytest.raises(DataError, match="no recorded digits"):
         data(machine, root=str(machine / "bin"))
     with pytest.raises(ModelError, match="5 heads"):

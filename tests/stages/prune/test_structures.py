@@ -166,7 +166,9 @@ def test_the_least_important_classes_go_first(model: Model, importance: str) -> 
 @pytest.mark.parametrize("method", ["sensitivity", "evolution", "netadapt"])
 def test_a_latency_is_met_by_its_table(method: str) -> None:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)]
+    # large enough for time to go with widths: of a few microseconds most are calls, whatever is cut
+    first, second = nn.Conv2d(1, 128, 3, padding=1), nn.Conv2d(128, 128, 3, padding=1)
+    layers = [first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(8192, 10)]
     model = Model.capture(nn.Sequential(*layers).eval(), (torch.randn(2, 1, 8, 8),))
     quick = {
         "sensitivity": {"points": 2},

@@ -37,7 +37,8 @@ from mil_cli.recipe.schema import Recipe
 from mil_cli.run.cache import Cache, default_location
 from mil_cli.run.runner import Chain, run_chain
 from mil_cli.run.surroundings import build_surroundings
-from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.context import Context
+from mil_cli.stages.surroundings import Surroundings
 from mil_cli.training.evaluate import evaluate
 from scripts import quantization_peers
 from scripts.comparison import Point, Result, Rows, carry_out, origin_of, parser_of, point_of, table

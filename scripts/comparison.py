@@ -25,8 +25,8 @@ from scipy import stats
 import mil_cli
 from mil_cli.recipe.schema import Recipe
 from mil_cli.run.environment import computing_environment
-from mil_cli.stages.context import fingerprint_of
 from mil_cli.stages.registry import StageConfig
+from mil_cli.stages.surroundings import fingerprint_of
 from scripts.pool import Report, append_row, read_rows, run
 
 Point = dict[str, Any]

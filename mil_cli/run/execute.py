@@ -12,8 +12,10 @@ from mil_cli.events import Progress
 from mil_cli.graph.model import Model
 from mil_cli.run.cache import Cache, Entry, Workspace
 from mil_cli.run.environment import code_fingerprint, computing_environment
-from mil_cli.stages.context import Context, StoredModel, Surroundings, Trace, fingerprint_of
+from mil_cli.stages.context import Context
 from mil_cli.stages.registry import StageConfig, function_of
+from mil_cli.stages.surroundings import StoredModel, Surroundings, fingerprint_of
+from mil_cli.stages.trace import Trace
 
 
 class CapturedModel:

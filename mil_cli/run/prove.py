@@ -19,7 +19,7 @@ from mil_cli.measure.compare import Counts, compare
 from mil_cli.measure.latency import LATENCY_VERSION
 from mil_cli.run.cache import Cache
 from mil_cli.run.environment import versions
-from mil_cli.stages.context import StoredModel, fingerprint_of
+from mil_cli.stages.surroundings import StoredModel, fingerprint_of
 from mil_cli.training.evaluate import evaluate
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from mil_cli.run.log import LoggedProgress
 from mil_cli.run.processes import part, place
 from mil_cli.run.prove import Proof, Prover
 from mil_cli.run.surroundings import build_surroundings, source_model
-from mil_cli.stages.context import StoredModel, Surroundings
+from mil_cli.stages.surroundings import StoredModel, Surroundings
 
 if TYPE_CHECKING:
     from mil_cli.recipe.schema import Recipe

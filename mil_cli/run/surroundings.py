@@ -14,7 +14,7 @@ from mil_cli.files import sha256_of_file
 from mil_cli.graph.model import Model
 from mil_cli.models.source import ModelSource, build_model
 from mil_cli.models.user_code import user_code_fingerprint
-from mil_cli.stages.context import Surroundings, derive_seed, fingerprint_of
+from mil_cli.stages.surroundings import Surroundings, derive_seed, fingerprint_of
 from mil_cli.task.source import build_task
 
 if TYPE_CHECKING:

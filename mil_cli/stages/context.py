@@ -1,28 +1,28 @@
 """How a stage reaches anything outside its model and its settings, and the record of what it read.
 
 A result is reused only if everything that its stage had read still has the same fingerprint. So a stage gets nothing
-but through its `Context`, which writes down every read by name; `Surroundings` gives the fingerprint of any name.
+but through its `Context`, which writes down every read by name in a `Trace`; `Surroundings` gives the fingerprint of
+any name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from mil_cli.errors import DataError, RecipeError, StageError, did_you_mean
 from mil_cli.events import Progress
-from mil_cli.measure.latency import LATENCY_VERSION, measure_latency
+from mil_cli.measure.latency import measure_latency
 from mil_cli.stages.registry import StageConfig, config_type, function_of
+from mil_cli.stages.surroundings import Surroundings, derive_seed
+from mil_cli.stages.trace import ReadData, ReadDevice, Trace, TracedSlot
 from mil_cli.training.checkpoint import CheckpointSlot, FileSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import Quality, evaluate
@@ -38,180 +38,6 @@ if TYPE_CHECKING:
     from mil_cli.measure.process import Feeds
     from mil_cli.measure.types import Latency
     from mil_cli.task.base import Task
-
-
-def fingerprint_of(value: object) -> str:
-    """Return the SHA-256 of a JSON-able value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def derive_seed(seed: int, *names: str) -> int:
-    """Return a seed of 63 bits that belongs to `names` under the recipe's seed."""
-    digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-class StoredModel(Protocol):
-    """A model that is loaded only when it is needed; its fingerprint is known without."""
-
-    @property
-    def fingerprint(self) -> str:
-        """The full SHA-256 of graph, weights and description."""
-        ...
-
-    def load(self) -> Model:
-        """Return the model; the same object each time, not to be changed."""
-        ...
-
-
-def _no_other_data(settings: object) -> Data:
-    raise KeyError(f"no data other than the recipe's: {settings!r}")
-
-
-def _whole(split: Split) -> Split:
-    return split
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """Everything of a recipe that stages may read, each part with a fingerprint.
-
-    Attributes:
-        seed: The recipe's seed.
-        task: What the model is for.
-        data: The three splits.
-        device: The target's profile.
-        trainer: The recipe's trainer settings.
-        goals: Bounds by name, as JSON-able values.
-        stages: All stages of the recipe by key, so that one may fine-tune by another.
-        load_source: Builds a model from a source other than the recipe's (a teacher).
-        source_fingerprint: Fingerprint of such a source: its settings and the content of its files.
-        original: The uncompressed model where it is stored; absent while it is itself being made.
-        load_data: Builds data other than the recipe's, from settings as those of its section ``data``.
-        shorten: What a dry run makes of a split that a stage makes itself; a real run leaves it as it is.
-    """
-
-    seed: int
-    task: Task
-    data: Data
-    device: DeviceProfile
-    trainer: TrainerConfig
-    goals: Mapping[str, object]
-    stages: Mapping[str, StageConfig]
-    load_source: Callable[[object], Model]
-    source_fingerprint: Callable[[object], str]
-    original: StoredModel | None = None
-    load_data: Callable[[object], Data] = _no_other_data
-    shorten: Callable[[Split], Split] = _whole
-
-    def fingerprint(self, read: str) -> str:
-        """Return the present fingerprint of what a stage read under the name `read`.
-
-        Raises:
-            KeyError: Nothing has that name now (a stage key that is gone, say); the caller takes it as changed.
-        """
-        kind, _, name = read.partition("/")
-        match kind:
-            case "seed":
-                return str(self.seed)
-            case "task":
-                return self._task_fingerprint
-            case "data":
-                return cast("Split", getattr(self.data, name)).fingerprint()
-            case "device":
-                return self.device.field_fingerprints()[name]
-            case "trainer":
-                return fingerprint_of(self.trainer.model_dump(mode="json"))
-            case "goal":
-                return fingerprint_of(self.goals.get(name))
-            case "stage":
-                config = self.stages[name]
-                return fingerprint_of([config.family, config.method, config.version, config.model_dump(mode="json")])
-            case "original":
-                return "none" if self.original is None else self.original.fingerprint
-            case "latency_protocol":
-                return str(LATENCY_VERSION)
-            case "source":
-                return self.source_fingerprint(json.loads(name))
-            case "other_data":
-                return self.load_data(json.loads(name)).train.fingerprint()
-        raise KeyError(read)
-
-    @cached_property
-    def _task_fingerprint(self) -> str:
-        return self.task.fingerprint()
-
-
-class _ReadDevice:
-    """The device profile, each field recorded as it is read."""
-
-    def __init__(self, profile: DeviceProfile, record: Callable[[str], None]) -> None:
-        self._profile = profile
-        self._record = record
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._profile, name)
-        if name in type(self._profile).model_fields:
-            self._record(f"device/{name}")
-        return value
-
-
-class _ReadData:
-    """The data as a stage may see them: `train` and `val`, recorded; `test` is for the report alone."""
-
-    def __init__(self, data: Data, record: Callable[[str], None], train: Split | None = None) -> None:
-        self._data = data
-        self._record = record
-        self._train = train
-        self.name = data.name
-
-    @property
-    def train(self) -> Split:
-        if self._train is not None:
-            return self._train
-        self._record("data/train")
-        return self._data.train
-
-    @property
-    def val(self) -> Split:
-        self._record("data/val")
-        return self._data.val
-
-    @property
-    def test(self) -> Split:
-        raise RuntimeError("a stage must not read the test split: it is for reporting only")
-
-
-@dataclass
-class Trace:
-    """What a stage has read so far: name -> fingerprint at the time of reading."""
-
-    reads: dict[str, str] = field(default_factory=dict)
-
-    def holds(self, surroundings: Surroundings) -> bool:
-        """Whether everything that was read has the same fingerprint now."""
-        try:
-            return all(surroundings.fingerprint(name) == value for name, value in self.reads.items())
-        except (KeyError, AttributeError):
-            return False
-
-
-class _TracedSlot:
-    """A checkpoint slot whose every save first stores the trace that it depends on."""
-
-    def __init__(self, slot: CheckpointSlot, before_save: Callable[[], None]) -> None:
-        self._slot = slot
-        self._before_save = before_save
-
-    def load(self) -> dict[str, Any] | None:
-        return self._slot.load()
-
-    def save(self, state: dict[str, Any]) -> None:
-        self._before_save()
-        self._slot.save(state)
-
-    def clear(self) -> None:
-        self._slot.clear()
 
 
 class Context:
@@ -258,7 +84,7 @@ class Context:
     @property
     def data(self) -> Data:
         """The `train` and `val` splits; reading `test` raises."""
-        return cast("Data", _ReadData(self._surroundings.data, self._record))
+        return cast("Data", ReadData(self._surroundings.data, self._record))
 
     def with_train(self, train: Split, *, made: bool = False) -> Data:
         """Return the splits as `data` gives them, but with another one to train on; that of the recipe is not read.
@@ -268,7 +94,7 @@ class Context:
             made: Whether the stage makes its samples itself, so that a dry run has yet to shorten it.
         """
         train = self._surroundings.shorten(train) if made else train
-        return cast("Data", _ReadData(self._surroundings.data, self._record, train))
+        return cast("Data", ReadData(self._surroundings.data, self._record, train))
 
     def other_data(self, settings: object) -> Data:
         """Return data other than the recipe's, of which a stage may read `train`.
@@ -289,7 +115,7 @@ class Context:
     @property
     def device(self) -> DeviceProfile:
         """The target's profile; each field counts as read when it is read."""
-        return cast("DeviceProfile", _ReadDevice(self._surroundings.device, self._record))
+        return cast("DeviceProfile", ReadDevice(self._surroundings.device, self._record))
 
     @property
     def seed(self) -> int:
@@ -332,7 +158,7 @@ class Context:
         """Return the place where a loop of this stage keeps its checkpoint; `name` tells loops apart."""
         if self._workspace is None:
             return NullSlot()
-        return _TracedSlot(FileSlot(self._workspace / f"{self._prefix}{name}.ckpt"), self._store_trace)
+        return TracedSlot(FileSlot(self._workspace / f"{self._prefix}{name}.ckpt"), self._store_trace)
 
     def _store_trace(self) -> None:
         if self._on_checkpoint is not None:

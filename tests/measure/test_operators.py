@@ -36,8 +36,9 @@ from mil_cli.measure.process import run_job
 from mil_cli.models.mobilenet import mobilenet
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
-from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.static import StaticConfig, quantize
+from mil_cli.stages.surroundings import Surroundings
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 

@@ -15,8 +15,9 @@ from mil_cli.events import SilentProgress
 from mil_cli.graph.model import Model
 from mil_cli.run.cache import Cache
 from mil_cli.run.execute import CapturedModel, Executor
-from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.context import Context
 from mil_cli.stages.registry import StageConfig, config_type, stage
+from mil_cli.stages.surroundings import Surroundings
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 

@@ -15,8 +15,11 @@ from mil_cli.device.host import resolve
 from mil_cli.errors import DataError, RecipeError, StageError
 from mil_cli.events import SilentProgress
 from mil_cli.stages import context as module
-from mil_cli.stages.context import Context, Surroundings, Trace, derive_seed
+from mil_cli.stages import surroundings as surroundings_module
+from mil_cli.stages.context import Context
 from mil_cli.stages.registry import config_type
+from mil_cli.stages.surroundings import Surroundings, derive_seed
+from mil_cli.stages.trace import Trace
 from mil_cli.training.config import TrainerConfig
 
 
@@ -130,7 +133,7 @@ def test_who_measures_latencies_depends_on_how_they_are_timed(monkeypatch: pytes
     assert asked[0][0] == files
     assert list(reader.trace.reads) == ["latency_protocol"]
     assert reader.trace.holds(surroundings())
-    monkeypatch.setattr(module, "LATENCY_VERSION", module.LATENCY_VERSION + 1)
+    monkeypatch.setattr(surroundings_module, "LATENCY_VERSION", surroundings_module.LATENCY_VERSION + 1)
     assert not reader.trace.holds(surroundings())
 
 

@@ -12,12 +12,12 @@ from torch.utils import _pytree as pytree
 
 from mil_cli.data.augment import Augment
 from mil_cli.errors import StageError, TaskError
-from mil_cli.stages.context import fingerprint_of
 from mil_cli.stages.distill.distil import Source, StudentConfig, student_of, teacher_of
 from mil_cli.stages.distill.generator import MOST_AXES, Bank, Generator
 from mil_cli.stages.distill.synthesis import MadeSplit, Synthesis
 from mil_cli.stages.distill.teacher import Teacher
 from mil_cli.stages.registry import stage
+from mil_cli.stages.surroundings import fingerprint_of
 from mil_cli.task.classification import Classification
 from mil_cli.task.fields import TARGET_KEYS, output_tensor
 from mil_cli.training.batch_norm import norms_with_statistics

@@ -21,13 +21,14 @@ from mil_cli.events import Bar
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.graph.segment import segment
-from mil_cli.stages.context import Context, fingerprint_of
+from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.ends import Ends, read_ends
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, Prepared
 from mil_cli.stages.quantize.rounding import exponent_at
 from mil_cli.stages.quantize.soft_segment import SoftSegment, kept_or_dropped
 from mil_cli.stages.quantize.units import Unit
 from mil_cli.stages.quantize.weights import protect_biases
+from mil_cli.stages.surroundings import fingerprint_of
 from mil_cli.training.evaluate import fixed_batch
 
 Exponent = Annotated[float, Field(gt=1, allow_inf_nan=False)]

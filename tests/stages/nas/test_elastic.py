@@ -21,12 +21,13 @@ from mil_cli.graph.model import Model
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
 from mil_cli.stages import measured
-from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.context import Context
 from mil_cli.stages.nas import cost
 from mil_cli.stages.nas import elastic as elastic_file
 from mil_cli.stages.nas.elastic import ElasticConfig, elastic, prepare
 from mil_cli.stages.nas.supernet import SharedCandidates, random_pool, sandwich
 from mil_cli.stages.registry import config_type
+from mil_cli.stages.surroundings import Surroundings
 from mil_cli.task.classification import Classification
 from mil_cli.training.checkpoint import FileSlot
 from mil_cli.training.config import TrainerConfig

@@ -18,10 +18,11 @@ from mil_cli.events import Progress, SilentProgress
 from mil_cli.graph.coupling import Counter, Coupling, EquivalenceReport, MemoryEstimate, analyse, group_norms
 from mil_cli.graph.model import Model
 from mil_cli.stages import measured as measuring
-from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.context import Context
 from mil_cli.stages.prune import amount, rounds
 from mil_cli.stages.prune.magnitude import MagnitudeConfig, magnitude
 from mil_cli.stages.registry import config_type, function_of
+from mil_cli.stages.surroundings import Surroundings
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 from tests.stages.contexts import Kill, Notices

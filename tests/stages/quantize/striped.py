@@ -17,7 +17,8 @@ from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
-from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.context import Context
+from mil_cli.stages.surroundings import Surroundings
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import evaluate

@@ -19,9 +19,10 @@ from mil_cli.events import SilentProgress
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, op_name
 from mil_cli.models.vit import vit
-from mil_cli.stages.context import Context, Surroundings, fingerprint_of
+from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.static import StaticConfig, quantize
 from mil_cli.stages.registry import check_order, config_type, function_of
+from mil_cli.stages.surroundings import Surroundings, fingerprint_of
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 

@@ -86,7 +86,7 @@ class ConnectedDigits(Dataset[tuple[Tensor, Tensor]]):
         """Return a string that the synthesizer spoke, a little faster or slower, and what is said."""
         string = self._strings[_below(len(self._strings))]
         longest = self._window / len(string.waveform)
-        return _stretched(_float(string.waveform), min(longest, 0.85 + 0.3 * float(torch.rand(())))), string.digits
+        return _stretched(_float(string.waveform), min(longest, 0.8 + 0.45 * float(torch.rand(())))), string.digits
 
     def _joined(self) -> tuple[Tensor, tuple[int, ...]]:
         """Return recorded digits with pauses between them, as many as the window holds, and what is said."""

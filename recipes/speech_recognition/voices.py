@@ -50,12 +50,14 @@ ACCENTS = {
 
 SPEAKERS = {
     "train": "adam Alex Alicia Andrea Andy antonio belinda benjamin boris caleb david Denis Diogo ed edward edward2 f1 "
-    "f2 f3 Gene Gene2 grandma grandpa gustave Henrique Hugo iven iven2 Jacky john klatt2 klatt4 Lee linda m1 m2 m3 m4 "
-    "m7 marcelo Marco Mario michel miguel Mike Nguyen pablo pedro quincy rob robert sandro steph steph2",
-    "val": "f5 m5 norbert shelby victor",
-    "test": "Annie anika aunty f4 m6 m8 max Michael paul steph3 travis zac",
+    "f3 Gene Gene2 grandma grandpa gustave Henrique Hugo iven iven2 Jacky john klatt2 klatt4 Lee linda m1 m2 m3 m7 "
+    "marcelo Marco Mario michel miguel Mike Nguyen norbert pablo pedro quincy rob sandro shelby steph steph2 travis "
+    "zac",
+    "val": "f2 f5 m4 m5 robert victor",
+    "test": "Annie anika aunty f4 m6 m8 max Michael paul steph3",
 }
-"""The synthesizer's voices of each split, without those that whisper, croak or play robots."""
+"""The synthesizer's voices of each split, without those that whisper, croak or play robots; voices whose first formants
+are moved apart by a quarter or more, or up by two fifths, as in no adult's mouth, are for training alone."""
 
 
 @dataclass(frozen=True)

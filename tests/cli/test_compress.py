@@ -80,6 +80,7 @@ def test_sweep_exits_with_the_worst_of_its_points_and_can_be_shown_again(project
     assert capsys.readouterr().out.strip() in shown
 
 
+@pytest.mark.slow
 def test_a_point_that_fails_does_not_stop_the_others(project: Project, capsys: Capture) -> None:
     project()
     sweep = ["-m", "model.width=8,0", "--out", "sweep"]
@@ -104,6 +105,7 @@ def test_parallel_points_share_the_cores(project: Project, capsys: Capture, priv
         assert environment["computing"]["threads"] <= max(1, environment["cores"] // 2)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_share_the_cache(project: Project, capsys: Capture) -> None:
     project()
     codes: dict[str, int] = {}

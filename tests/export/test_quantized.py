@@ -230,6 +230,7 @@ def test_storage_bits() -> None:
         storage_bits(-200, 200)
 
 
+@pytest.mark.slow
 def test_quantized_model_survives_its_archive(case: Build, tmp_path: Path) -> None:
     made = case("mobilenet")
     model, _ = made.quantize()

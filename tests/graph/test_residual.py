@@ -38,11 +38,13 @@ def test_a_transformer_has_one_chain_of_attention_and_perceptron() -> None:
     assert len(chain) == 6
 
 
+@pytest.mark.slow
 def test_blocks_that_change_the_shape_begin_a_chain_or_have_no_shortcut() -> None:
     model = captured(mobilenet(), 1, 16, 16)
     assert [len(chain) for chain in residual_chains(model.graph)] == [1, 1, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_resnet_without_blocks_equals_the_module_without_them(stage: int) -> None:
     module = resnet20()
@@ -57,6 +59,7 @@ def test_a_resnet_without_blocks_equals_the_module_without_them(stage: int) -> N
     assert len(list(model.parameters())) == len(list(small.parameters()))
 
 
+@pytest.mark.slow
 def test_a_projection_block_keeps_its_projection() -> None:
     module = resnet20()
     model = captured(module, 1, 16, 16)
@@ -76,6 +79,7 @@ def test_a_projection_block_keeps_its_projection() -> None:
     assert torch.equal(model(x), small(x))
 
 
+@pytest.mark.slow
 def test_a_transformer_without_blocks_equals_the_module_without_them() -> None:
     module = vit(depth=4, image_size=16)
     model = captured(module, 1, 16, 16)

@@ -97,6 +97,7 @@ def test_it_follows_weights_and_mode() -> None:
     assert tapped.paths == ("blocks",)
 
 
+@pytest.mark.slow
 def test_the_model_is_not_changed() -> None:
     model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),))
     code, fingerprint = model.graph.code, model.fingerprint()
@@ -144,6 +145,7 @@ def test_of_a_quantized_value_it_is_what_all_read() -> None:
     assert module_output(model, "blocks.0") is narrow
 
 
+@pytest.mark.slow
 def test_paths_survive_an_archive(tmp_path) -> None:
     model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),))
     model.save(tmp_path / "m.pt2")

@@ -142,7 +142,7 @@ def transformer(folder: Path) -> None:
     write(folder, model=TRANSFORMER_MODEL, data=TRANSFORMER_DATA, task="classification")
 
 
-@pytest.mark.parametrize("project", [plain_cnn, unet, transformer])
+@pytest.mark.parametrize("project", [plain_cnn, unet, pytest.param(transformer, marks=pytest.mark.slow)])
 def test_the_exported_file_takes_the_baselines_place(
     project: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

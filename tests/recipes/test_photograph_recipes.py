@@ -149,6 +149,7 @@ def test_each_level_learns_the_photograph_of_its_size() -> None:
     assert task.higher_is_better
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "settings"), [("hrnet", HRNET), ("pynet", PYNET)])
 def test_the_net_is_cut_with_proof_and_exported(
     recipe: str, settings: dict[str, Any], files: Path, tmp_path: Path

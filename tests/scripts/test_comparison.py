@@ -52,6 +52,7 @@ def test_a_failing_point_spares_the_others_and_only_what_is_missing_is_computed(
     assert (tmp_path / "calls").read_text() == "breaks"
 
 
+@pytest.mark.slow
 def test_rows_of_other_code_are_not_taken(tmp_path: Path) -> None:
     kept = tmp_path / "rows.jsonl"
     compute(partial(square, tmp_path), [points("a")], kept, Limits(timeout=60))
@@ -120,6 +121,7 @@ def recipe_file(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_the_origin_follows_from_settings_and_code_and_not_from_the_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_double_precision_is_the_same_model() -> None:
     assert single.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_wrong_cut_is_found_in_double_precision_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(*given: Any) -> Model:
         smaller = cut(*given)

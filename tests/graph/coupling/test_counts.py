@@ -49,6 +49,7 @@ def some_cut(coupling: Coupling, seed: int) -> dict[int, set[int]]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [(2, 3, 3), (3, 2, 3), (3, 3, 1)])
 def test_left_out_blocks_count_as_in_a_net_built_without_them(
     resnet: tuple[Model, Coupling, Counter], blocks: tuple[int, ...]
@@ -74,7 +75,7 @@ def test_a_left_out_block_of_a_cut_net_counts_as_cut(resnet: tuple[Model, Coupli
     assert counter.params(removed, dropped) == of_narrow.params({}, dropped) < counter.params(removed)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["resnet", "transformer"])
 def test_sizes_are_those_of_the_net_that_is_cut(name: str, seed: int, request: pytest.FixtureRequest) -> None:
     model, coupling, counter = request.getfixturevalue(name)

@@ -211,7 +211,9 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(NETS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("resnet", "vit") else ()) for name in NETS]
+)
 def test_a_cut_needs_what_the_definition_says_of_the_model_that_it_makes(name: str) -> None:
     torch.manual_seed(0)
     net, sample = NETS[name]()
@@ -246,6 +248,7 @@ class Gated(nn.Module):
         return x.mean((2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "channels"), [(lambda: resnet20(width=8), 1), (Gated, 8)], ids=["rectified_sums", "sums"]
 )

@@ -94,6 +94,7 @@ def test_an_equal_budget_costs_no_more_than_direct_distillation() -> None:
     assert len(history) == facts[-1]["epochs"] < 9
 
 
+@pytest.mark.slow
 def test_beside_plain_training_the_assistants_steps_count() -> None:
     context = _context()
     assistants(net(3), _config(count=2, beside_plain=True), context)
@@ -136,6 +137,7 @@ def test_what_cannot_be_is_told(config: AssistantsConfig, student: int, words: s
         assistants(net(student), config, context)
 
 
+@pytest.mark.slow
 def test_a_killed_chain_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(workspace: Path) -> Model:
         return assistants(net(3), _config(count=2, trainer={"epochs": 1}), _context(workspace=workspace))

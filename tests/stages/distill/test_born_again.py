@@ -76,6 +76,7 @@ def test_the_plain_training_beside_is_the_first_generation(tmp_path: Path) -> No
     assert _convergence(context)["plain"][-1][1] == _qualities(context)["qualities"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("final", ["best", "last"])
 def test_beside_plain_training_all_that_had_to_be_trained_counts(final: Any, tmp_path: Path) -> None:
     for name, start in (("new", net(6)), ("trained", trained())):
@@ -99,6 +100,7 @@ def test_a_mean_that_is_kept_has_one_point_after_all_generations(monkeypatch: py
     assert _convergence(context)["distilled"] == [[60, _qualities(context)["quality_of_the_mean"]]]
 
 
+@pytest.mark.slow
 def test_killed_generations_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(workspace: Path) -> Model:
         config = BornAgainConfig(final="last", trainer={"epochs": 1})

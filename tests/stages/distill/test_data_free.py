@@ -99,6 +99,7 @@ def test_a_student_learns_from_the_teacher_alone() -> None:
     assert context.notes["inputs_made"] == 12 * -(-31 // 4) * 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True])
 def test_the_generators_loss_is_the_weighted_sum_of_its_terms(alone: bool) -> None:
     """The student answers in evaluation mode, by the weights that it has now."""
@@ -149,6 +150,7 @@ def test_a_killed_run_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert killed.fingerprint() == whole.fingerprint()
 
 
+@pytest.mark.slow
 def test_val_decides_nothing() -> None:
     """Early stopping is switched off: the last weights count, whatever val says."""
     settings = TrainerConfig(epochs=4, batch_size=64, learning_rate=0.05)
@@ -217,6 +219,7 @@ def test_a_task_without_classes_is_refused() -> None:
         data_free(pixels, DataFreeConfig(), _context(original=pixels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task",
     [Classification(), Classification(input_keys={"x": "image"}), Classification(input_keys=["x"], target_key="kind")],

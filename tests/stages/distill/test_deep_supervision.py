@@ -61,6 +61,7 @@ def test_the_objective_is_that_of_the_paper(weight: float) -> None:
     assert all(parameter.grad is not None for parameter in heads.parameters())
 
 
+@pytest.mark.slow
 def test_heads_sit_at_even_depth_on_the_outermost_modules() -> None:
     residual = Model.capture(resnet20(width=16, blocks=3).eval(), (torch.randn(2, 1, 8, 8),))
     assert spread(residual, tappable_paths(residual), count=2) == ["stages.0", "stages.1"]

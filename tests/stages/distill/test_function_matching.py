@@ -78,6 +78,7 @@ def test_labels_are_not_read_and_the_student_comes_nearer() -> None:
     assert again.fingerprint() == learned.fingerprint()
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(workspace: Path) -> Model:
         return function_matching(net(6), FunctionMatchingConfig(longer=0.5), context_of(workspace=workspace))

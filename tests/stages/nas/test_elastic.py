@@ -129,6 +129,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, error: float, whole: float = 1.0) -
 LATENCY: dict[str, Any] = {**QUICK, "macs": None, "latency": 0.5, "round_to": 1, "choices": 1000}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [1.1, 1.0, 0.9])
 def test_the_winner_keeps_its_latency_when_it_is_measured(
     trained: Model, error: float, monkeypatch: pytest.MonkeyPatch
@@ -148,6 +149,7 @@ def test_the_winner_keeps_its_latency_when_it_is_measured(
     assert trained.fingerprint() == before
 
 
+@pytest.mark.slow
 def test_a_latency_in_seconds_is_that_of_the_whole_model(
     trained: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +182,7 @@ def test_a_latency_in_seconds_is_that_of_the_whole_model(
     assert 0.008 <= used.notes["measured"] <= 0.01  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_killed_between_measurements_it_decides_by_what_it_had_measured(
     trained: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +198,7 @@ def test_killed_between_measurements_it_decides_by_what_it_had_measured(
     assert resumed.fingerprint() == whole.fingerprint()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"measured": False}, {"multiple": "int8"}, {"latency": None, "macs": 0.5}])
 def test_where_it_is_not_wanted_nothing_is_measured(
     trained: Model, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -228,6 +232,7 @@ def plain(trained: Model) -> Model:
     return elastic(trained, ElasticConfig(**QUICK), context())
 
 
+@pytest.mark.slow
 def test_the_winner_is_fine_tuned_by_the_stage_that_is_named(trained: Model, plain: Model) -> None:
     tuner = config_type("train", "supervised")(trainer={"epochs": 1})
     tuned = elastic(trained, ElasticConfig(**QUICK, recover="tune"), context(tune=tuner))
@@ -237,7 +242,7 @@ def test_the_winner_is_fine_tuned_by_the_stage_that_is_named(trained: Model, pla
     }
 
 
-@pytest.mark.parametrize("save", [3, 10, 13, 17])
+@pytest.mark.parametrize("save", [10, *(pytest.param(save, marks=pytest.mark.slow) for save in (3, 13, 17))])
 def test_killed_while_training_or_searching_it_ends_alike(
     trained: Model, plain: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: int
 ) -> None:

@@ -102,6 +102,7 @@ def test_where_it_is_not_wanted_nothing_is_measured(method: str, model: Model, m
     assert ratios == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list(SEARCHES))
 def test_a_killed_run_decides_by_what_it_had_measured(
     method: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -36,6 +36,7 @@ def structures_of(model: Model, **changes: Any) -> Structures:
     return search.structures(search.model)
 
 
+@pytest.mark.slow
 def test_it_comes_close_to_the_best_of_all_structures(model: Model) -> None:
     structures = structures_of(model, max_per_layer=0.7)
     bound = 0.5 * structures.cost(structures.whole)

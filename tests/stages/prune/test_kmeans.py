@@ -126,7 +126,14 @@ def test_sparse_weights_keep_their_zeros_in_training(trained: Model) -> None:
     assert all(bool((book == 0).any()) for book in books)
 
 
-@pytest.mark.parametrize(("clusters", "group", "kind"), [(16, None, "UINT4"), (16, 8, "UINT4"), (40, None, "UINT8")])
+@pytest.mark.parametrize(
+    ("clusters", "group", "kind"),
+    [
+        pytest.param(16, None, "UINT4", marks=pytest.mark.slow),
+        (16, 8, "UINT4"),
+        pytest.param(40, None, "UINT8", marks=pytest.mark.slow),
+    ],
+)
 def test_the_file_holds_packed_indices_and_runs(
     clusters: int, group: int | None, kind: str, trained: Model, tmp_path: Path
 ) -> None:
@@ -161,6 +168,7 @@ def test_the_result_is_saved_loaded_and_trained_further(trained: Model, tmp_path
     assert all(len(dict(again.graph.named_parameters())[name]) == 8 for name in names)
 
 
+@pytest.mark.slow
 def test_transformers_and_shared_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Model.capture(vit(num_classes=10, image_size=8, patch=4, dim=32, depth=1).eval(), (torch.randn(2, 1, 8, 8),))

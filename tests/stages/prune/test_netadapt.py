@@ -104,6 +104,7 @@ def test_each_iteration_keeps_the_best_of_the_least_sufficient_cuts(
     assert result.macs() == bound == around.notes["left"]
 
 
+@pytest.mark.slow
 def test_short_training_is_part_of_the_choice(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[dict[str, Any]] = []
     real = type(blocks.context()).finetune
@@ -175,6 +176,7 @@ def test_the_target_is_met_and_the_proof_holds(model: Model, quantity: str) -> N
     assert len(ends) == 3 - len(gone)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

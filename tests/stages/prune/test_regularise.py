@@ -162,6 +162,7 @@ def test_the_cut_after_the_penalty_loses_less_than_without(method: str, trained:
     assert loss(penalised) < loss(plain)
 
 
+@pytest.mark.slow
 def test_slimming_leaves_scales_that_are_small_beside_the_others(trained: Model) -> None:
     """A penalty that is the same for all takes a larger share of the small ones."""
 
@@ -177,6 +178,7 @@ def test_slimming_leaves_scales_that_are_small_beside_the_others(trained: Model)
     assert smallest_third(0.2) < 0.9 * smallest_third(1e-12)
 
 
+@pytest.mark.slow
 def test_what_growing_regularisation_chose_is_what_is_cut(trained: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = {"epochs": 6, "learning_rate": 0.02}
     config = GrowingRegConfig(
@@ -197,6 +199,7 @@ def test_what_growing_regularisation_chose_is_what_is_cut(trained: Model, monkey
     assert removed[0] == chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["group_lasso", "growing_reg"])
 def test_killed_and_resumed_is_bit_identical(
     method: str, trained: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

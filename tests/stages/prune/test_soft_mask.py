@@ -60,6 +60,7 @@ def test_folding_the_gates_changes_nothing(name: str) -> None:
     assert set(folded.state_dict()) == set(net.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_a_closed_gate_is_what_the_cut_leaves_out(name: str) -> None:
     """Class by class, of every space over which no norm takes statistics."""
@@ -80,6 +81,7 @@ def test_a_closed_gate_is_what_the_cut_leaves_out(name: str) -> None:
     assert proven >= 3
 
 
+@pytest.mark.slow
 def test_gates_lie_on_what_layers_read_and_else_on_everything() -> None:
     coupling = analyse(captured(NETS["resnet"]()))
     for space in [space for space in coupling.spaces if space.free]:
@@ -99,6 +101,7 @@ def test_gates_lie_on_what_layers_read_and_else_on_everything() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_gates_drawn_at_random_keep_what_is_expected() -> None:
     """Of a transformer, whose attention is a sum of two products: the mean over cuts of what drawn gates close."""
     torch.manual_seed(0)
@@ -114,6 +117,7 @@ def test_gates_drawn_at_random_keep_what_is_expected() -> None:
     assert float(expected) == pytest.approx(sum(counts) / len(counts) / counter.macs({}), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "target"), [("resnet", {"macs": 0.4}), ("resnet", {"params": 0.5}), ("vit", {"macs": 0.5})]
 )
@@ -184,6 +188,7 @@ def test_a_latency_is_trained_for_as_operations_and_met() -> None:
     assert 0 < used.notes["allowed_share"] < 1  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = {"epochs": 2, "learning_rate": 0.02, "checkpoint_every_seconds": 0}
     config = SoftMaskConfig(macs=0.6, **{**QUICK, "trainer": trainer})

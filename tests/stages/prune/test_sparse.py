@@ -103,6 +103,7 @@ def test_the_layers_have_the_sparsity_asked_for(settings: dict[str, Any], traine
     assert set(sparse.state_dict()) == set(trained.state_dict())
 
 
+@pytest.mark.slow
 def test_gradual_sparsity_keeps_what_one_shot_loses(trained: Model) -> None:
     settings: dict[str, Any] = {"sparsity": 0.85, "every": 2}
     training = {"epochs": 8, "learning_rate": 0.05}
@@ -234,6 +235,7 @@ def test_names_and_products_of_the_users_own_are_left_alone() -> None:
     assert sparse(torch.randn(5, 1, 8, 8)).shape == (5, 10)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(trained: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SparseMagnitudeConfig(sparsity=0.8, every=1, trainer={"epochs": 2, "checkpoint_every_seconds": 0})
     whole = sparse_magnitude(trained, config, context(workspace=tmp_path / "whole"))

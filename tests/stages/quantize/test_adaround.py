@@ -112,6 +112,7 @@ def test_the_outputs_come_closer_than_by_nearest_rounding() -> None:
     assert noise(quantize(model, config(), context())) < 0.7 * noise(quantize_static(model, static(), context()))
 
 
+@pytest.mark.slow
 def test_the_penalty_makes_learning_decide_by_itself() -> None:
     def undecided(penalty: float) -> int:
         used = context()

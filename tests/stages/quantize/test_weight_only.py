@@ -192,6 +192,7 @@ def test_large_products_of_one_row_read_codes(bits: Any, tmp_path: Path) -> None
     assert promised < path.stat().st_size < 1.05 * promised
 
 
+@pytest.mark.slow
 def test_gptq_keeps_outputs_better_than_nearest() -> None:
     net = trained_digits()
     images = next(iter(digits().val.batches(200)))[0]

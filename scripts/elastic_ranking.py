@@ -1,7 +1,7 @@
 """Does a supernet rank its candidates as training each of them would? What does sampling and scoring one cost?
 
 Trains the supernet of a recipe's nas/elastic stage, takes candidates across a range of operations, scores them as they
-are, fine-tunes each by itself, and compares the two orders (Kendall's tau-b).
+are, fine-tunes each by itself, and compares the two orders (Kendall's tau-b with its interval over candidates).
 
     python scripts/elastic_ranking.py recipes/fashion_mnist/elastic_bench.yaml --out elastic_ranking.json
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import kendalltau
 
+from mil_cli.assess.ranking import interval, tau_b
 from mil_cli.cli.console import messages
 from mil_cli.cli.progress import progress_on
 from mil_cli.data.base import Batch
@@ -86,8 +86,8 @@ def ranking(
             model, stage=None, name=f"candidate{number}", trainer={"epochs": arguments.epochs, "learning_rate": 0.05}
         )
         rows.append({"macs": cost(candidate), "shared": shared, "tuned": context.evaluate(tuned).value})
-    tau = kendalltau([row["shared"] for row in rows], [row["tuned"] for row in rows])
-    return {"candidates": rows, "tau_b": float(tau.statistic)}
+    shared, tuned = ([row[key] for row in rows] for key in ("shared", "tuned"))
+    return {"candidates": rows, "tau_b": asdict(interval(tau_b, shared, tuned, seed=0))}
 
 
 def spread(space: ElasticSpace, cost: CandidateCost, *, count: int, span: float) -> list[Candidate]:

@@ -1,0 +1,1 @@
+"""Fast assessment of architectures: cheap scores, and how well they rank."""

@@ -1,0 +1,120 @@
+"""Figures of a ranking: against scipy, a brute force over pairs, and what chance gives."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mil_cli.assess.ranking import (
+    decisive_tau,
+    difference,
+    interval,
+    noise_ceiling,
+    precision_at,
+    regret,
+    tau_b,
+    top_tau,
+)
+
+
+def counted_tau(scores: list[float], truth: list[float]) -> float:
+    """Return tau-b by the definition: (C - D) / sqrt((n0 - n1) (n0 - n2))."""
+    agreeing = disagreeing = ties = other_ties = pairs = 0
+    for (a, x), (b, y) in itertools.combinations(list(zip(scores, truth, strict=True)), 2):
+        pairs += 1
+        ties += a == b
+        other_ties += x == y
+        agreeing += (a - b) * (x - y) > 0
+        disagreeing += (a - b) * (x - y) < 0
+    return (agreeing - disagreeing) / math.sqrt((pairs - ties) * (pairs - other_ties))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tau_is_scipys_and_that_of_counted_pairs(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    scores, truth = generator.integers(6, size=(2, 20)).astype(float)  # many ties
+    assert tau_b(scores, truth) == pytest.approx(stats.kendalltau(scores, truth).statistic)
+    assert tau_b(scores, truth) == pytest.approx(counted_tau([*scores], [*truth]))
+
+
+def test_what_is_no_number_comes_last_and_what_is_infinite_counts() -> None:
+    truth = [4.0, 3.0, 2.0, 1.0]
+    assert tau_b([3.0, 2.0, 1.0, math.nan], truth) == tau_b([math.inf, 2.0, 1.0, math.nan], truth) == 1
+    assert tau_b([math.nan, 3.0, 2.0, 1.0], truth) == counted_tau([-9.0, 3.0, 2.0, 1.0], truth) == 0
+    assert tau_b([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, math.nan]) == 0
+
+
+def test_pairs_that_noise_decides_do_not_count() -> None:
+    truth = [0.1, 0.2, 0.9, 1.0]
+    swapped = [2.0, 1.0, 4.0, 3.0]
+    assert tau_b(swapped, truth) == pytest.approx(1 / 3)
+    assert decisive_tau(swapped, truth, noise=0.1) == 1  # 0.1 and 0.2 differ by less than 0.28
+    assert decisive_tau(swapped, truth, noise=0.0) == pytest.approx(1 / 3)
+    assert decisive_tau([1.0, 1.0, 1.0, 1.0], truth, noise=0.1) == 0
+    assert math.isnan(decisive_tau(swapped, truth, noise=1.0))
+
+
+def test_the_best_are_ranked_among_themselves() -> None:
+    truth = np.arange(40.0)
+    scores = truth.copy()
+    scores[-4:] = scores[-4:][::-1]
+    assert tau_b(scores, truth) > 0.9
+    assert top_tau(scores, truth) == -1
+    assert top_tau(truth, truth, share=0.01) == 1  # two at least
+
+
+def test_precision_is_that_of_ties_broken_at_random() -> None:
+    generator = np.random.default_rng(0)
+    truth = generator.permutation(12).astype(float)
+    scores = generator.integers(3, size=12).astype(float)
+    best = {*np.argsort(-truth)[:4]}
+    drawn = [len(best & {*np.lexsort((generator.random(12), -scores))[:4]}) / 4 for _ in range(4000)]
+    assert precision_at(scores, truth, 4) == pytest.approx(np.mean(drawn), abs=0.02)
+    assert precision_at(truth, truth, 4) == 1
+    assert precision_at(scores, truth, 50) == 1
+
+
+def test_regret_is_what_the_choice_misses() -> None:
+    truth = [0.8, 0.9, 0.7, math.nan]
+    assert regret([1.0, 2.0, 3.0, 4.0], truth) == pytest.approx(0.2)
+    assert regret([3.0, 3.0, 1.0, 1.0], truth) == pytest.approx(0.05)
+    assert regret([math.nan, 1.0, 0.0, 0.0], truth) == 0
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """Scores are the truth and noise of the same size: tau of two normals of correlation r is 2 / pi * asin(r)."""
+    generator = np.random.default_rng(0)
+    real = 2 / math.pi * math.asin(math.sqrt(0.5))
+    held = 0
+    for number in range(60):
+        truth = generator.normal(size=60)
+        found = interval(tau_b, truth + generator.normal(size=60), truth, seed=number, draws=300)
+        assert found.low < found.value < found.high
+        held += found.low <= real <= found.high
+    assert held >= 52  # of 57 expected
+
+
+def test_a_paired_difference_is_sharper_than_two_intervals() -> None:
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=80)
+    scores = truth + generator.normal(size=80)
+    worse = scores + 0.4 * generator.normal(size=80)
+    paired = difference(tau_b, scores, worse, truth, seed=0, draws=500)
+    alone = [interval(tau_b, each, truth, seed=0, draws=500) for each in (scores, worse)]
+    assert paired.value == pytest.approx(alone[0].value - alone[1].value)
+    assert paired.high - paired.low < 0.7 * sum(each.high - each.low for each in alone)
+    assert difference(tau_b, scores, scores, truth, seed=0, draws=50).high == 0
+
+
+def test_the_ceiling_is_what_noise_leaves() -> None:
+    generator = np.random.default_rng(0)
+    quality = generator.normal(size=2000)
+    seeds = quality[:, None] + generator.normal(size=(2000, 3))
+    assert noise_ceiling(seeds) == pytest.approx(2 / math.pi * math.asin(0.5), abs=0.03)
+    assert noise_ceiling(np.tile(quality[:, None], 2)) == pytest.approx(1)
+    with pytest.raises(ValueError, match="two seeds"):
+        noise_ceiling(quality[:, None])

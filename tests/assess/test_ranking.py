@@ -90,12 +90,12 @@ def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     real = 2 / math.pi * math.asin(math.sqrt(0.5))
     held = 0
-    for number in range(60):
+    for number in range(40):
         truth = generator.normal(size=60)
-        found = interval(tau_b, truth + generator.normal(size=60), truth, seed=number, draws=300)
+        found = interval(tau_b, truth + generator.normal(size=60), truth, seed=number, draws=200)
         assert found.low < found.value < found.high
         held += found.low <= real <= found.high
-    assert held >= 52  # of 57 expected
+    assert held >= 34  # of 38 expected
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals() -> None:

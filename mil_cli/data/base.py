@@ -108,6 +108,20 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
+def repeated(batch: Batch, length: int) -> Batch:
+    """Return a batch of so many samples, those of `batch` over and over in their order."""
+    samples = batch_length(batch)
+    order = torch.arange(length) % samples
+
+    def longer(value: Any) -> Any:
+        whole = isinstance(value, torch.Tensor) and value.ndim and len(value) == samples
+        return value[order.to(value.device)] if whole else value
+
+    if isinstance(batch, Mapping):
+        return {name: longer(value) for name, value in batch.items()}
+    return tuple(longer(value) for value in batch)
+
+
 def batch_length(batch: Batch) -> int:
     """Return the number of samples of a batch: the length of its first tensor."""
     for value in batch.values() if isinstance(batch, Mapping) else batch:

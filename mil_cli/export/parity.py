@@ -140,7 +140,7 @@ def _samples(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int
         axis = spec.batch_axis()
         if axis is not None:
             return tensor.shape[axis]
-    return 1
+    return model.spec.fixed_batch or 1
 
 
 class _Totals:

@@ -68,15 +68,18 @@ class OnnxModel:
         path: The file.
         spec: What the model takes and gives; the file's inputs and outputs must have its names.
         threads: How many threads onnxruntime uses.
+        options: Of the session, `threads` among them; None: those of `session_options`.
 
     Raises:
         ExportError: The file cannot be loaded, or does not have the inputs and outputs of `spec`.
     """
 
-    def __init__(self, path: Path, spec: ModelSpec, *, threads: int = 1) -> None:
+    def __init__(
+        self, path: Path, spec: ModelSpec, *, threads: int = 1, options: onnxruntime.SessionOptions | None = None
+    ) -> None:
         self.path = Path(path)
         self.spec = spec
-        self._session = open_session(self.path, threads=threads)
+        self._session = open_session(self.path, threads=threads, options=options)
         for what, found, tensors in (
             ("inputs", self._session.get_inputs(), spec.inputs),
             ("outputs", self._session.get_outputs(), spec.outputs),

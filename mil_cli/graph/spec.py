@@ -94,6 +94,13 @@ class ModelSpec:
         """The name of the batch dimension: ``batch`` if any axis has it, else None."""
         return BATCH if any(tensor.batch_axis() is not None for tensor in self.inputs) else None
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that the model is fixed to, by its first input; None if it takes any."""
+        if self.batch is not None or not self.inputs or not self.inputs[0].shape:
+            return None
+        return self.inputs[0].shape[0]
+
     def with_(self, **changes: Any) -> ModelSpec:
         """Return a copy with some fields replaced."""
         return replace(self, **changes)

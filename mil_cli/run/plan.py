@@ -23,6 +23,7 @@ from mil_cli.run.execute import StageResult
 from mil_cli.run.goals import check_measurable
 from mil_cli.run.runner import run_chain
 from mil_cli.run.surroundings import build_surroundings
+from mil_cli.training.evaluate import whole_batches
 
 if TYPE_CHECKING:
     from mil_cli.recipe.schema import Recipe
@@ -175,7 +176,7 @@ def _plan(recipe: Recipe, progress: Progress, clock: Callable[[], float]) -> Pla
         chain = run_chain(recipe, small, cache=cache, fresh=False, progress=SilentProgress(), on_result=keep)
         final = chain.final.load()
         exported = export_onnx(final, Path(folder) / "model.onnx", device=surroundings.device)
-        batch = next(iter(full.val.batches(BATCHES)))
+        batch = next(whole_batches(final.spec, full.val, "val", batch_size=BATCHES))
         check_parity(final, exported.path, [surroundings.task.inputs(batch)], threads=surroundings.device.threads)
         original = chain.original.load()
     return Plan(

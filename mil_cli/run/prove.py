@@ -20,7 +20,7 @@ from mil_cli.measure.latency import LATENCY_VERSION
 from mil_cli.run.cache import Cache
 from mil_cli.run.environment import versions
 from mil_cli.stages.surroundings import StoredModel, fingerprint_of
-from mil_cli.training.evaluate import evaluate
+from mil_cli.training.evaluate import evaluate, whole_batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,7 +113,8 @@ class Prover:
 
     def _score(self, name: str, model: StoredModel, path: Path, split_name: str) -> dict[str, Any]:
         graph = model.load()
-        batches = itertools.islice(self.data.val.batches(PARITY_BATCH_SIZE), PARITY_BATCHES)
+        whole = whole_batches(graph.spec, self.data.val, "val", batch_size=PARITY_BATCH_SIZE)
+        batches = itertools.islice(whole, PARITY_BATCHES)
         parity = check_parity(graph, path, [self.task.inputs(batch) for batch in batches], threads=self.device.threads)
         split = getattr(self.data, split_name)
         in_torch = evaluate(graph, task=self.task, split=split, split_name=split_name)
@@ -173,8 +174,8 @@ class Prover:
         return [{**figure, "quality": proof.quality} for proof, figure in zip(proofs, figures, strict=True)]
 
     def _feeds(self, spec: ModelSpec) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the inputs of one sample of the test split, as the files take them."""
-        args, kwargs = self.task.inputs(next(iter(self.data.test.batches(1))))
+        """Return the inputs of one sample of the test split, or of as many as the files take, as they take them."""
+        args, kwargs = self.task.inputs(next(whole_batches(spec, self.data.test, "test", batch_size=1)))
         return feeds_of(spec, args, kwargs)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from mil_cli.data.base import batch_length, repeated
 from mil_cli.errors import DataError, RecipeError, StageError, did_you_mean
 from mil_cli.events import Progress
 from mil_cli.measure.latency import measure_latency
@@ -25,7 +26,7 @@ from mil_cli.stages.surroundings import Surroundings, derive_seed
 from mil_cli.stages.trace import ReadData, ReadDevice, Trace, TracedSlot
 from mil_cli.training.checkpoint import CheckpointSlot, FileSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
-from mil_cli.training.evaluate import Quality, evaluate
+from mil_cli.training.evaluate import Quality, evaluate, fixed_batch
 from mil_cli.training.loop import FitResult, fit
 from mil_cli.training.objective import Binding, StepHook
 
@@ -319,22 +320,37 @@ class Context:
         """Return the quality of `model` on `limit` samples of `val`, always the same ones; all by default."""
         return evaluate(model, task=self.task, split=self.data.val, split_name="val", limit=limit)
 
-    def calibration(self, *, samples: int, batch_size: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Yield (args, kwargs) of about `samples` training samples, drawn by the seed, without augmentation."""
+    def calibration(
+        self, *, samples: int, batch_size: int, model: Model | None = None
+    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Yield (args, kwargs) of about `samples` training samples; see `calibration_batches`."""
         task = self.task
-        for batch in self.calibration_batches(samples=samples, batch_size=batch_size):
+        for batch in self.calibration_batches(samples=samples, batch_size=batch_size, model=model):
             yield task.inputs(batch)
 
-    def calibration_batches(self, *, samples: int, batch_size: int) -> Iterator[Batch]:
-        """Yield whole batches of about `samples` training samples, drawn by the seed, without augmentation."""
+    def calibration_batches(self, *, samples: int, batch_size: int, model: Model | None = None) -> Iterator[Batch]:
+        """Yield whole batches of about `samples` training samples, drawn by the seed, without augmentation.
+
+        Args:
+            samples: How many, about.
+            batch_size: How many at once.
+            model: Who takes them. Where its batch is fixed, batches have that size; if there are fewer training samples
+                than that, some are repeated to fill the one batch.
+        """
         self._record("seed")
         seed = derive_seed(self._surroundings.seed, "calibration")
+        fixed = None if model is None else fixed_batch(model)
+        size = fixed or batch_size
         seen = 0
         train = self.data.train
         # A short last batch would weigh as much as a full one, and has no variance if it is of one sample.
-        for batch in train.batches(batch_size, shuffle=True, seed=seed, drop_last=len(train) >= batch_size):
+        for batch in train.batches(size, shuffle=True, seed=seed, drop_last=len(train) >= size):
+            if fixed is not None and batch_length(batch) < fixed:
+                known = f"batches of {fixed} only, and train has {batch_length(batch)} samples"
+                self.progress.notice(f"{self.name}: the model takes {known}: some count more than once")
+                batch = repeated(batch, fixed)
             yield batch
-            seen += batch_size
+            seen += size
             if seen >= samples:
                 return
 

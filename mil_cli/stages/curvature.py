@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mil_cli.graph.nodes import get_argument, op_name
 from mil_cli.graph.watch import watched
-from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -44,9 +43,8 @@ def input_curvature(model: Model, node: Node, context: Context, *, samples: int,
 
     source = node.args[0]
     runner = watched(model.graph, {source: look})  # type: ignore[dict-item]
-    size = fixed_batch(model) or batch_size
     with torch.no_grad():
-        for args, kwargs in context.calibration(samples=samples, batch_size=size):
+        for args, kwargs in context.calibration(samples=samples, batch_size=batch_size, model=model):
             runner(*args, **kwargs)
     return torch.as_tensor(total)
 

@@ -9,7 +9,7 @@ import torch
 
 from mil_cli.data.base import batch_length
 from mil_cli.training.batch_norm import recalibrate
-from mil_cli.training.evaluate import NotFiniteError, fixed_batch
+from mil_cli.training.evaluate import NotFiniteError, whole_batches
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -29,7 +29,7 @@ def with_fresh_statistics(model: Model, context: Context, *, samples: int) -> Mo
     """
     if not samples:
         return model
-    return recalibrate(model, context.calibration(samples=samples, batch_size=fixed_batch(model) or _BATCH))
+    return recalibrate(model, context.calibration(samples=samples, batch_size=_BATCH, model=model))
 
 
 def quality_or_worst(model: Model, context: Context, *, samples: int) -> float:
@@ -47,12 +47,15 @@ def quality_or_worst(model: Model, context: Context, *, samples: int) -> float:
 
 
 def mean_loss(model: Model, context: Context, *, samples: int) -> float:
-    """Return the task's loss over some samples of val, drawn at random, always the same ones; infinite if it is NaN."""
+    """Return the task's loss over some samples of val, drawn at random, always the same ones; infinite if it is NaN.
+
+    Raises:
+        DataError: The model's batch is fixed to more samples than val has.
+    """
     val, task = context.data.val, context.task
-    size = fixed_batch(model)
     weighted = seen = 0.0
     with torch.no_grad():
-        for batch in val.batches(size or _LOSS_BATCH, shuffle=samples < len(val), seed=0, drop_last=size is not None):
+        for batch in whole_batches(model.spec, val, "val", batch_size=_LOSS_BATCH, shuffle=samples < len(val)):
             args, kwargs = task.inputs(batch)
             weighted += float(task.loss(model(*args, **kwargs), batch)) * batch_length(batch)
             seen += batch_length(batch)

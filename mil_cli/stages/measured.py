@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.session import feeds_of
-from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -63,7 +62,7 @@ def latency_seconds(model: Model, context: Context) -> float:
 
 
 def _latencies(models: Sequence[Model], context: Context) -> list[Latency]:
-    args, kwargs = next(iter(context.calibration(samples=1, batch_size=fixed_batch(models[0]) or 1)))
+    args, kwargs = next(iter(context.calibration(samples=1, batch_size=1, model=models[0])))
     with TemporaryDirectory() as folder:
         files = [Path(folder) / f"{number}.onnx" for number in range(len(models))]
         for model, file in zip(models, files, strict=True):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from mil_cli.data.base import Split, batch_length
-from mil_cli.errors import TaskError
+from mil_cli.data.base import Batch, Split, batch_length
+from mil_cli.errors import DataError, TaskError
 from mil_cli.graph.model import Model
+from mil_cli.graph.spec import ModelSpec
 from mil_cli.task.base import Task
 
 _SAMPLE_SEED = 0
@@ -54,6 +55,7 @@ def evaluate(
     split_name: str,
     batch_size: int = 256,
     limit: int | None = None,
+    spec: ModelSpec | None = None,
 ) -> Quality:
     """Score a model.
 
@@ -63,21 +65,22 @@ def evaluate(
         task: Gives inputs and metric.
         split: The samples.
         split_name: Its name, for the figure.
-        batch_size: Samples per call; a `Model` with a fixed batch is called with that,
-            and a last batch that is not full is left out.
+        batch_size: Samples per call, where `spec` leaves them free; see `whole_batches`.
         limit: Score this many samples, drawn at random, always the same ones; None: all.
+        spec: What the model takes; None: what `predict` says under that name, if anything.
 
     Raises:
+        DataError: There are fewer samples than the batch is fixed to.
         NotFiniteError: The outputs hold NaN or infinities.
         TaskError: The outputs do not fit the task.
     """
     model = predict if isinstance(predict, Model) else None
     was_training = model is not None and model.training
-    fixed = fixed_batch(model) if model is not None else None
+    spec = getattr(predict, "spec", None) if spec is None else spec
     if model is not None:
         model.eval()
     try:
-        return _evaluate(predict, task, split, split_name, fixed or batch_size, limit, drop_last=fixed is not None)
+        return _evaluate(predict, task, split, split_name, batch_size, limit, spec)
     finally:
         if model is not None and was_training:
             model.train()
@@ -85,9 +88,45 @@ def evaluate(
 
 def fixed_batch(model: Model) -> int | None:
     """Return the batch size that a model is fixed to, or None if it takes any."""
-    if model.spec.batch is not None or not model.spec.inputs or not model.spec.inputs[0].shape:
-        return None
-    return model.spec.inputs[0].shape[0]
+    return model.spec.fixed_batch
+
+
+def whole_batches(
+    spec: ModelSpec | None, split: Split, split_name: str, *, batch_size: int, shuffle: bool = False, seed: int = 0
+) -> Iterator[Batch]:
+    """Yield the batches of a split as a model takes them: where its batch is fixed, of that size and no other.
+
+    A last batch that is not full is then left out.
+
+    Args:
+        spec: What the model takes; None: batches of any size.
+        split: The samples.
+        split_name: Its name, for messages.
+        batch_size: Samples of a batch, where the model leaves them free.
+        shuffle: As in `Split.batches`.
+        seed: Likewise.
+
+    Raises:
+        DataError: The batch is fixed to more samples than there are.
+    """
+    fixed = None if spec is None else spec.fixed_batch
+    empty = True
+    for batch in split.batches(fixed or batch_size, shuffle=shuffle, seed=seed, drop_last=fixed is not None):
+        empty = False
+        yield batch
+    if empty and fixed is not None:
+        raise too_few_samples(fixed, split_name, len(split))
+
+
+def too_few_samples(fixed: int, split_name: str, samples: int) -> DataError:
+    """Return the error of a split that does not fill one batch of a model."""
+    return DataError(
+        f"the model takes batches of {fixed} only, which the samples of {split_name} do not fill",
+        where=f"data.{split_name}",
+        value=samples,
+        hint=f"give {split_name} {fixed} samples or more, or change the model so that it can be captured with a free "
+        "batch (`mil inspect` says what fixes it)",
+    )
 
 
 def _evaluate(
@@ -97,15 +136,14 @@ def _evaluate(
     split_name: str,
     batch_size: int,
     limit: int | None,
-    *,
-    drop_last: bool,
+    spec: ModelSpec | None,
 ) -> Quality:
     metric = task.metric()
     finite: torch.Tensor | None = None
     samples = 0
     drawn = limit is not None and limit < len(split)
     with torch.no_grad():
-        for batch in split.batches(batch_size, shuffle=drawn, seed=_SAMPLE_SEED, drop_last=drop_last):
+        for batch in whole_batches(spec, split, split_name, batch_size=batch_size, shuffle=drawn, seed=_SAMPLE_SEED):
             args, kwargs = task.inputs(batch)
             outputs = predict(*args, **kwargs)
             task.update(metric, outputs, batch)

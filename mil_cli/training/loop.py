@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mil_cli.data.base import Batch, Data, batch_count, mix_seed
+from mil_cli.data.base import Batch, Data, batch_count, batch_length, mix_seed
 from mil_cli.errors import RecipeError
 from mil_cli.events import Bar, Progress, SilentProgress
 from mil_cli.graph.model import Model
@@ -28,7 +28,7 @@ from mil_cli.training.checkpoint import CheckpointSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.devices import Network, build_fabric, run_in_precision
 from mil_cli.training.ema import MovingAverage
-from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate, fixed_batch
+from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate, fixed_batch, too_few_samples
 from mil_cli.training.layout import place, to_contiguous, use_channels_last
 from mil_cli.training.objective import Binding, Objective, Running, StepHook
 from mil_cli.training.optimizers import build_optimizer, build_scheduler
@@ -253,6 +253,7 @@ class _Loop:
             shard=(self._fabric.global_rank, self._fabric.world_size),
         )
         for batch in batches:
+            self._check_full(batch)
             self._step(place(batch, device=self._fabric.device, channels_last=self._channels_last))
             position.step += 1
             self._unsaved = True
@@ -359,12 +360,9 @@ class _Loop:
 
         self._model.eval()
         try:
-            return evaluate(predict, task=self._task, split=self._data.val, split_name="val", **self._evaluation_size())
+            return evaluate(predict, task=self._task, split=self._data.val, split_name="val", spec=self._model.spec)
         finally:
             self._model.train()
-
-    def _evaluation_size(self) -> dict[str, int]:
-        return {"batch_size": self._batch_size} if fixed_batch(self._model) is not None else {}
 
     def _diverge(self, reason: str) -> None:
         position = self._position
@@ -515,6 +513,16 @@ class _Loop:
                 value=size,
             )
         return size
+
+    def _check_full(self, batch: Batch) -> None:
+        """Refuse a batch that is too short for a model which takes one size only.
+
+        Raises:
+            DataError: It is; there are no more samples.
+        """
+        wanted = self._batch_size // self._fabric.world_size
+        if not self._drop_last and batch_length(batch) < wanted and fixed_batch(self._model) is not None:
+            raise too_few_samples(self._batch_size, "train", len(self._data.train))
 
     def _note(self) -> str:
         position = self._position

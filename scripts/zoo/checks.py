@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-import time
 import warnings
 import zlib
 from collections import Counter as Tally
@@ -29,7 +28,8 @@ from mil_cli.graph.coupling import Coupling, analyse, check_equivalence, cut, re
 from mil_cli.graph.coupling.equivalence import TOLERANCE
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute, op_name
-from scripts.zoo.sample import Sample, enliven, fresh
+from scripts.zoo.sample import Sample, fresh
+from scripts.zoo.steps import Row, Steps, built, captured, captured_by_torch, floats
 
 RATIO = 0.4
 """Share of the free classes of every space that is cut."""
@@ -38,8 +38,6 @@ STEPS = ("build", "capture", "analyse", "cut", "equivalence", "batch", "backward
 
 _OTHER_BATCH = 7
 _SHOWN_REASONS = 4
-
-Row = dict[str, Any]
 
 
 def check(name: str, report: Callable[[Row], None]) -> None:
@@ -60,54 +58,30 @@ def check(name: str, report: Callable[[Row], None]) -> None:
 class _Check:
     def __init__(self, name: str, report: Callable[[Row], None]) -> None:
         self.seed = zlib.crc32(name.encode())
-        self.row: Row = {"name": name, "failed": {}, "original": {}, "seconds": {}}
-        self._report = report
+        self._steps = Steps(name, report)
+        self.row = self._steps.row
 
     def run(self, build: Callable[[], Sample]) -> None:
         """Do the steps; those that need what an earlier one could not give are left out."""
+        step = self._steps.do
         with TemporaryDirectory(prefix="zoo-") as folder:
-            sample = self._step("build", lambda: _built(build))
-            model = sample and self._step("capture", lambda: self._capture(sample), lambda: _plain_capture(sample))
-            coupling = model and self._step("analyse", lambda: self._analyse(model))
+            path = Path(folder)
+            sample = step("build", lambda: built(build))
+            model = sample and step("capture", lambda: self._capture(sample), lambda: captured_by_torch(sample))
+            coupling = model and step("analyse", lambda: self._analyse(model))
             removed = coupling and chosen(coupling, self.seed)
-            smaller = coupling and self._step("cut", lambda: self._cut(model, coupling, removed))
+            smaller = coupling and step("cut", lambda: self._cut(model, coupling, removed))
             if smaller is not None:
-                self._step("equivalence", lambda: self._equivalence(model, coupling, removed, smaller))
-                self._step("batch", lambda: _other_batch(smaller), lambda: _other_batch(model))
-                self._step("backward", lambda: _backward(smaller, sample), lambda: _backward_of_module(sample))
-                self._step(
-                    "archive", lambda: _round_trip(smaller, Path(folder)), lambda: _round_trip(model, Path(folder))
-                )
-                self._step("second cut", lambda: self._second_cut(Path(folder)))
-                self._step("onnx", lambda: _onnx(smaller, Path(folder)), lambda: _onnx(model, Path(folder)))
-        self.row.pop("step", None)
-        self._report(self.row)
-
-    def _step(self, name: str, do: Callable[[], Any], of_original: Callable[[], Any] | None = None) -> Any:
-        """Return what a step gives; None, and the reason in the row, where it fails."""
-        self.row["step"] = name
-        self._report(self.row)
-        start = time.process_time()
-        try:
-            return do()
-        except Exception as error:
-            self.row["failed"][name] = _in_words(error)
-        finally:
-            self.row["seconds"][name] = round(time.process_time() - start, 2)
-        if of_original is not None:
-            try:
-                of_original()
-            except Exception as error:
-                self.row["original"][name] = _in_words(error)
-                del self.row["failed"][name]
-        return None
+                step("equivalence", lambda: self._equivalence(model, coupling, removed, smaller))
+                step("batch", lambda: _other_batch(smaller), lambda: _other_batch(model))
+                step("backward", lambda: _backward(smaller, sample), lambda: _backward_of_module(sample))
+                step("archive", lambda: _round_trip(smaller, path), lambda: _round_trip(model, path))
+                step("second cut", lambda: self._second_cut(path))
+                step("onnx", lambda: _onnx(smaller, path), lambda: _onnx(model, path))
+        self._steps.finish()
 
     def _capture(self, sample: Sample) -> Model:
-        model = Model.capture(sample.module, sample.args, sample.kwargs)
-        with torch.no_grad():
-            outputs = _floats(model, model(*model.samples[0], **model.samples[1]))
-        if not all(bool(torch.isfinite(output).all()) and float(output.abs().max()) > 0 for output in outputs):
-            raise ValueError("the outputs are not finite, or all zero: nothing could be compared")
+        model = captured(sample)
         self.row.update(nodes=len(model.graph.graph.nodes), macs=model.macs(), params=model.num_params())
         self.row["notices"] = list(model.spec.notices)
         return model
@@ -175,12 +149,6 @@ def chosen(coupling: Coupling, seed: int) -> dict[int, set[int]]:
     return repair(coupling, removed)
 
 
-def _built(build: Callable[[], Sample]) -> Sample:
-    sample = build()
-    enliven(sample)
-    return sample
-
-
 def _proven(model: Model, coupling: Coupling, removed: dict[int, set[int]], smaller: Model, seed: int) -> float:
     """Return the difference of the cut model from the masked one.
 
@@ -227,15 +195,6 @@ def in_double_precision(model: Model) -> Model:
     return Model(graph=copied.graph, spec=copied.spec, samples=samples)
 
 
-def _plain_capture(sample: Sample) -> None:
-    """Capture as torch does by itself, with fixed sizes."""
-    torch.export.export(copy.deepcopy(sample.module).eval(), sample.args, sample.kwargs)
-
-
-def _floats(model: Model, outputs: Any) -> list[Tensor]:
-    return [tensor for tensor in model.flatten_outputs(outputs) if tensor.is_floating_point()]
-
-
 def _other_batch(model: Model) -> None:
     """Check that another batch runs and that each sample's result does not depend on those beside it.
 
@@ -246,8 +205,8 @@ def _other_batch(model: Model) -> None:
         raise ValueError(f"the batch is fixed: {' '.join(model.spec.notices)}")
     args, kwargs = model.batch_input(_OTHER_BATCH)
     with torch.no_grad():
-        many = _floats(model, model(*args, **kwargs))
-        few = _floats(model, model(*model.samples[0], **model.samples[1]))
+        many = floats(model, model(*args, **kwargs))
+        few = floats(model, model(*model.samples[0], **model.samples[1]))
     for whole, part in zip(many, few, strict=True):
         shared = whole
         for axis, size in enumerate(part.shape):
@@ -312,8 +271,3 @@ def _onnx(model: Model, folder: Path) -> None:
     path = folder / "model.onnx"
     export_onnx(model, path)
     check_parity(model, path, [fresh(model.samples, 1)])
-
-
-def _in_words(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {' '.join(lines[:3])[:400]}" if lines else type(error).__name__

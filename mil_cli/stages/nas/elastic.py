@@ -25,7 +25,6 @@ from mil_cli.stages.nas.space import ElasticSpace, depths_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, sandwich
 from mil_cli.stages.registry import StageConfig, stage
 from mil_cli.stages.targets import Kernels, LatencyTarget, RoundTo, Target, parse_latency, width_multiple
-from mil_cli.training.evaluate import fixed_batch
 from mil_cli.units import Kept, parse_kept
 
 if TYPE_CHECKING:
@@ -287,7 +286,7 @@ def prepare(model: Model, config: ElasticConfig, context: Context) -> tuple[Mode
             where=f"stages.{context.name}",
             hint="lower min_width, min_depth or round_to; `mil inspect` says what cannot be cut and why",
         )
-    calls = list(context.calibration(samples=_PROVEN, batch_size=fixed_batch(model) or _PROVEN))
+    calls = list(context.calibration(samples=_PROVEN, batch_size=_PROVEN, model=model))
     reorder(ordered.graph, coupling, group_norms(ordered.graph, coupling), calls)
     return ordered, ElasticSpace(coupling, widths, depths)
 
@@ -300,8 +299,8 @@ def _branch_costs(
     context: Context,
 ) -> dict[str, float]:
     """Return by the name of its addition what leaving each residual branch out adds to the task's loss."""
-    size = fixed_batch(model) or _BATCH
-    batches = list(context.calibration_batches(samples=config.importance_samples, batch_size=size)) if chains else []
+    drawn = context.calibration_batches(samples=config.importance_samples, batch_size=_BATCH, model=model)
+    batches = list(drawn) if chains else []
     task = context.task
     costs = {}
     for branch in (branch for chain in chains for branch in chain):

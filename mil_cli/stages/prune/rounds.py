@@ -15,7 +15,6 @@ from mil_cli.stages.prune.amount import Amount, Measure
 from mil_cli.stages.prune.arrange import Importance, arranged
 from mil_cli.stages.prune.selection import Scores, Selection, least_classes, select
 from mil_cli.stages.prune.settings import CutConfig
-from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -172,8 +171,8 @@ class Rounds:
 
     def check_calls(self, model: Model) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Return the training samples on which cuts are compared, as (args, kwargs)."""
-        size = fixed_batch(model) or self._config.check_samples
-        return list(self._context.calibration(samples=self._config.check_samples, batch_size=size))
+        samples = self._config.check_samples
+        return list(self._context.calibration(samples=samples, batch_size=samples, model=model))
 
     def without_failed(self, coupling: Coupling, report: EquivalenceReport) -> Coupling:
         """Return an analysis with the spaces frozen that failed a comparison; says so."""

@@ -126,7 +126,7 @@ def gradients(model: Model, context: Context, *, samples: int, batch_size: int) 
     parameters = {name: parameter.requires_grad_(True) for name, parameter in network.named_parameters()}
     size = fixed_batch(model) or batch_size
     with context.progress.work(f"{context.name}: gradients", -(-samples // size)) as bar:
-        for batch in context.calibration_batches(samples=samples, batch_size=size):
+        for batch in context.calibration_batches(samples=samples, batch_size=batch_size, model=model):
             args, kwargs = context.task.inputs(batch)
             loss = context.task.loss(network(*args, **kwargs), batch)
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

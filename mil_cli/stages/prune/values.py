@@ -54,7 +54,7 @@ def score_values(
     runner = watched(coupling.graph, {node: _all(looks) for node, looks in by_node.items()})
     size = fixed_batch(model) or batch_size
     with context.progress.work(f"{context.name}: watching channels", -(-samples // size)) as bar, torch.no_grad():
-        for args, kwargs in context.calibration(samples=samples, batch_size=size):
+        for args, kwargs in context.calibration(samples=samples, batch_size=batch_size, model=model):
             runner(*args, **kwargs)
             bar.advance()
     scores = []

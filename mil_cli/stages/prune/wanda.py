@@ -89,7 +89,7 @@ def input_norms(
     runner = watched(model.graph, looks)
     size = fixed_batch(model) or batch_size
     with context.progress.work(f"{context.name}: watching inputs", -(-samples // size)) as bar, torch.no_grad():
-        for args, kwargs in context.calibration(samples=samples, batch_size=size):
+        for args, kwargs in context.calibration(samples=samples, batch_size=batch_size, model=model):
             runner(*args, **kwargs)
             bar.advance()
     return {name: total.sqrt() for name, total in totals.items()}

@@ -27,7 +27,6 @@ from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.settle import settle, strip
 from mil_cli.stages.quantize.weights import protect_biases
 from mil_cli.training.batch_norm import recalibrate
-from mil_cli.training.evaluate import fixed_batch
 from mil_cli.training.objective import StepHook
 
 
@@ -116,8 +115,8 @@ def train_quantized(
         if bits:
             earlier.append({"bits": bits, "history": context.notes.get("history")})
     if config.batch_norm == "reestimate":
-        size = fixed_batch(trained) or config.calibration_batch_size
-        trained = recalibrate(trained, context.calibration(samples=config.batch_norm_samples, batch_size=size))
+        samples, size = config.batch_norm_samples, config.calibration_batch_size
+        trained = recalibrate(trained, context.calibration(samples=samples, batch_size=size, model=trained))
     result = fold_batch_norm(trained)
     protect_biases(result.graph)
     context.note(**rules.facts(), batch_norm=config.batch_norm, **({"bits_before": earlier} if earlier else {}))

@@ -126,8 +126,9 @@ def observe_with(
     model: Model, observers: Mapping[Node, Statistic], config: QuantizationConfig, context: Context, *, bar: Bar
 ) -> None:
     """Do as `observe` does, within a piece of work that has begun; `bar` is told after each batch."""
-    size = fixed_batch(model) or config.calibration_batch_size
-    batches = context.calibration(samples=config.calibration_samples, batch_size=size)
+    batches = context.calibration(
+        samples=config.calibration_samples, batch_size=config.calibration_batch_size, model=model
+    )
     calibrate(model.graph, observers, batches, bar=bar)
 
 

@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mil_cli.data.base import batch_length
 from mil_cli.errors import StageError
 from mil_cli.graph.nodes import get_attribute
-from mil_cli.training.evaluate import fixed_batch
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -68,7 +67,7 @@ def _curvatures(
     task = context.task
     sums = torch.zeros(len(weights), dtype=torch.float64)
     seen = 0
-    for batch in context.calibration_batches(samples=samples, batch_size=fixed_batch(model) or _BATCH):
+    for batch in context.calibration_batches(samples=samples, batch_size=_BATCH, model=model):
         args, kwargs = task.inputs(batch)
         try:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative

@@ -167,7 +167,9 @@ class _Reconstruction:
             parameter.requires_grad_(beyond.fisher)
         self.model = prepared.insert(correct=False)  # of what the roundings leave
         self._size = fixed_batch(self.model) or config.batch_size
-        self._batches = list(context.calibration_batches(samples=config.samples, batch_size=self._size))
+        self._batches = list(
+            context.calibration_batches(samples=config.samples, batch_size=config.batch_size, model=self.model)
+        )
         self._taken: set[str] = set()
 
     def soft(self, unit: Unit) -> SoftSegment:

@@ -23,7 +23,7 @@ from mil_cli.stages.quantize.hessian import hessian_traces
 from mil_cli.stages.quantize.placement import Layer
 from mil_cli.stages.quantize.ranges import CodeRange, weight_codes
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
-from mil_cli.training.evaluate import fixed_batch
+from mil_cli.training.evaluate import whole_batches
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -114,12 +114,11 @@ class Rounding:
         Several outputs count alike, each with its own quotient.
         """
         exact, val = self._exact, self.context.data.val
-        size = fixed_batch(exact)
         errors: dict[int, list[float]] = {}
         seen = 0
         with self._applied(changes), torch.no_grad():
             shuffle = self._samples < len(val)
-            for batch in val.batches(size or _BATCH, shuffle=shuffle, seed=0, drop_last=size is not None):
+            for batch in whole_batches(exact.spec, val, "val", batch_size=_BATCH, shuffle=shuffle):
                 args, kwargs = self.context.task.inputs(batch)
                 pairs = zip(*(tree_leaves(net(*args, **kwargs)) for net in (exact, self.prepared.model)), strict=True)
                 for number, (wanted, given) in enumerate(pairs):

@@ -17,7 +17,7 @@ import torch
 
 from mil_cli.errors import ExportError
 from mil_cli.export.exporter import BLOCKS, MARKER_DOMAIN
-from mil_cli.export.nbits import is_row_product, write_row_product
+from mil_cli.export.nbits import PROVIDERS, is_row_product, write_row_product
 from mil_cli.export.packing import storage_bits, write_codes
 from mil_cli.export.surgery import GraphWriter, constant_of
 from mil_cli.ops.blocks import block_codes
@@ -25,12 +25,13 @@ from mil_cli.ops.blocks import block_codes
 _FLOAT = ir.DataType.FLOAT
 
 
-def write_blocks(onnx: GraphWriter, widths: Collection[int]) -> list[str]:
+def write_blocks(onnx: GraphWriter, widths: Collection[int], *, provider: str | None = None) -> list[str]:
     """Replace every marker of a block quantizer, in place.
 
     Args:
         onnx: Writes into a graph as `mil_cli.export.exporter.convert` gives it.
         widths: The bits of packed weights that the target takes.
+        provider: The target's execution provider, on which it depends which operators may be used; None: any may.
 
     Returns:
         What the user should know about how weights are stored.
@@ -46,7 +47,7 @@ def write_blocks(onnx: GraphWriter, widths: Collection[int]) -> list[str]:
         weight = _read(node, bits)
         if _is_table(node, weight):
             _write_table(onnx, node, weight)
-        elif _is_streamed(onnx, node, weight):
+        elif provider in (None, *PROVIDERS) and _is_streamed(onnx, node, weight):
             _write_products(onnx, node, weight)
         else:
             onnx.replace(node.outputs[0], _write(onnx, node, weight), node)

@@ -12,6 +12,9 @@ import onnx_ir as ir
 
 from mil_cli.export.surgery import GraphWriter, transposes_second
 
+PROVIDERS = frozenset({"CPUExecutionProvider"})
+"""Execution providers on which the operator is known to run, and to be worth it."""
+
 _SMALLEST = 2**20
 """Numbers of a weight from which on the kernel is no slower with a batch of 16 either."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,8 @@ def export_onnx(model: Model, path: Path, *, device: DeviceProfile | None = None
     Args:
         model: The model; it is not changed.
         path: The file to write.
-        device: The target; its weight widths decide which packed types may be used. None allows all.
+        device: The target; its weight widths decide which packed types may be used, its execution provider which
+            operators beyond ONNX's own. None allows all.
 
     Raises:
         ExportError: The model cannot be expressed in ONNX, or the file would not be valid.
@@ -80,7 +82,8 @@ def export_onnx(model: Model, path: Path, *, device: DeviceProfile | None = None
         ) from error
     # Dynamic products come before the quantizers, whose marker on their weights they take over.
     graph = GraphWriter(converted.graph)
-    writers = (write_codebooks, write_blocks, write_dynamic, write_quantizers)
+    blocks = partial(write_blocks, provider=None if device is None else device.provider)
+    writers = (write_codebooks, blocks, write_dynamic, write_quantizers)
     notices = [notice for write in writers for notice in write(graph, widths)]
     converted.opset_imports.pop(MARKER_DOMAIN, None)
     remove_unused(converted.graph)

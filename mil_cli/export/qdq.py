@@ -3,7 +3,7 @@
 The forms are those that onnxruntime fuses into integer kernels: activations are quantized and dequantized in 8 bits,
 8-bit weights are int8 initializers that are dequantized, weights of fewer bits are packed initializers that become int8
 before (a direct 4-bit DequantizeLinear would be run at every inference). Biases stay float, and onnxruntime
-quantizes them itself with the scales that it needs, but for one case (see `_Writer.quantize_bias`).
+quantizes them itself with the scales that it needs, but for one case (see `mil_cli.export.gemm`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from mil_cli.errors import ExportError
 from mil_cli.export.exporter import MARKER_DOMAIN
+from mil_cli.export.gemm import finish_products
 from mil_cli.export.markers import Marker, read_marker
 from mil_cli.export.packing import ALL_WIDTHS, index_bits, storage_bits, write_codes, write_indices
 from mil_cli.export.surgery import GraphWriter, constant_of
@@ -41,11 +42,7 @@ def write_quantizers(onnx: GraphWriter, widths: Collection[int] = ALL_WIDTHS) ->
     writer = _Writer(onnx, widths)
     for node in nodes:
         writer.write(read_marker(node))
-    for node in list(onnx.graph):
-        if _is_float_gemm(node):
-            writer.quantize_bias(node)
-        elif _is_float_rectifier(node):
-            writer.replace_rectifier(node)
+    finish_products(onnx)
     return writer.notices()
 
 
@@ -152,72 +149,3 @@ class _Writer:
         attributes = {} if axis is None else {"axis": axis}
         inputs: list[ir.Value | None] = [codes, scale, zero_point]
         return self._onnx.insert(marker.node, "DequantizeLinear", inputs, attributes, ir.DataType.FLOAT)
-
-    def quantize_bias(self, gemm: ir.Node) -> None:
-        """Write the bias of a Gemm of quantized values as int32, in steps of both scales' product.
-
-        onnxruntime quantizes a float bias itself, but for a Gemm only if its result is quantized too.
-        """
-        bias = gemm.inputs[2]
-        scales = [_scale_of(value) for value in gemm.inputs[:2]]
-        values = None if bias is None else constant_of(bias)
-        if bias is None or values is None or values.ndim != 1 or scales[0] is None or scales[1] is None:
-            return
-        scale = (scales[0] * scales[1]).astype(np.float32)
-        limits = np.iinfo(np.int32)
-        codes = np.clip(np.rint(values.astype(np.float64) / scale), limits.min, limits.max)
-        name = (bias.name or "bias").removesuffix(".bias")
-        inputs: list[ir.Value | None] = [
-            self._onnx.constant(f"{name}.bias.codes", codes, ir.DataType.INT32),
-            self._onnx.constant(f"{name}.bias.scale", scale, ir.DataType.FLOAT),
-        ]
-        attributes = {"axis": 0} if scale.ndim else {}
-        gemm.replace_input_with(2, self._onnx.insert(gemm, "DequantizeLinear", inputs, attributes, ir.DataType.FLOAT))
-
-    def replace_rectifier(self, relu: ir.Node) -> None:
-        """Write a rectifier between an integer product and a float operator as a maximum with 0.
-
-        onnxruntime looks through a Relu for the QuantizeLinear behind it; where there is none, it leaves the product in
-        float.
-        """
-        zero = self._onnx.constant("zero", np.array(0.0), ir.DataType.FLOAT)
-        largest = self._onnx.insert(relu, "Max", [relu.inputs[0], zero], {}, ir.DataType.FLOAT)
-        self._onnx.replace(relu.outputs[0], largest, relu)
-
-
-def _scale_of(value: ir.Value | None) -> npt.NDArray[np.float32] | None:
-    """Return the scale of a value that a DequantizeLinear makes."""
-    node = None if value is None else value.producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.inputs[1] is None:
-        return None
-    scale = constant_of(node.inputs[1])
-    return None if scale is None else scale.astype(np.float32)
-
-
-def _is_float_gemm(node: ir.Node) -> bool:
-    """Whether a node is a linear layer with a bias whose result nobody quantizes at once."""
-    if node.op_type != "Gemm" or node.domain != "" or len(node.inputs) != 3:
-        return False
-    if any(node.attributes[name].value != 1.0 for name in ("alpha", "beta") if name in node.attributes):
-        return False
-    user = _only_user(node)
-    if user is not None and user.op_type in ("Relu", "Clip"):
-        user = _only_user(user)
-    return user is None or user.op_type != "QuantizeLinear"
-
-
-def _is_float_rectifier(node: ir.Node) -> bool:
-    """Whether a node rectifies the product of quantized values and nobody quantizes the result at once."""
-    product = node.inputs[0].producer() if node.op_type == "Relu" and node.inputs[0] is not None else None
-    if product is None or product.op_type not in ("MatMul", "Gemm"):
-        return False
-    user = _only_user(node)
-    return all(_scale_of(value) is not None for value in product.inputs[:2]) and (
-        user is None or user.op_type != "QuantizeLinear"
-    )
-
-
-def _only_user(node: ir.Node) -> ir.Node | None:
-    """Return the one node that reads a node's first output; None if there are more, or none."""
-    users = list(node.outputs[0].consumers())
-    return users[0] if len(users) == 1 else None

@@ -83,7 +83,10 @@ def _tuple(value: object, dimensions: int) -> list[int]:
 
 
 def inverse_factor(curvature: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the damped curvature's inverse; inputs that are always 0 count as 1.
+    """Return the upper Cholesky factor of the damped curvature's inverse.
+
+    Inputs that are always 0 get the mean of the others (1 if all are), and do not count in it: those that there are
+    beside a layer's other inputs change nothing for these.
 
     Args:
         curvature: ``[..., inputs, inputs]``.
@@ -94,7 +97,9 @@ def inverse_factor(curvature: Tensor, damping: float) -> Tensor:
     """
     damped = curvature.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    diagonal.masked_fill_(diagonal == 0, 1.0)
-    diagonal.add_(damping * diagonal.mean(-1, keepdim=True))
+    dead = diagonal == 0
+    mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
+    mean = torch.where(dead.all(-1, keepdim=True), 1.0, mean)
+    diagonal.copy_(torch.where(dead, mean, diagonal) + damping * mean)
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     return factor

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torchmetrics import Metric
-from torchmetrics.image import PeakSignalNoiseRatio
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
@@ -28,6 +28,9 @@ from mil_cli.task.fields import (
 )
 
 _LOSSES = ("l1", "charbonnier", "mse")
+
+HIGHEST_PSNR = 100.0
+"""In dB; what an image counts at most. One that is met exactly has an infinite PSNR, and the mean would be too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ class ImageToImage:
 
     @property
     def metric_name(self) -> str:
-        """What reports call the metric: the mean over images of each image's PSNR, in dB."""
+        """What reports call the metric: the mean over images of each image's PSNR, in dB, 100 at most."""
         return "PSNR"
 
     @property
@@ -95,7 +98,7 @@ class ImageToImage:
 
     def metric(self) -> Metric:
         """Return a fresh PSNR, averaged over images."""
-        return PeakSignalNoiseRatio(data_range=self.data_range, dim=(1, 2, 3), reduction="elementwise_mean")
+        return MeanMetric(nan_strategy="disable")
 
     def update(self, metric: Metric, outputs: Any, batch: Batch) -> None:
         """Count one batch.
@@ -110,7 +113,8 @@ class ImageToImage:
             output, target = output[..., inner, inner], target[..., inner, inner]
             if not output.numel():
                 raise TaskError("the border leaves no pixel", where="task.border", value=self.border)
-        metric.update(output, target)
+        each = peak_signal_noise_ratio(output, target, self.data_range, dim=(1, 2, 3), reduction="none")
+        metric.update(each.clamp(max=HIGHEST_PSNR))
 
     def distance(self, student_outputs: Any, teacher_outputs: Any, batch: Batch, *, temperature: float) -> torch.Tensor:
         """Return the mean absolute difference of the images; a temperature has no meaning here."""

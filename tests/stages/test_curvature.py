@@ -29,8 +29,21 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     torch.testing.assert_close(factor.mT @ factor, torch.linalg.inv(damped))
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(inverse_factor(curvature[1], 0.01), factor[1])
-    dead = torch.zeros(3, 3, dtype=torch.float64)
-    assert torch.isfinite(inverse_factor(dead, 0.01)).all()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_dead_inputs_change_nothing_for_the_others(size: float) -> None:
+    x = size * torch.randn(100, 8, generator=torch.Generator().manual_seed(0)).double()
+    alive, padded = x.T @ x, torch.nn.functional.pad(x, (0, 20))
+    factor = inverse_factor(padded.T @ padded, 0.01)
+    torch.testing.assert_close(factor[:8, :8], inverse_factor(alive, 0.01))
+    assert not factor[:8, 8:].any()
+    assert bool((factor.diagonal() > 0).all())
+
+
+def test_curvature_of_dead_inputs_alone_can_be_inverted() -> None:
+    factor = inverse_factor(torch.zeros(2, 3, 3, dtype=torch.float64), 0.01)
+    torch.testing.assert_close(factor, 1.01**-0.5 * torch.eye(3, dtype=torch.float64).expand(2, 3, 3))
 
 
 @pytest.mark.parametrize(

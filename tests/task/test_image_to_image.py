@@ -27,6 +27,15 @@ def test_psnr_is_the_mean_over_images() -> None:
     assert float(metric.compute()) == pytest.approx(sum(values) / 3, rel=1e-5)
 
 
+def test_an_image_that_is_met_exactly_counts_a_hundred_decibels() -> None:
+    target = torch.full((4, 1, 6, 6), 0.5)
+    output = target + torch.tensor([0.0, 1e-6, 0.1, 0.1])[:, None, None, None]
+    task = ImageToImage()
+    metric = task.metric()
+    task.update(metric, output, (None, target))
+    assert float(metric.compute()) == pytest.approx((100 + 100 + 20 + 20) / 4, abs=1e-3)
+
+
 def test_the_border_is_not_scored() -> None:
     target = torch.full((1, 1, 6, 6), 0.5)
     output = target + 0.1

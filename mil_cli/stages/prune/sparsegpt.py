@@ -37,6 +37,7 @@ class SparseGptConfig(SparsityConfig):
     """
 
     method: ClassVar[str] = "sparsegpt"
+    version: ClassVar[int] = 3
 
     samples: int = Field(256, ge=1)
     batch_size: int = Field(64, ge=1)

@@ -38,7 +38,7 @@ class LsqConfig(AwareConfig):
     """
 
     method: ClassVar[str] = "lsq"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     initialization: Initialization = "mse"
 

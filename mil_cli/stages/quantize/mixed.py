@@ -45,6 +45,7 @@ class MixedConfig(StageConfig):
 
     family: ClassVar[str] = "quantize"
     method: ClassVar[str] = "mixed"
+    version: ClassVar[int] = 2
     never_after: ClassVar[dict[str, str]] = QuantizationConfig.never_after
 
     by: str | None = None

@@ -41,6 +41,14 @@ _PASSING = frozenset(
 )
 """Operators whose outputs are some of their input's values: the same codes serve both."""
 
+_FINISHING = frozenset(
+    {
+        *("softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "log_sigmoid", "tanh", "hardsigmoid"),
+        *("pixel_shuffle", "upsample_bilinear2d", "upsample_bicubic2d"),
+    }
+)
+"""Operators that bring what a last layer gives into the form of an output."""
+
 NEVER = {
     **dict.fromkeys(_TRANSPOSED, "onnxruntime has no integer kernel for transposed convolutions"),
     "embedding": "a table look-up computes nothing",
@@ -401,14 +409,14 @@ def _goes_to_output(node: Node) -> bool:
 
 
 def _reaches(node: Node, goal: Callable[[Node], bool]) -> bool:
-    """Whether a value gets to a node that fits, through nothing but rectifiers and what passes values on."""
+    """Whether a value gets to a node that fits, through nothing but what passes on, rectifies or finishes values."""
     seen: set[Node] = set()
     pending = [node]
     while pending:
         for user in pending.pop().users:
             if goal(user):
                 return True
-            if user not in seen and (op_name(user) in _PASSING or op_name(user) in _RECTIFIERS):
+            if user not in seen and op_name(user) in _PASSING | _RECTIFIERS | _FINISHING:
                 seen.add(user)
                 pending.append(user)
     return False

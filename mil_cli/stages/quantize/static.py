@@ -19,7 +19,7 @@ class StaticConfig(PostTrainingConfig):
     """
 
     method: ClassVar[str] = "static"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     bias_correction: bool | None = None
 

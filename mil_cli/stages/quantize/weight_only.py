@@ -54,6 +54,7 @@ class WeightOnlyConfig(StageConfig):
 
     family: ClassVar[str] = "quantize"
     method: ClassVar[str] = "weight_only"
+    version: ClassVar[int] = 2
     never_after: ClassVar[dict[str, str]] = {"quantize": "the model would hold two sets of quantizers"}
 
     weight_bits: Literal[2, 3, 4, 8] = 4

@@ -91,6 +91,25 @@ def test_cnn_policy_covers_both_sides_of_everything() -> None:
     assert all("output" not in {user.op for user in node.users} for node in placement.owned)
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        nn.Softmax(1),
+        nn.LogSoftmax(1),
+        nn.Sigmoid(),
+        nn.Tanh(),
+        nn.PixelShuffle(2),
+        nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Softmax(1)),
+    ],
+)
+def test_what_finishes_an_output_leaves_the_last_layer_at_the_edge(end: nn.Module) -> None:
+    placement = placed(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(3)), end), (2, 4, 8, 8), "cnn")
+    assert [layer.edge for layer in placement.layers] == [True, False, True]
+    channels = 1 if isinstance(end, nn.PixelShuffle) else 4
+    inside = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), end, nn.Conv2d(channels, 4, 1))
+    assert [layer.edge for layer in placed(inside, (2, 4, 8, 8), "cnn").layers] == [True, False, True]
+
+
 def test_transformer_policy_covers_inputs_of_products_only() -> None:
     placement = placed(Attention(), (2, 2, 8), "transformer")
     assert ops(placement.owned) == ["conv1d", "layer_norm", "placeholder", "scaled_dot_product_attention"]

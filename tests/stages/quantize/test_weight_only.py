@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mil_cli.data.digits import digits
+from mil_cli.device.host import resolve
 from mil_cli.errors import StageError
 from mil_cli.export.coverage import integer_coverage
 from mil_cli.export.onnx import export_onnx
@@ -190,6 +191,17 @@ def test_large_products_of_one_row_read_codes(bits: Any, tmp_path: Path) -> None
     numbers = sum(parameter.numel() for parameter in net.graph.parameters() if parameter.ndim > 1)
     promised = numbers * float(notes["bits_per_weight"]) / 8  # type: ignore[arg-type]
     assert promised < path.stat().st_size < 1.05 * promised
+
+
+def test_a_target_without_that_kernel_gets_plain_operators(tmp_path: Path) -> None:
+    net = Model.capture(Rows().eval(), (torch.randn(2, 3, 1024),))
+    model, _ = rounded(net, weight_bits=4)
+    for provider, found in (("CPUExecutionProvider", {"", "com.microsoft"}), ("CUDAExecutionProvider", {""})):
+        device = resolve({"name": "host_cpu", "provider": provider}, runnable=False)
+        path = export_onnx(model, tmp_path / "model.onnx", device=device).path
+        assert {node.domain for node in onnx.load(path).graph.node} == found
+    parity = check_parity(model, path, [((torch.randn(3, 3, 1024),), {})])
+    assert parity.relative_rms < 1e-5
 
 
 @pytest.mark.slow

@@ -4,8 +4,12 @@ Of every model file of timm and torchvision the smallest model, and small random
 transformers: captured, analysed, cut at random, proven, trained for a step, saved, cut again, exported. Each runs in a
 process of its own. Results are kept beside the page, one line a model, so that an interrupted run goes on.
 
+With ``--int8`` thirty of timm's families are quantized after training instead, and the page says how well onnxruntime
+computes what the graphs do, and what stays float.
+
     make zoo
     make zoo ARGS="--only *swin* --again"
+    make zoo ARGS=--int8
 """
 
 from __future__ import annotations
@@ -15,20 +19,47 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from scripts.pool import append_row, read_rows, run
-from scripts.zoo.table import failures, outcome, page
+from scripts.zoo import int8_table, table
+from scripts.zoo.table import failures, outcome
 
-CATALOGUES = ("scripts.zoo.transformers_models", "scripts.zoo.torchvision_models", "scripts.zoo.timm_models")
 LIBRARIES = ("torch", "timm", "torchvision", "transformers", "onnxruntime")
 PRELOADED = ("torch", "timm", "torchvision", "transformers", "onnxscript")
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is done to which models.
+
+    Attributes:
+        module: Has the function ``check`` that does it.
+        catalogues: Modules that name and make the models.
+        rows: Where results are kept, one line a model.
+        page: Makes the page of them.
+    """
+
+    module: str
+    catalogues: tuple[str, ...]
+    rows: Path
+    page: Callable[..., str]
+
+
+CUT = Mode(
+    "scripts.zoo.checks",
+    ("scripts.zoo.transformers_models", "scripts.zoo.torchvision_models", "scripts.zoo.timm_models"),
+    Path("docs/results/zoo.jsonl"),
+    table.page,
+)
+INT8 = Mode("scripts.zoo.int8", ("scripts.zoo.timm_families",), Path("docs/results/zoo_int8.jsonl"), int8_table.page)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -50,7 +81,8 @@ def main(words: Sequence[str] | None = None) -> int:
         reasons = "; ".join(f"{step}: {reason}" for step, reason in failures(row))
         print(f"[{number}/{len(missing)}, {left / 60:.0f} min left] {name}: {outcome(row)} {reasons}", flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(page(rows.values(), _versions(), total=len({*names, *rows})), encoding="utf-8")
+    text = arguments.mode.page(rows.values(), _versions(), total=len({*names, *rows}))
+    arguments.out.write_text(text, encoding="utf-8")
     return 1 if any(outcome(rows[name]) == "fail" for name in wanted) else 0
 
 
@@ -69,8 +101,7 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 
 
 def _checked(name: str, arguments: argparse.Namespace) -> Row:
-    from scripts.zoo.checks import check
-
+    check = importlib.import_module(arguments.mode.module).check
     start = time.monotonic()
     row = run(check, name, timeout=arguments.timeout, memory=arguments.memory * 2**30, preload=arguments.preload)
     return {"name": name, **row, "wall_seconds": round(time.monotonic() - start, 1)}
@@ -95,16 +126,22 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--int8", dest="mode", action="store_const", const=INT8, default=CUT, help="quantize them")
     parser.add_argument("--only", nargs="+", default=[""], metavar="PATTERN", help="models whose name matches")
     parser.add_argument("--again", action="store_true", help="check once more what did not pass")
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th model from the I-th")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one model")
     parser.add_argument("--memory", type=int, default=12, help="GiB for one model")
-    parser.add_argument("--rows", type=Path, default=Path("docs/results/zoo.jsonl"), help="results, one line a model")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/zoo.md"), help="the page")
-    parser.add_argument("--catalogues", nargs="+", default=CATALOGUES, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help="results, one line a model")
+    parser.add_argument("--out", type=Path, help="the page")
+    parser.add_argument("--catalogues", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--preload", nargs="*", default=PRELOADED, help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    mode: Mode = arguments.mode
+    arguments.rows = arguments.rows or mode.rows
+    arguments.out = arguments.out or arguments.rows.with_suffix(".md")
+    arguments.catalogues = arguments.catalogues or mode.catalogues
+    return arguments
 
 
 if __name__ == "__main__":

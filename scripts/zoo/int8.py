@@ -39,10 +39,10 @@ TOLERANCE = 0.01
 Eight bits of the same range give steps of 0.004.
 """
 
-SAMPLES, BATCH = 32, 8
+SAMPLES, BATCH = 16, 8
 """Calibration samples, and how many at once."""
 
-COMPARED = 4
+COMPARED = 2
 """Batches of the model's own samples' size that are compared."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from scripts.zoo.timm_models import build as build
 
 _CONVOLUTIONAL = (
-    *("resnet10t", "vgg11", "regnetx_002", "densenet121", "dla46x_c", "res2next50", "skresnet18"),
+    *("resnet10t", "repvgg_a0", "regnetx_002", "densenet121", "dla46x_c", "res2next50", "skresnet18"),
     *("cs3darknet_focus_s", "hgnetv2_b0", "nf_regnet_b0"),
 )
 _DEPTHWISE = (

@@ -81,8 +81,7 @@ class Search:
         def measured(choice: Choice) -> int:
             return int(self._known("files", choice, lambda: self._file_bytes(model, choice)))
 
-        kept = parse_size(size)
-        bound = kept.resolve(1 if kept.absolute else measured(()))
+        bound = self._bytes_allowed(model, size)
         stored = [np.array([self._stored(codes) for codes in weight.codes]) for weight in self.weights]
         savings = [(axis[0] - axis) * weight.numbers / 8 for axis, weight in zip(stored, self.weights, strict=True)]
         widest = measured((0,) * len(self.weights))
@@ -99,6 +98,27 @@ class Search:
         if (taken := measured(narrowest)) <= bound:
             return narrowest
         raise self._unreachable("size", size, f"the smallest file has {taken:,} bytes")
+
+    def tell_if_larger(self, result: Model, model: Model, size: str | float) -> None:
+        """Tell the user where the file of what was made is larger than its bound.
+
+        Its method may store weights otherwise than the static one whose files were measured: levels take tables.
+
+        Args:
+            result: What was made.
+            model: The float model.
+            size: The bound.
+        """
+        taken, bound = self._exported_bytes(result), self._bytes_allowed(model, size)
+        if taken > bound:
+            self.context.progress.notice(
+                f"{self.context.name}: the file has {taken:,} bytes, and `size` allows {bound:,.0f}: the form in which "
+                "its weights are stored takes more than integers do; lower `size` by as much"
+            )
+
+    def _bytes_allowed(self, model: Model, size: str | float) -> float:
+        kept = parse_size(size)
+        return kept.resolve(1 if kept.absolute else self._known("files", (), lambda: self._file_bytes(model, ())))
 
     def _choose(self, savings: Sequence[NDArray[np.float64]], needed: float) -> Choice | None:
         """Return the best choice that saves enough, or None.
@@ -136,6 +156,9 @@ class Search:
         if choice:
             config = self.static.model_copy(update={"layers": self.layers(choice, self.static.layers)})
             model = self.context.run(model, config, name="size")
+        return self._exported_bytes(model)
+
+    def _exported_bytes(self, model: Model) -> int:
         with TemporaryDirectory() as folder:
             return size_bytes(export_onnx(model, Path(folder) / "model.onnx", device=self.context.device).path)
 

@@ -46,7 +46,7 @@ def quantize(model: Model, config: ApotConfig, context: Context) -> Model:
     the layer came with, instead of the paper's 1, so that layers without a batch norm keep their size.
 
     Activations are rounded evenly with learned scales, since that is what integer kernels multiply; the paper has
-    powers of two there as well. First and last layers are even too where `first_last_bits` gives them more bits. With
+    powers of two there as well. First and last layers are even too where they have more bits than those between. With
     2 bits the levels are -1, 0 and 1: three of the four that the bits could tell apart. The levels of 7 and 8 bits
     are too fine for integer kernels, which get them rounded (see `whole_levels`).
 
@@ -90,7 +90,8 @@ def additive_levels(bits: int) -> Tensor:
 def _insert(model: Model, placement: Placement, seen: Seen[MeanSquaredError], rules: Rules) -> None:
     graph = model.graph
     values, narrow = ranged_quantizers(seen)
-    levels = [_levels(layer, rules) for layer in placement.layers]
+    inner = _inner_bits(placement, rules)
+    levels = [_levels(layer, rules, inner) for layer in placement.layers]
     weights = [
         _even(graph, layer, rules) if additive is None else _additive(graph, layer, additive, rules)
         for layer, additive in zip(placement.layers, levels, strict=True)
@@ -106,10 +107,16 @@ def _insert(model: Model, placement: Placement, seen: Seen[MeanSquaredError], ru
             round_to_levels(graph, path, additive)
 
 
-def _levels(layer: Layer, rules: Rules) -> Tensor | None:
-    """Return the levels of a layer's weight; None for a first or last one that has more bits than others."""
+def _inner_bits(placement: Placement, rules: Rules) -> int:
+    """Return the fewest bits of the weights between the first and last layers."""
+    inner = [rules.of_layer(layer).weight_bits for layer in placement.layers if not layer.edge]
+    return min(inner, default=rules.weight_bits)
+
+
+def _levels(layer: Layer, rules: Rules, inner: int) -> Tensor | None:
+    """Return the levels of a layer's weight; None for a first or last one that has more bits than the inner ones."""
     bits = rules.of_layer(layer).weight_bits
-    if layer.edge and bits > rules.weight_bits:
+    if layer.edge and bits > inner:
         return None
     return whole_levels(bits, largest=rules.largest_weight)
 

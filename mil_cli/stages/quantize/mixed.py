@@ -120,6 +120,8 @@ def mixed(model: Model, config: MixedConfig, context: Context) -> Model:
         result = context.run(model, StaticConfig(layers=layers), name="result")
     else:
         result = context.run_stage(model, stage=config.by, name="result", settings={"layers": layers})
+        if config.size is not None:
+            search.tell_if_larger(result, model, config.size)
     context.note(**search.facts(chosen), sensitivity=config.sensitivity)
     return result
 

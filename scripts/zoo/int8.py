@@ -24,8 +24,9 @@ from mil_cli.export.onnx import export_onnx
 from mil_cli.export.parity import check_parity
 from mil_cli.export.session import OnnxModel, session_options
 from mil_cli.graph.model import Model
-from mil_cli.stages.context import Context, Surroundings
+from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.static import StaticConfig, quantize
+from mil_cli.stages.surroundings import Surroundings
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 from scripts.zoo.sample import Sample, fresh

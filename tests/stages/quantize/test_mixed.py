@@ -22,6 +22,7 @@ from mil_cli.measure.size import size_bytes
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize import allocation
 from mil_cli.stages.quantize import mixed as method
+from mil_cli.stages.quantize.apot import ApotConfig
 from mil_cli.stages.quantize.describe import present_bits
 from mil_cli.stages.quantize.lsq import LsqConfig
 from mil_cli.stages.quantize.mixed import MixedConfig, mixed
@@ -30,7 +31,7 @@ from mil_cli.stages.quantize.static import quantize as quantize_static
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.loop import fit
-from tests.stages.contexts import make_context, run_through_kills
+from tests.stages.contexts import Notices, make_context, run_through_kills
 from tests.stages.quantize.striped import stripes
 
 FREE = StaticConfig(first_last_bits=2)
@@ -208,6 +209,26 @@ def test_the_file_keeps_the_bound(model: Model, data: Data, tmp_path: Path) -> N
     with pytest.raises(StageError, match=r"the smallest file has [\d,]+ bytes") as caught:
         mixed(model, config(size="100 B"), context(data))
     assert caught.value.where == "stages.quantize.size"
+
+
+def test_a_file_of_levels_that_is_larger_than_its_bound_is_told(
+    model: Model, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if each table of levels took 100 bytes beside codes that take none."""
+
+    def taken(search: Any, net: Model) -> int:
+        found = [op_name(node) for node in calls(net.graph)]
+        return 1000 + 100 * found.count("quantize_levels") if "quantize_affine" in found else 4000
+
+    monkeypatch.setattr(allocation.Search, "_exported_bytes", taken)
+    told: dict[str, list[str]] = {}
+    for bound in ("1100 B", "1300 B"):
+        used = context(data, apot=ApotConfig(batch_norm_samples=64))
+        used.progress = notices = Notices()
+        mixed(model, config(by="apot", bits=[4], size=bound), used)
+        told[bound] = [text for text in notices.told if "`size` allows" in text]
+    assert told["1300 B"] == []
+    assert "the file has 1,200 bytes, and `size` allows 1,100" in told["1100 B"][0]  # the two inner layers
 
 
 def test_what_a_stage_fixes_stays(model: Model, data: Data) -> None:

@@ -35,9 +35,10 @@ from scripts.zoo.steps import Row, Steps, built, captured, captured_by_torch, fl
 STEPS = ("build", "capture", "quantize", "export", "agree", "coverage")
 
 TOLERANCE = 0.01
-"""Root mean square of what the file's outputs are off those of the quantized graph, over the range of the float ones.
+"""What the file's outputs may be off those of the quantized graph: root mean square, over the range of the float outputs.
 
-Eight bits of the same range give steps of 0.004.
+Steps of 8 bits are 0.004 of that range. Deep random networks round so coarsely that a sum in another order, which tips
+values over their thresholds, changes more: there the file may differ by as much as the graph does from the float model.
 """
 
 SAMPLES, BATCH = 16, 8
@@ -79,7 +80,9 @@ class _Check:
             context = model and _context(model, self._device, self._seed)
             quantized = context and step("quantize", lambda: quantize(model, _SETTINGS, context))
             if quantized is not None:
-                row.update({name: context.notes[name] for name in ("policy", "quantized_layers", "kept_float")})
+                row.update(
+                    {name: context.notes[name] for name in ("policy", "reduce_range", "quantized_layers", "kept_float")}
+                )
                 exported = step(
                     "export",
                     lambda: self._export(quantized, path),
@@ -118,9 +121,8 @@ class _Check:
             writing=apart("unfused", "graph"),
             kernels=apart("file", "unfused"),
         )
-        parity = check_parity(quantized, path, batches)
-        row["noise_ratio"] = parity.noise_ratio
-        if row["difference"] > TOLERANCE:
+        check_parity(quantized, path, batches)
+        if row["difference"] > max(TOLERANCE, row["rounding"]):
             raise ValueError(f"the outputs differ by {row['difference']:.2g} of their range")
 
     def _coverage(self, path: Path) -> None:

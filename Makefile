@@ -64,7 +64,7 @@ $(ZOO_READY): pyproject.toml constraints.txt
 	  -c $(ZOO)/constraints.txt $(ZOO_PINS) -e .
 	@touch $@
 
-zoo: $(ZOO_READY)  ## Cut and prove public models: make zoo [ARGS="--only *swin* --again"].
+zoo: $(ZOO_READY)  ## Cut and prove public models, or quantize some: make zoo [ARGS="--int8 --only *swin* --again"].
 	$(SINGLE) $(ZOO)/bin/python -m scripts.zoo $(ARGS)
 
 clean:  ## Remove the environments, builds and tool caches; runs/ and the stage cache stay.

@@ -35,7 +35,7 @@ from scripts.zoo.steps import Row, Steps, built, captured, captured_by_torch, fl
 STEPS = ("build", "capture", "quantize", "export", "agree", "coverage")
 
 TOLERANCE = 0.01
-"""What the file's outputs may be off those of the quantized graph: root mean square, over the range of the float outputs.
+"""How far a file's outputs may be off those of its graph: root mean square, over the range of the float model's.
 
 Steps of 8 bits are 0.004 of that range. Deep random networks round so coarsely that a sum in another order, which tips
 values over their thresholds, changes more: there the file may differ by as much as the graph does from the float model.

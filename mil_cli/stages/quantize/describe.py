@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule, Node
 
-from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.placement import choose_policy, place
 from mil_cli.stages.quantize.ranges import CodeRange
+from mil_cli.stages.quantize.settle import fold_weights
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -43,7 +43,7 @@ def planned_bits(model: Model, rules: Rules, skip: Sequence[str] = ()) -> LayerB
     Raises:
         StageError: A pattern fits no layer.
     """
-    folded = fold_batch_norm(model)
+    folded = fold_weights(model)
     make_functional(folded.graph)
     policy = choose_policy(folded.graph) if rules.policy == "auto" else rules.policy
     placement = place(folded.graph, policy=policy, skip=skip, narrow=rules.narrow)

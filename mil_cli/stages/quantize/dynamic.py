@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 
 from mil_cli.errors import StageError
-from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.graph.segment import overwritten
 from mil_cli.stages.quantize.describe import LayerBits
@@ -16,6 +15,7 @@ from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
 from mil_cli.stages.quantize.placement import NEVER, OVERWRITTEN, FoundLayers, Layer, find_layers
 from mil_cli.stages.quantize.ranges import weight_codes
+from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
 from mil_cli.stages.registry import StageConfig, stage
 
@@ -117,7 +117,7 @@ def planned_bits(model: Model, config: DynamicConfig) -> LayerBits:
 
 def _found(model: Model, config: DynamicConfig) -> tuple[Model, FoundLayers]:
     """Return a folded copy of a model, and its layers."""
-    folded = fold_batch_norm(model)
+    folded = fold_weights(model)
     make_functional(folded.graph)
     apart = dict.fromkeys(overwritten(folded.graph), OVERWRITTEN)
     return folded, find_layers(folded.graph, skip=config.skip, apart=apart, never=_LEFT_OUT)

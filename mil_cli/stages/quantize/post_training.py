@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch.fx import Node
 
-from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.stages.context import Context
@@ -20,6 +19,7 @@ from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_
 from mil_cli.stages.quantize.observers import ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Layer, Placement, place_any
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
+from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.smoothing import smooth
 from mil_cli.stages.quantize.weights import WeightObserverName, protect_biases, weight_scale
 from mil_cli.stages.targets import Drop
@@ -110,7 +110,7 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
     """
     refuse_quantized(model.graph)
     rules = Rules.of(config, context)
-    folded = fold_batch_norm(model)
+    folded = fold_weights(model)
     graph = folded.graph
     make_functional(graph)
     if config.equalise:

@@ -11,13 +11,15 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from mil_cli.export.parity import without_quantizers
+from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_attribute
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, has_attribute, module_path, op_name, set_attribute
 from mil_cli.ops import QUANTIZERS
 from mil_cli.ops.offset import zero_point
 from mil_cli.stages.quantize import positive
 from mil_cli.stages.quantize.insert import replace_quantizer
 
+_LAYERS = frozenset({"linear", *(f"conv{way}{axes}d" for way in ("", "_transpose") for axes in (1, 2, 3))})
 _AFFINE = torch.ops.mil.quantize_affine.default
 
 
@@ -39,6 +41,41 @@ def settle(graph: GraphModule) -> None:
     forget(graph, read - read_attributes(graph))
     graph.graph.lint()
     graph.recompile()
+
+
+def fold_weights(model: Model) -> Model:
+    """Return a float model in evaluation mode with plain weights, batch norms folded into them.
+
+    Weights that layers compute from parameters alone become parameters, of the values that they have: those of weight
+    normalisation, of weight standardisation, of spectral norms. What is read elsewhere too stays as it is.
+
+    Args:
+        model: The model; not changed.
+    """
+    plain = model.clone().eval()
+    graph = plain.graph
+    read = read_attributes(graph)
+    weights = {
+        weight: f"{module_path(node)}.weight".removeprefix(".")
+        for node in calls(graph)
+        if op_name(node) in _LAYERS and _is_computed(graph, weight := get_argument(node, "weight"))
+    }
+    if weights:
+        _put_in_place(graph, weights)
+        forget(graph, read - read_attributes(graph))
+        graph.graph.lint()
+        graph.recompile()
+    return fold_batch_norm(plain)
+
+
+def _is_computed(graph: GraphModule, weight: object) -> bool:
+    """Whether a weight is always the same and computed from parameters that nothing else reads."""
+    if not isinstance(weight, Node) or weight.op != "call_function" or not only_attributes(weight):
+        return False
+    steps = _steps(weight)
+    sources = [step for step in steps if _is_parameter(graph, step)]
+    random = any(torch.Tag.nondeterministic_seeded in getattr(step.target, "tags", ()) for step in steps)
+    return bool(sources) and not random and not _read_elsewhere(graph, sources, steps)
 
 
 def strip(model: Model) -> Model:
@@ -115,7 +152,16 @@ def _settle_offset(graph: GraphModule, node: Node) -> None:
 def _settle_weights(graph: GraphModule) -> None:
     """Put weights that are computed from parameters in the parameters' places."""
     rounded = dict.fromkeys(get_argument(node, "x") for node in calls(graph) if op_name(node) in QUANTIZERS)
-    weights = [node for node in rounded if node.op == "call_function" and only_attributes(node)]
+    _put_in_place(graph, {node: None for node in rounded if node.op == "call_function" and only_attributes(node)})
+
+
+def _put_in_place(graph: GraphModule, weights: Mapping[Node, str | None]) -> None:
+    """Put the values of nodes that nothing but attributes lead to in the places of parameters that they come from.
+
+    Args:
+        graph: The graph.
+        weights: By node the name of its parameter, which must not be another one's; None: that which it comes from.
+    """
     steps = {weight: _steps(weight) for weight in weights}
     with torch.no_grad():
         values: dict[Node, Tensor] = {weight: computed(graph, weight) for weight in weights}
@@ -123,8 +169,8 @@ def _settle_weights(graph: GraphModule) -> None:
     shared = _read_elsewhere(graph, sources.values(), {step for weight in weights for step in steps[weight]})
     settled: dict[str, Tensor] = {}
     for weight, value in values.items():
-        source = sources[weight]
-        name = str(source.target)
+        source, wanted = sources[weight], weights[weight]
+        name = str(source.target) if wanted is None or has_attribute(graph, wanted) else wanted
         while (name in shared) or (name in settled and not torch.equal(settled[name], value)):
             name = f"{name}_rounded"
         if name not in settled:
@@ -133,7 +179,7 @@ def _settle_weights(graph: GraphModule) -> None:
             settled[name] = value
         with graph.graph.inserting_before(weight):
             plain = graph.graph.get_attr(name)
-        plain.meta = dict(source.meta)
+        plain.meta = {**source.meta, **({"val": weight.meta["val"]} if "val" in weight.meta else {})}
         weight.replace_all_uses_with(plain)
         for step in steps[weight]:
             if not step.users:

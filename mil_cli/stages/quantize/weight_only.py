@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from mil_cli.errors import StageError
-from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.nodes import get_attribute, op_name
 from mil_cli.stages.quantize.compensate import Compensation, round_layers
 from mil_cli.stages.quantize.describe import LayerBits
@@ -17,6 +16,7 @@ from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
 from mil_cli.stages.quantize.placement import Layer, find_layers
 from mil_cli.stages.quantize.ranges import CodeRange, weight_codes
+from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
 from mil_cli.stages.registry import StageConfig, stage
 
@@ -128,7 +128,7 @@ def planned_bits(model: Model, config: WeightOnlyConfig) -> LayerBits:
 
 def _found(model: Model, config: WeightOnlyConfig) -> tuple[Model, list[list[Layer]], dict[str, str]]:
     """Return a folded copy of a model, its layers by weight, and why others stay float."""
-    folded = fold_batch_norm(model)
+    folded = fold_weights(model)
     make_functional(folded.graph)
     never = _LEFT_OUT if config.embeddings else {**_LEFT_OUT, "embedding": "embeddings: false"}
     layers, kept_float, _ = find_layers(folded.graph, skip=config.skip, never=never)

@@ -31,7 +31,7 @@ def page(rows: Iterable[Row], versions: str, *, total: int) -> str:
         total: How many models there are, run or not.
     """
     ordered = sorted(rows, key=lambda row: row["name"].lower())
-    return "\n".join([*_heading(ordered, versions, total), *_problems(ordered), *_models(ordered)]) + "\n"
+    return "\n".join([*_heading(ordered, versions, total), *problems(ordered), *_models(ordered)]) + "\n"
 
 
 def _heading(rows: Sequence[Row], versions: str, total: int) -> list[str]:
@@ -72,7 +72,8 @@ def _heading(rows: Sequence[Row], versions: str, total: int) -> list[str]:
     return lines
 
 
-def _problems(rows: Sequence[Row]) -> list[str]:
+def problems(rows: Sequence[Row]) -> list[str]:
+    """Return what failed and why, as a table; nothing if nothing did."""
     lines = []
     for title, found in (
         ("Failures", [(row["name"], *each) for row in rows for each in failures(row)]),
@@ -83,7 +84,7 @@ def _problems(rows: Sequence[Row]) -> list[str]:
     ):
         if found:
             lines += ["", f"## {title}", "", "| model | step | reason |", "|---|---|---|"]
-            lines += [f"| {_short(name)} | {step} | {_cell(reason)} |" for name, step, reason in found]
+            lines += [f"| {short(name)} | {step} | {cell(reason)} |" for name, step, reason in found]
     return lines
 
 
@@ -104,7 +105,7 @@ def _models(rows: Sequence[Row]) -> list[str]:
         times = " / ".join(f"{seconds[step]:.1f}" if step in seconds else "" for step in ("capture", "analyse", "cut"))
         spaces = f"{row['free']}+{row['frozen']} ({row['inexact']})" if "free" in row else ""
         cells = [
-            _short(row["name"]),
+            short(row["name"]),
             outcome(row),
             row.get("nodes", ""),
             f"{row['cuttable_share']:.3f}" if "cuttable_share" in row else "",
@@ -125,9 +126,11 @@ def _change(row: Row, figure: str) -> str:
     return " → ".join(f"{value / 1e6:.2f}" for value in (before, after) if value is not None)
 
 
-def _short(name: str) -> str:
-    return name.removeprefix("scripts.zoo.").replace("_models:", " ")
+def short(name: str) -> str:
+    """Return a model's name with its library's."""
+    return name.removeprefix("scripts.zoo.").replace("_models:", " ").replace("_families:", " ")
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Return a text as it can stand in a table."""
     return text.replace("|", "\\|").replace("\n", " ")

@@ -154,7 +154,9 @@ class Calibration:
         self.data = SimpleNamespace(train=range(2**20))  # as many samples as anybody asks for
         self._inputs = inputs
 
-    def calibration(self, *, samples: int, batch_size: int) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    def calibration(
+        self, *, samples: int, batch_size: int, model: Model
+    ) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
         for _ in range(0, samples, batch_size):
             yield self._inputs(batch_size), {}
 

@@ -91,6 +91,7 @@ def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
     from mil_cli.device.host import resolve
     from mil_cli.recipe.load import load_recipe
     from mil_cli.stages.quantize import dynamic, weight_only
+    from mil_cli.stages.quantize.aware import AwareConfig
     from mil_cli.stages.quantize.describe import planned_bits, present_bits
     from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
     from mil_cli.stages.quantize.static import StaticConfig
@@ -114,7 +115,8 @@ def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
             elif isinstance(stage, dynamic.DynamicConfig):
                 return dynamic.planned_bits(graph, stage), as_given
     profile = resolve(device, runnable=False)
-    return planned_bits(graph, Rules.on(config, profile.int8), config.skip), f"{origin}, on {profile.name}"
+    rules, trained = Rules.on(config, profile.int8), isinstance(config, AwareConfig)
+    return planned_bits(graph, rules, config.skip, trained=trained), f"{origin}, on {profile.name}"
 
 
 def _show_layers(

@@ -71,6 +71,7 @@ class Context:
         self._prefix = ""
         self._before_step: StepHook | None = None
         self._steps: int | None = None
+        self._told_repeated = False
 
     def _record(self, read: str) -> None:
         if read not in self.trace.reads:
@@ -346,13 +347,18 @@ class Context:
         # A short last batch would weigh as much as a full one, and has no variance if it is of one sample.
         for batch in train.batches(size, shuffle=True, seed=seed, drop_last=len(train) >= size):
             if fixed is not None and batch_length(batch) < fixed:
-                known = f"batches of {fixed} only, and train has {batch_length(batch)} samples"
-                self.progress.notice(f"{self.name}: the model takes {known}: some count more than once")
+                self._tell_repeated(fixed, batch_length(batch))
                 batch = repeated(batch, fixed)
             yield batch
             seen += size
             if seen >= samples:
                 return
+
+    def _tell_repeated(self, fixed: int, samples: int) -> None:
+        if not self._told_repeated:
+            known = f"batches of {fixed} only, and train has {samples} samples"
+            self.progress.notice(f"{self.name}: the model takes {known}: some count more than once")
+        self._told_repeated = True
 
     def latencies(self, files: Sequence[Path], *, feeds: Feeds) -> list[Latency]:
         """Time models side by side on the device, by the protocol of all latencies; its version counts as read.

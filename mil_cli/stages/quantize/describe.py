@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule, Node
 
+from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.placement import choose_policy, place
@@ -32,18 +33,19 @@ class LayerBits:
     kept_float: dict[str, str] = field(default_factory=dict)
 
 
-def planned_bits(model: Model, rules: Rules, skip: Sequence[str] = ()) -> LayerBits:
+def planned_bits(model: Model, rules: Rules, skip: Sequence[str] = (), *, trained: bool = False) -> LayerBits:
     """Return what quantization would give the layers of a float model, before it has seen any data.
 
     Args:
         model: The model; not changed.
         rules: Settings and device.
         skip: Patterns of layers to leave float.
+        trained: Whether the method trains with quantizers in place: what computes weights stays in the graph then.
 
     Raises:
         StageError: A pattern fits no layer.
     """
-    folded = fold_weights(model)
+    folded = fold_batch_norm(model) if trained else fold_weights(model)
     make_functional(folded.graph)
     policy = choose_policy(folded.graph) if rules.policy == "auto" else rules.policy
     placement = place(folded.graph, policy=policy, skip=skip, narrow=rules.narrow)

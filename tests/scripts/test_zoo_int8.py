@@ -70,6 +70,7 @@ def test_a_sound_model_passes_every_step(row: dict[str, Any]) -> None:
     assert row["difference"] <= row["writing"] + row["kernels"]
 
 
+@pytest.mark.slow
 def test_a_wrong_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(model: Model, path: Path, **settings: Any) -> ExportedFile:
         wrong = model.clone()

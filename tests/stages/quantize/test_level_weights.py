@@ -190,7 +190,7 @@ def test_levels_that_are_too_fine_are_rounded(model: Model, data: Data, tmp_path
     check_parity(result, exported.path, [((images(data.val),), {})])
 
 
-@pytest.mark.parametrize("inner", [2, 4])
+@pytest.mark.parametrize("inner", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_edges_are_even_where_they_have_more_bits_than_the_inner_layers(inner: int, model: Model, data: Data) -> None:
     """As `mixed` asks for it: the bits of each layer by name, beside a `weight_bits` of 8."""
     layers = {"body.*": {"weight_bits": inner}}
@@ -199,8 +199,6 @@ def test_edges_are_even_where_they_have_more_bits_than_the_inner_layers(inner: i
     assert len(edges) == 2
     assert all(op_name(node) == "quantize_affine" for node in edges.values())
     assert sorted(bits for bits, _ in present_bits(result).bits.values()) == [inner, 8, 8]
-    alike = run(ApotConfig, model, data, weight_bits=8, trainer={"epochs": 1})
-    assert {op_name(node) for node, _ in weights_of(alike).values()} == {"quantize_levels"}
 
 
 def test_levels_that_no_integer_holds_are_refused(model: Model, data: Data, tmp_path: Path) -> None:

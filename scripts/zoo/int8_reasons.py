@@ -6,6 +6,7 @@ _NORMS = (
     "onnxruntime has no integer kernel for norms; those behind convolutions are folded into them, these follow none"
 )
 _SHAPES = "onnxruntime has no integer kernel"
+_POOLS = "a pool is quantized where it reads what an integer kernel gives, and no split, pad or gate is between"
 _FUNCTIONS = (
     "activation functions stay float: a rectifier is part of the kernel before it, others would be rounded twice"
 )
@@ -23,9 +24,10 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     ),
     _SHAPES: (
         *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "ReduceSumSquare", "ArgMax", "LSTM", "GRU", "Einsum"),
-        *("MaxPool", "Resize", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "CumSum", "Sqrt", "Reciprocal"),
-        *("Pow", "Exp", "Log", "Neg", "Abs", "Max", "Min", "Where", "Clip", "ConvTranspose"),
+        *("CumSum", "Sqrt", "Reciprocal", "Pow", "Exp", "Log", "Neg", "Abs", "Max", "Min", "Where", "Clip"),
+        "ConvTranspose",
     ),
+    _POOLS: ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Resize"),
     _FUNCTIONS: (
         *("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Mish"),
         *("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "Erf", "Tanh", "Softplus"),

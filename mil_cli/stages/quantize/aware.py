@@ -21,7 +21,8 @@ from mil_cli.stages.quantize.calibrate import Seen, Watcher, place_observed
 from mil_cli.stages.quantize.damping import dampen
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import refuse_quantized
-from mil_cli.stages.quantize.placement import Layer, Narrow, Placement, Policy, place_any
+from mil_cli.stages.quantize.layers import Layer
+from mil_cli.stages.quantize.placement import Narrow, Placement, Policy, place_any
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.settle import settle, strip
@@ -138,7 +139,9 @@ def _train(
     """Insert quantizers into a float model, in place, and return it trained, its quantizers settled."""
 
     def place(silent: Collection[Node]) -> Placement:
-        return place_unfolded(start, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent)
+        return place_unfolded(
+            start, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent, tables=rules.tables
+        )
 
     placement, seen = place_observed(start, place, watcher, rules, config, context)
     facts = placement.facts()
@@ -170,6 +173,7 @@ def place_unfolded(
     skip: Sequence[str],
     narrow: Narrow | None,
     silent: Collection[Node] = (),
+    tables: bool = True,
 ) -> Placement:
     """Decide where quantizers go on a model whose batch norms will be folded later.
 
@@ -179,6 +183,7 @@ def place_unfolded(
         skip: Patterns of layers to leave float.
         narrow: Says which layers read fewer bits than the rest of the graph has; None: no layer does.
         silent: Values of `model` of which nothing but zeros was seen; they and their readers stay float.
+        tables: Whether tables of embeddings are quantized.
 
     Returns:
         The placement that the folded model would get, on the nodes of `model`; the value of a layer that a batch norm
@@ -200,12 +205,13 @@ def place_unfolded(
         return found
 
     unheard = {node for node in folded.graph.graph.nodes if node.name in here and value(node) in silent}
-    chosen = place_any(folded.graph, policy=policy, skip=skip, narrow=narrow, silent=unheard)
+    chosen = place_any(folded.graph, policy=policy, skip=skip, narrow=narrow, silent=unheard, tables=tables)
 
     def layer(old: Layer) -> Layer:
         bias = None if old.bias is None else here.get(old.bias.name)
         node, weight = here[old.node.name], here[old.weight.name]
-        return Layer(node, old.name, old.alias, value(old.source), weight, old.axis, bias, old.edge)
+        partners = tuple(layer(other) for other in old.partners)
+        return Layer(node, old.name, old.alias, value(old.source), weight, old.axis, bias, old.edge, partners)
 
     return Placement(
         policy=chosen.policy,

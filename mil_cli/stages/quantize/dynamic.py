@@ -14,7 +14,7 @@ from mil_cli.graph.segment import overwritten
 from mil_cli.stages.quantize.describe import LayerBits
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
-from mil_cli.stages.quantize.placement import NEVER, OVERWRITTEN, FoundLayers, Layer, find_layers
+from mil_cli.stages.quantize.layers import CONVOLUTIONS, LOOK_UP, NEVER, OVERWRITTEN, FoundLayers, Layer, find_layers
 from mil_cli.stages.quantize.ranges import weight_codes
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
 from mil_cli.stages.registry import StageConfig, stage
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from mil_cli.stages.context import Context
 
 _SLOWER = "onnxruntime's convolutions with ranges found at run time take longer than float ones; take quantize/static"
-_LEFT_OUT = {**NEVER, **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _SLOWER)}
+_LEFT_OUT = {
+    **NEVER,
+    LOOK_UP: "a table look-up computes nothing",
+    **dict.fromkeys(CONVOLUTIONS, _SLOWER),
+}
 
 
 class DynamicConfig(StageConfig):

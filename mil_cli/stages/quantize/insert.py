@@ -80,20 +80,27 @@ def insert_quantizers(
         placement: What is quantized.
         values: For each owned value how it, and what shares its codes, is quantized.
         narrow: For each value that layers read in fewer bits how they read it.
-        weights: For each layer of the placement, in its order.
+        weights: For each layer of the placement, in its order; layers that share a weight may share one.
     """
     writer = QuantizerWriter(graph)
     paths = Paths({node: writer.store(node.name, form.scale, form.zero_point) for node, form in values.items()}, {}, [])
+    stored: dict[int, str] = {}
+    reading: dict[tuple[int, Node], list[Node]] = {}
     for layer, form in zip(placement.layers, weights, strict=True):
-        path = writer.store(f"{layer.name}_weight", form.scale, form.zero_point)
-        writer.insert(layer.weight, path, axis=form.axis, codes=form.codes, readers=[layer.node])
-        paths.weights.append(path)
+        if id(form) not in stored:
+            stored[id(form)] = writer.store(f"{layer.name}_weight", form.scale, form.zero_point)
+        paths.weights.append(stored[id(form)])
+        reading.setdefault((id(form), layer.weight), []).append(layer.node)
+    forms = {id(form): form for form in weights}
+    for (known, weight), readers in reading.items():
+        form = forms[known]
+        writer.insert(weight, stored[known], axis=form.axis, codes=form.codes, readers=readers)
     quantized: dict[Node, Node] = {}
     for node in [*placement.owned, *placement.shared]:
         owner = placement.owner(node)
-        readers = None if node in placement.exclusive else placement.readers[node]
-        added = writer.insert(node, paths.values[owner], axis=None, codes=values[owner].codes, readers=readers)
-        if readers is None:
+        wanting = None if node in placement.exclusive else placement.readers[node]
+        added = writer.insert(node, paths.values[owner], axis=None, codes=values[owner].codes, readers=wanting)
+        if wanting is None:
             quantized[node] = added
     for node, form in narrow.items():
         paths.narrow[node] = writer.store(f"{node.name}_narrow", form.scale, form.zero_point)

@@ -47,6 +47,8 @@ class AwareConfig(QuantizationConfig):
         batch_norm: ``reestimate``: batch norms train as usual, and their statistics are taken anew at the end, without
             augmentation; ``freeze``: they use and keep the statistics that they came with.
         batch_norm_samples: Training samples for the new statistics.
+        thaw: Whether weights that do not train in the float model, those of a frozen encoder say, train with the
+            quantizers in place; afterwards they do not again.
     """
 
     distill: str | None = None
@@ -55,6 +57,7 @@ class AwareConfig(QuantizationConfig):
     damping: float = Field(0.0, ge=0, allow_inf_nan=False)
     batch_norm: Literal["reestimate", "freeze"] = "reestimate"
     batch_norm_samples: int = Field(2048, ge=1)
+    thaw: bool = False
 
     @field_validator("bits_schedule")
     @classmethod
@@ -108,6 +111,7 @@ def train_quantized(
     refuse_quantized(model.graph)
     rules = Rules.of(config, context)
     trained = model.clone().eval() if rules.all_per_channel else fold_batch_norm(model)
+    thawed = _thaw(trained) if config.thaw else set()
     earlier: list[dict[str, object]] = []
     for bits, phase in config.phases(rules):
         name = f"{config.method}-{bits}" if bits else config.method
@@ -121,8 +125,18 @@ def train_quantized(
         trained = recalibrate(trained, context.calibration(samples=config.batch_norm_samples, batch_size=size))
     result = fold_batch_norm(trained)
     protect_biases(result.graph)
+    for name, parameter in result.graph.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in thawed)
     context.note(**rules.facts(), batch_norm=config.batch_norm, **({"bits_before": earlier} if earlier else {}))
     return result
+
+
+def _thaw(model: Model) -> set[str]:
+    """Let all parameters of a model train, in place, and return the names of those that did not."""
+    frozen = {name: parameter for name, parameter in model.graph.named_parameters() if not parameter.requires_grad}
+    for parameter in frozen.values():
+        parameter.requires_grad_()
+    return set(frozen)
 
 
 def _train(

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from mil_cli.errors import StageError
 from mil_cli.graph.nodes import calls, op_name, set_attribute
 from mil_cli.ops import QUANTIZERS
+from mil_cli.stages.quantize.layers import Layer
 from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.ranges import CodeRange
 
@@ -84,17 +85,7 @@ def insert_quantizers(
     """
     writer = QuantizerWriter(graph)
     paths = Paths({node: writer.store(node.name, form.scale, form.zero_point) for node, form in values.items()}, {}, [])
-    stored: dict[int, str] = {}
-    reading: dict[tuple[int, Node], list[Node]] = {}
-    for layer, form in zip(placement.layers, weights, strict=True):
-        if id(form) not in stored:
-            stored[id(form)] = writer.store(f"{layer.name}_weight", form.scale, form.zero_point)
-        paths.weights.append(stored[id(form)])
-        reading.setdefault((id(form), layer.weight), []).append(layer.node)
-    forms = {id(form): form for form in weights}
-    for (known, weight), readers in reading.items():
-        form = forms[known]
-        writer.insert(weight, stored[known], axis=form.axis, codes=form.codes, readers=readers)
+    paths.weights.extend(writer.insert_weights(placement.layers, weights))
     quantized: dict[Node, Node] = {}
     for node in [*placement.owned, *placement.shared]:
         owner = placement.owner(node)
@@ -171,6 +162,25 @@ class QuantizerWriter:
         settings = (axis, codes.quant_min, codes.quant_max)
         names = [f"{path}.scale", f"{path}.zero_point"]
         return self._insert(torch.ops.mil.quantize_affine.default, value, names, settings, readers)
+
+    def insert_weights(self, layers: Sequence[Layer], forms: Sequence[Quantizer]) -> list[str]:
+        """Quantize the weights of layers and return where their scales and zero points are kept, in their order.
+
+        Args:
+            layers: The layers.
+            forms: How the weight of each is quantized; those that share a weight may share one, which is kept once.
+        """
+        stored: dict[int, str] = {}
+        reading: dict[tuple[int, Node], list[Node]] = {}
+        for layer, form in zip(layers, forms, strict=True):
+            if id(form) not in stored:
+                stored[id(form)] = self.store(f"{layer.name}_weight", form.scale, form.zero_point)
+            reading.setdefault((id(form), layer.weight), []).append(layer.node)
+        known = {id(form): form for form in forms}
+        for (number, weight), readers in reading.items():
+            form = known[number]
+            self.insert(weight, stored[number], axis=form.axis, codes=form.codes, readers=readers)
+        return [stored[id(form)] for form in forms]
 
     def insert_blocks(
         self, value: Node, path: str, *, axis: int, block_size: int, codes: CodeRange, readers: Iterable[Node]

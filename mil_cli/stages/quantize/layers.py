@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mil_cli.errors import StageError, did_you_mean
-from mil_cli.graph.nodes import calls, get_argument, get_attribute, module_path, op_name
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, module_path, module_stack, op_name
 from mil_cli.stages.quantize.passing import backwards, comes_from_any, comes_from_input, goes_to_output
 
 T = TypeVar("T")
@@ -21,6 +21,9 @@ CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 _PRODUCTS = {"linear": ("input", "weight", 0), "matmul": ("self", "other", -1), "mm": ("self", "mat2", 1)}
 """Operator -> its activation, its weight, and the weight's axis of output channels."""
+
+_OWNERS = ("torch.nn.modules.sparse.Embedding", "torch.nn.modules.linear.Linear")
+"""Modules that often share their weights: heads with embeddings."""
 
 LOOK_UP = "embedding"
 """The operator that looks rows up in a table."""
@@ -199,6 +202,9 @@ def _weighted(graph: GraphModule, node: Node) -> tuple[Node, Node, int, Node | N
 def _layer_name(graph: GraphModule, node: Node, found: object) -> str:
     if isinstance(found, tuple):
         owner, _, leaf = str(found[1].target).rpartition(".")
+        path, kind = (module_stack(node) or [("", "")])[-1]
+        if path and leaf == "weight" and kind in _OWNERS:  # of several names of a weight the module's own
+            return path
         return owner if leaf == "weight" and owner else str(found[1].target)
     path = module_path(node)
     return f"{path}.{node.name}" if path else node.name

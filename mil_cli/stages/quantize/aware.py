@@ -111,7 +111,6 @@ def train_quantized(
     refuse_quantized(model.graph)
     rules = Rules.of(config, context)
     trained = model.clone().eval() if rules.all_per_channel else fold_batch_norm(model)
-    thawed = _thaw(trained) if config.thaw else set()
     earlier: list[dict[str, object]] = []
     for bits, phase in config.phases(rules):
         name = f"{config.method}-{bits}" if bits else config.method
@@ -125,18 +124,16 @@ def train_quantized(
         trained = recalibrate(trained, context.calibration(samples=config.batch_norm_samples, batch_size=size))
     result = fold_batch_norm(trained)
     protect_biases(result.graph)
-    for name, parameter in result.graph.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name not in thawed)
     context.note(**rules.facts(), batch_norm=config.batch_norm, **({"bits_before": earlier} if earlier else {}))
     return result
 
 
-def _thaw(model: Model) -> set[str]:
+def _thaw(model: Model) -> list[str]:
     """Let all parameters of a model train, in place, and return the names of those that did not."""
     frozen = {name: parameter for name, parameter in model.graph.named_parameters() if not parameter.requires_grad}
     for parameter in frozen.values():
         parameter.requires_grad_()
-    return set(frozen)
+    return list(frozen)
 
 
 def _train(
@@ -159,6 +156,7 @@ def _train(
 
     placement, seen = place_observed(start, place, watcher, rules, config, context)
     facts = placement.facts()
+    thawed = _thaw(start) if config.thaw else []
     insert(start, placement, seen, rules)
     frozen = freeze_norms(start.graph) if config.batch_norm == "freeze" else {}
     hooks = [hook for hook in (before_step, dampen(config.damping) if config.damping else None) if hook is not None]
@@ -174,6 +172,8 @@ def _train(
         trainer=config.trainer,
         before_step=each if hooks else None,
     )
+    for name in thawed:
+        trained.graph.get_parameter(name).requires_grad_(False)
     settle(trained.graph)
     release_norms(trained.graph, frozen)
     context.note(**facts)

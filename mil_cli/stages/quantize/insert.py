@@ -89,9 +89,9 @@ def insert_quantizers(
     quantized: dict[Node, Node] = {}
     for node in [*placement.owned, *placement.shared]:
         owner = placement.owner(node)
-        wanting = None if node in placement.exclusive else placement.readers[node]
-        added = writer.insert(node, paths.values[owner], axis=None, codes=values[owner].codes, readers=wanting)
-        if wanting is None:
+        readers = None if node in placement.exclusive else placement.readers[node]
+        added = writer.insert(node, paths.values[owner], axis=None, codes=values[owner].codes, readers=readers)
+        if readers is None:
             quantized[node] = added
     for node, form in narrow.items():
         paths.narrow[node] = writer.store(f"{node.name}_narrow", form.scale, form.zero_point)

@@ -90,7 +90,7 @@ def _least_squared_error(
     """Return for each row the share of the whole range, as a scale, whose rounding is nearest to it."""
     # So many rows at a time as the processor's cache holds: a table has millions of numbers, read for each candidate.
     count = max(_AT_ONCE // max(rows.shape[1], 1), 1)
-    parts = zip(rows.split(count), full.split(count), strict=True)
+    parts = zip(torch.split(rows, count), torch.split(full, count), strict=True)
     return torch.cat([_least_of_few(part, scale, smallest_share, rounded) for part, scale in parts])
 
 

@@ -113,7 +113,8 @@ def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
             elif isinstance(stage, weight_only.WeightOnlyConfig):
                 return weight_only.planned_bits(graph, stage), as_given
             elif isinstance(stage, dynamic.DynamicConfig):
-                return dynamic.planned_bits(graph, stage), as_given
+                form = resolve(device, runnable=False).int8
+                return dynamic.planned_bits(graph, stage, form), as_given
     profile = resolve(device, runnable=False)
     rules, trained = Rules.on(config, profile.int8), isinstance(config, AwareConfig)
     return planned_bits(graph, rules, config.skip, trained=trained), f"{origin}, on {profile.name}"

@@ -38,6 +38,7 @@ class Int8Form(_Part):
         weights: The type of quantized weights.
         reduce_range: Whether weights use 7 of their 8 bits, because the kernels' 16-bit sums would saturate.
         per_channel: Whether each output channel has its own weight scale.
+        embeddings: Whether tables of embeddings are quantized too; their rows are looked up as integers.
         policy: Where quantizers are placed. ``cnn``: at every input and output of convolutions, additions and linear
             layers; ``transformer``: at the inputs of linear layers only; ``auto``: the graph decides.
     """
@@ -46,6 +47,7 @@ class Int8Form(_Part):
     weights: Literal["int8"] = "int8"
     reduce_range: bool
     per_channel: bool = True
+    embeddings: bool = True
     policy: Literal["auto", "cnn", "transformer"] = "auto"
 
 

@@ -20,6 +20,7 @@ from mil_cli.export.exporter import BLOCKS, MARKER_DOMAIN
 from mil_cli.export.nbits import PROVIDERS, is_row_product, write_row_product
 from mil_cli.export.packing import storage_bits, write_codes
 from mil_cli.export.surgery import GraphWriter, constant_of
+from mil_cli.export.tables import lookups_in, write_lookups
 from mil_cli.ops.blocks import block_codes
 
 _FLOAT = ir.DataType.FLOAT
@@ -108,41 +109,22 @@ def _write(onnx: GraphWriter, node: ir.Node, weight: _Weight) -> ir.Value:
 
 def _is_table(node: ir.Node, weight: _Weight) -> bool:
     """Whether all that reads a weight looks rows up in it."""
-    users = list(node.outputs[0].consumers())
-    looks = all(
-        user.op_type == "Gather" and user.inputs[0] is node.outputs[0] and _gather_axis(user) == 0 for user in users
-    )
-    ranked = all(user.inputs[-1].shape is not None for user in users)  # type: ignore[union-attr]
+    looks = lookups_in(node.outputs[0])
+    ranked = all(look.inputs[1].shape is not None for look in looks)  # type: ignore[union-attr]
     plain = len(weight.shape) == 2 and weight.axis == 0 and weight.whole
-    return bool(users) and looks and ranked and plain and not node.outputs[0].is_graph_output()
-
-
-def _gather_axis(node: ir.Node) -> int:
-    axis = node.attributes.get("axis")
-    return 0 if axis is None else int(axis.as_int())
+    alone = len(looks) == len(list(node.outputs[0].consumers())) and not node.outputs[0].is_graph_output()
+    return bool(looks) and alone and ranked and plain
 
 
 def _write_table(onnx: GraphWriter, node: ir.Node, weight: _Weight) -> None:
-    """Write a table of which codes are looked up, and only these become floats: it takes a byte for each number.
-
-    Floats of the whole table would take four, and at the peak, while they are made, thrice the float model's memory.
-    """
+    """Write a table of which codes are looked up."""
     codes = write_codes(onnx, node, f"{weight.name}.codes", weight.codes, weight.bits, ir.DataType.INT8)
     scale = weight.scale
     if weight.blocks > 1:
         codes = onnx.reshape(node, codes, (len(scale), weight.blocks, weight.size), ir.DataType.INT8)
         scale = scale[:, :, None]
     steps = _write_scale(onnx, node, f"{weight.name}.scale", scale)
-    for look in list(node.outputs[0].consumers()):
-        indices = look.inputs[1]
-        found = onnx.insert(look, "Gather", [codes, indices], {"axis": 0}, ir.DataType.INT8)
-        value = onnx.insert(look, "Cast", [found], {"to": int(_FLOAT)}, _FLOAT)
-        factors = onnx.insert(look, "Gather", [steps, indices], {"axis": 0}, _FLOAT)
-        value = onnx.insert(look, "Mul", [value, factors], {}, _FLOAT)
-        if weight.blocks > 1:
-            kept = [0] * len(indices.shape)  # type: ignore[union-attr, arg-type]
-            value = onnx.reshape(look, value, (*kept, -1), _FLOAT)
-        onnx.replace(look.outputs[0], value, look)
+    write_lookups(onnx, lookups_in(node.outputs[0]), codes, steps, flatten=weight.blocks > 1)
     onnx.graph.remove(node, safe=True)
 
 

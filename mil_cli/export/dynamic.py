@@ -12,6 +12,7 @@ from mil_cli.export.exporter import DYNAMIC, MARKER, MARKER_DOMAIN
 from mil_cli.export.markers import Marker, read_marker
 from mil_cli.export.packing import storage_bits, write_codes
 from mil_cli.export.surgery import GraphWriter, constant_of, transposes_second
+from mil_cli.export.tables import lookups_in
 
 _FLOAT, _INT8, _INT32, _UINT8 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.UINT8
 
@@ -90,7 +91,11 @@ def _write_product(
     codes = marker.codes(values.astype(np.float32, copy=False))
     name = (marker.x.name or "weight").removesuffix(".weight")
     bits = storage_bits(marker.quant_min, marker.quant_max, widths)
-    stored = write_codes(onnx, product, f"{name}.codes", codes.T if weight.transposed else codes, bits, _INT8)
+    if weight.transposed and lookups_in(marker.output):  # a table is stored once, as it is looked up
+        stored = write_codes(onnx, product, f"{name}.codes", codes, bits, _INT8)
+        stored = onnx.insert(product, "Transpose", [stored], {"perm": [1, 0]}, _INT8)
+    else:
+        stored = write_codes(onnx, product, f"{name}.codes", codes.T if weight.transposed else codes, bits, _INT8)
     sums = onnx.insert(product, "MatMulInteger", [activation.codes, stored, activation.zero_point], {}, _INT32)
     result = onnx.insert(product, "Cast", [sums], {"to": int(_FLOAT)}, _FLOAT)
     steps = onnx.constant(f"{name}.scale", marker.scale, _FLOAT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from mil_cli.errors import ExportError
-from mil_cli.export.exporter import LEVELS_MARKER
+from mil_cli.export.exporter import LEVELS_MARKER, MARKER_DOMAIN
 from mil_cli.export.surgery import constant_of
 from mil_cli.ops.levels import level_codes
 from mil_cli.ops.quantize import quantize_codes
@@ -98,3 +99,21 @@ def read_marker(node: ir.Node) -> Marker:
     zeros = others.reshape(()) if axis is None else others
     quant_min, quant_max = (node.attributes[name].as_int() for name in ("quant_min", "quant_max"))
     return Marker(node, x, scales, zeros, along, quant_min, quant_max)
+
+
+def merge_markers(graph: ir.Graph) -> None:
+    """Let one marker stand for all that round the same constant in the same way, in place.
+
+    A weight that several modules share may come out of the exporter as several.
+    """
+    known: dict[tuple[object, ...], ir.Node] = {}
+    for node in [node for node in graph if node.domain == MARKER_DOMAIN]:
+        constants = [constant_of(value) for value in node.inputs]
+        if any(value is None for value in constants):
+            continue
+        contents = [(str(value.dtype), value.shape, sha256(value.tobytes()).digest()) for value in constants]  # type: ignore[union-attr]
+        settings = sorted((name, attribute.as_int()) for name, attribute in node.attributes.items())
+        first = known.setdefault((node.op_type, *settings, *contents), node)
+        if first is not node:
+            ir.convenience.replace_all_uses_with(node.outputs[0], first.outputs[0], replace_graph_outputs=True)
+            graph.remove(node, safe=True)

@@ -17,6 +17,7 @@ from mil_cli.export.codebook import write_codebooks
 from mil_cli.export.dynamic import write_dynamic
 from mil_cli.export.exporter import MARKER_DOMAIN, convert
 from mil_cli.export.interface import apply_interface, strip_metadata
+from mil_cli.export.markers import merge_markers
 from mil_cli.export.packing import ALL_WIDTHS, needed_opset
 from mil_cli.export.qdq import write_quantizers
 from mil_cli.export.surgery import GraphWriter, remove_unused
@@ -80,6 +81,7 @@ def export_onnx(model: Model, path: Path, *, device: DeviceProfile | None = None
             f"the model cannot be written as ONNX: {_root_cause(error)}",
             hint="replace the operator that it names in the model's code by one that ONNX knows",
         ) from error
+    merge_markers(converted.graph)
     # Dynamic products come before the quantizers, whose marker on their weights they take over.
     graph = GraphWriter(converted.graph)
     blocks = partial(write_blocks, provider=None if device is None else device.provider)

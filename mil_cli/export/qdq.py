@@ -2,8 +2,9 @@
 
 The forms are those that onnxruntime fuses into integer kernels: activations are quantized and dequantized in 8 bits,
 8-bit weights are int8 initializers that are dequantized, weights of fewer bits are packed initializers that become int8
-before (a direct 4-bit DequantizeLinear would be run at every inference). Biases stay float, and onnxruntime
-quantizes them itself with the scales that it needs, but for one case (see `mil_cli.export.gemm`).
+before (a direct 4-bit DequantizeLinear would be run at every inference). Rows of tables are looked up as int8, and
+become floats then. Biases stay float, and onnxruntime quantizes them itself with the scales that it needs, but for one
+case (see `mil_cli.export.gemm`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mil_cli.export.gemm import finish_products
 from mil_cli.export.markers import Marker, read_marker
 from mil_cli.export.packing import ALL_WIDTHS, index_bits, storage_bits, write_codes, write_indices
 from mil_cli.export.surgery import GraphWriter, constant_of
+from mil_cli.export.tables import lookups_in, write_lookups
 
 
 def write_quantizers(onnx: GraphWriter, widths: Collection[int] = ALL_WIDTHS) -> list[str]:
@@ -108,40 +110,59 @@ class _Writer:
         if count <= 2 ** (bits - 1):
             text = f"{count} levels stored in {bits} bits each, the narrowest form of the target that holds them"
             self._widened[text] = self._widened.get(text, 0) + 1
-        # Where the exporter transposes the weight, the transposed codes are stored: a Transpose between a weight and
-        # its product would keep the product from being fused.
-        for user in list(marker.output.consumers()):
-            if user.op_type == "Transpose" and user.domain == "":
-                order = user.attributes["perm"].as_ints() if "perm" in user.attributes else range(weight.ndim)[::-1]
-                axis = None if marker.axis is None else list(order).index(marker.axis % weight.ndim)
-                values = self._weight_values(marker, f"{name}.transposed", codes.transpose(order), axis, bits)
-                self._onnx.replace(user.outputs[0], values, user)
-        if marker.output.uses() or marker.output.is_graph_output():
-            values = self._weight_values(marker, name, codes, marker.axis, bits)
-            self._onnx.replace(marker.output, values, marker.node)
+        users = list(marker.output.consumers())
+        turns = [user for user in users if user.op_type == "Transpose" and user.domain == ""]
+        # Codes that are read as they are, too, are stored but once; onnxruntime transposes them when it loads the file.
+        once = len(users) > len(turns) or marker.output.is_graph_output()
+        stored = self._integers(marker, name, codes, bits) if once else None
+        for user in turns:
+            self._write_transposed(marker, name, user, stored, codes, bits)
+        if stored is not None:
+            self._write_lookups(marker, name, stored)
+            if marker.output.uses() or marker.output.is_graph_output():
+                values = self._dequantize(marker, name, stored, marker.axis)
+                self._onnx.replace(marker.output, values, marker.node)
+                return
+        self._onnx.graph.remove(marker.node, safe=True)
+
+    def _write_transposed(
+        self, marker: Marker, name: str, user: ir.Node, stored: ir.Value | None, codes: npt.NDArray[np.int32], bits: int
+    ) -> None:
+        """Write a weight as the exporter transposes it, in a node that is replaced.
+
+        It is the codes that are transposed: a Transpose between a weight and its product would keep the product from
+        being fused.
+        """
+        order = user.attributes["perm"].as_ints() if "perm" in user.attributes else range(codes.ndim)[::-1]
+        axis = None if marker.axis is None else list(order).index(marker.axis % codes.ndim)
+        if stored is None:
+            turned = self._integers(marker, f"{name}.transposed", codes.transpose(order), bits)
         else:
-            self._onnx.graph.remove(marker.node, safe=True)
+            turned = self._onnx.insert(marker.node, "Transpose", [stored], {"perm": list(order)}, ir.DataType.INT8)
+        self._onnx.replace(user.outputs[0], self._dequantize(marker, name, turned, axis), user)
 
-    def _weight_values(
-        self, marker: Marker, name: str, codes: npt.NDArray[np.int32], axis: int | None, bits: int
-    ) -> ir.Value:
-        """Insert the initializer of a weight's codes and what turns it into floats; returns the floats."""
-        if marker.levels is not None:
-            return self._weight_levels(marker, name, codes, axis, bits)
-        packed = write_codes(self._onnx, marker.node, f"{name}.codes", codes, bits, ir.DataType.INT8)
-        return self._dequantize(marker, name, packed, axis)
-
-    def _weight_levels(
-        self, marker: Marker, name: str, codes: npt.NDArray[np.int32], axis: int | None, bits: int
-    ) -> ir.Value:
-        """Insert codes that are looked up among levels, which onnxruntime does once when it loads the file."""
-        levels: Any = marker.levels
+    def _integers(self, marker: Marker, name: str, codes: npt.NDArray[np.int32], bits: int) -> ir.Value:
+        """Insert the initializer of a weight's codes and what turns it into int8; returns that."""
+        if marker.levels is None:
+            return write_codes(self._onnx, marker.node, f"{name}.codes", codes, bits, ir.DataType.INT8)
+        levels: Any = marker.levels  # looked up once, when onnxruntime loads the file
         if not np.array_equal(levels, np.clip(np.rint(levels), -128, 127)):
             raise ExportError("levels of weights are no whole numbers of 8 bits", value=marker.x.name)
         indices = write_indices(self._onnx, marker.node, f"{name}.codes", codes, bits)
         table = self._onnx.constant(f"{name}.levels", levels, ir.DataType.INT8)
-        chosen = self._onnx.insert(marker.node, "Gather", [table, indices], {"axis": 0}, ir.DataType.INT8)
-        return self._dequantize(marker, name, chosen, axis)
+        return self._onnx.insert(marker.node, "Gather", [table, indices], {"axis": 0}, ir.DataType.INT8)
+
+    def _write_lookups(self, marker: Marker, name: str, codes: ir.Value) -> None:
+        """Let what looks rows up in a weight read the codes."""
+        plain = marker.x.shape is not None and len(marker.x.shape) == 2 and not marker.zero_point.any()
+        looks = lookups_in(marker.output) if plain and marker.axis in (None, 0, -2) else []
+        if not looks:
+            return
+        steps = self._onnx.constant(f"{name}.scale", marker.scale, ir.DataType.FLOAT)
+        by_row = marker.axis is not None
+        if by_row:
+            steps = self._onnx.reshape(marker.node, steps, (-1, 1), ir.DataType.FLOAT)
+        write_lookups(self._onnx, looks, codes, steps, by_row=by_row)
 
     def _dequantize(self, marker: Marker, name: str, codes: ir.Value, axis: int | None) -> ir.Value:
         scale = self._onnx.constant(f"{name}.scale", marker.scale, ir.DataType.FLOAT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 
 import safetensors.torch
+import torch
 from minilm import file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -87,7 +88,8 @@ class Encoder(nn.Module):
             tokens: Shape (batch, length), padded with zeros at the end.
         """
         mask = tokens != PADDING
-        x = self.norm(self.words(tokens) + self.positions.weight[: tokens.shape[1]])
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.norm(self.words(tokens) + self.positions(places))
         for layer in self.layers:
             x = layer(x, mask)
         counts = mask.unsqueeze(2).to(x.dtype)

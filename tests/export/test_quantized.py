@@ -82,7 +82,7 @@ def test_packed_codes_are_those_of_the_graph(case: Build, tmp_path: Path) -> Non
     path = export_onnx(model, tmp_path / "model.onnx").path
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     codes = constants["blocks.0.up.transposed.codes"].astype(np.float32)
-    scale = constants["blocks.0.up.transposed.scale"]
+    scale = constants["blocks.0.up.scale"]
     quantizers = model.graph.get_submodule("quantizers.blocks_0_up_weight")
     weight = dict(model.named_parameters())["blocks.0.up.weight"]
     expected = (weight / quantizers.scale[:, None]).round().clamp(-8, 7)

@@ -188,7 +188,8 @@ def test_the_similarities_of_the_model_card_are_met() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("weights")
-def test_the_recipe_runs(fortunes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["rounded", "trained"])
+def test_the_recipe_runs(strategy: str, fortunes: Path, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
     words = ["[PAD]", "[UNK]", *" ".join(TOPICS.values()).split()]
     tokenizer = tokenizers.Tokenizer(
@@ -199,9 +200,11 @@ def test_the_recipe_runs(fortunes: Path, tmp_path: Path) -> None:
     settings = {"data.root": fortunes, "data.categories": "[boats,bread]", "model.classes": 2, "data.length": 8}
     out = tmp_path / "run"
     arguments = [f"{key}={value}" for key, value in settings.items()]
-    command = ["compress", str(RECIPE / "recipe.yaml"), *arguments, "~goals.latency", "~goals.size"]
+    goals = ["goals.quality.max_drop=1%", "~goals.latency", "~goals.size", f"chain=[{strategy}]"]
+    command = ["compress", str(RECIPE / "recipe.yaml"), *arguments, *goals]
     assert main([*command, "--out", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
     assert report["baseline"]["quality"]["value"] > 0.9  # two topics that share no word
+    assert report["stages"][0]["notes"]["quantized_tables"] == 2
     session = onnxruntime.InferenceSession(out / "model.onnx")
     assert [(value.name, value.shape) for value in session.get_inputs()] == [("tokens", ["batch", "length"])]

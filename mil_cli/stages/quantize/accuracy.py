@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 from mil_cli.errors import StageError
 from mil_cli.graph.nodes import get_argument, op_name
 from mil_cli.stages.judging import mean_loss, quality_or_worst
-from mil_cli.stages.quantize.placement import Placement, after_rectifier
+from mil_cli.stages.quantize.passing import after_rectifier
+from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
 from mil_cli.stages.quantize.settings import LayerSettings
 from mil_cli.training.quality import relative_drop
@@ -181,10 +182,11 @@ class _Control:
         context.notes.update(self._before)
         forms = {layer.name: rules.of_layer(layer) for layer in placement.layers}
         if not widened:
+            computing = {layer.name for layer in placement.products}
             self._state["narrow"] = {
                 name: form.per_channel
                 for name, form in forms.items()
-                if min(form.weight_bits, form.activation_bits) < _FULL
+                if form.weight_bits < _FULL or (form.activation_bits < _FULL and name in computing)
             }
         losses: list[float] = self._state["ranks"].setdefault(key, [])
         names, samples = list(forms), min(config.max_drop_samples, len(context.data.val))

@@ -26,7 +26,8 @@ def quantize(model: Model, config: AdaroundConfig, context: Context) -> Model:
 
     Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (2020), with the asymmetric form of its
     loss: a layer reads what the quantized layers before it give, and its outputs, behind a rectifier if one follows,
-    are compared with the float model's. Layers whose weights are read elsewhere too keep nearest rounding.
+    are compared with the float model's. Layers whose weights are read elsewhere too keep nearest rounding, as do tables
+    of embeddings, whose rows it serves best.
 
     Args:
         model: A float model; not changed.
@@ -37,5 +38,5 @@ def quantize(model: Model, config: AdaroundConfig, context: Context) -> Model:
         StageError: The model is quantized already, nothing in it can be quantized, or calibration fails.
     """
     prepared = prepare(model, config, context)
-    units = layer_units(prepared.model.graph, prepared.placement.layers)
+    units = layer_units(prepared.model.graph, prepared.placement.products)
     return reconstruct(prepared, units, config, context, beyond=Beyond())

@@ -174,10 +174,14 @@ class Search:
         """Return what the quantizing stage is told of its layers: its own, and the bits that were chosen."""
         result = dict(own)
         # Sorted: the path of a layer is also a pattern for those below it, whose own bits must come later.
-        for weight, place in sorted(zip(self.weights, choice, strict=True), key=lambda pair: pair[0].layer.name):
-            name = glob.escape(weight.layer.name)
-            bits = {"weight_bits": weight.widths[place]}
-            result[name] = result.get(name, LayerSettings()).model_copy(update=bits)
+        chosen = {
+            layer.name: weight.widths[place]
+            for weight, place in zip(self.weights, choice, strict=True)
+            for layer in weight.layer.sharing
+        }
+        for name, bits in sorted(chosen.items()):
+            pattern = glob.escape(name)
+            result[pattern] = result.get(pattern, LayerSettings()).model_copy(update={"weight_bits": bits})
         return result
 
     def facts(self, choice: Choice) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import Quantizer
+from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
 from mil_cli.stages.quantize.learned import insert_learned
-from mil_cli.stages.quantize.levels import compute_weight, round_to_levels
+from mil_cli.stages.quantize.levels import compute_weight, even, round_to_levels
 from mil_cli.stages.quantize.observers.mse import MeanSquaredError
-from mil_cli.stages.quantize.placement import Layer, Placement
+from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settings import Rules
-from mil_cli.stages.quantize.weights import level_scale, weight_scale
+from mil_cli.stages.quantize.weights import level_scale
 from mil_cli.stages.registry import stage
 
 _aten = torch.ops.aten
@@ -91,17 +92,19 @@ def _insert(model: Model, placement: Placement, seen: Seen[MeanSquaredError], ru
     graph = model.graph
     values, narrow = ranged_quantizers(seen)
     inner = _inner_bits(placement, rules)
-    levels = [_levels(layer, rules, inner) for layer in placement.layers]
-    weights = [
-        _even(graph, layer, rules) if additive is None else _additive(graph, layer, additive, rules)
-        for layer, additive in zip(placement.layers, levels, strict=True)
-    ]
+
+    def weight(layer: Layer) -> Quantizer:
+        levels = _levels(layer, rules, inner)
+        return even(graph, layer, rules) if levels is None else _additive(graph, layer, levels, rules)
+
+    weights = once_for_each_weight(placement.layers, weight)
     paths = insert_learned(model, placement, values, narrow, weights)
-    for layer, additive, path in zip(placement.layers, levels, paths.weights, strict=True):
+    for path, layer in dict(zip(paths.weights, placement.layers, strict=True)).items():
+        additive = _levels(layer, rules, inner)
         if additive is None:
             continue
-        weight: Tensor = get_attribute(graph, str(layer.weight.target)).detach()
-        set_attribute(graph, f"{path}.size", weight.std(correction=0))
+        stored: Tensor = get_attribute(graph, str(layer.weight.target)).detach()
+        set_attribute(graph, f"{path}.size", stored.std(correction=0))
         compute_weight(graph, path, partial(_normalise, size=f"{path}.size"))
         if len(additive) > _TERNARY:
             round_to_levels(graph, path, additive)
@@ -109,14 +112,14 @@ def _insert(model: Model, placement: Placement, seen: Seen[MeanSquaredError], ru
 
 def _inner_bits(placement: Placement, rules: Rules) -> int:
     """Return the fewest bits of the weights between the first and last layers."""
-    inner = [rules.of_layer(layer).weight_bits for layer in placement.layers if not layer.edge]
+    inner = [rules.of_layer(layer).weight_bits for layer in placement.products if not layer.edge]
     return min(inner, default=rules.weight_bits)
 
 
 def _levels(layer: Layer, rules: Rules, inner: int) -> Tensor | None:
-    """Return the levels of a layer's weight; None for a first or last one that has more bits than the inner ones."""
+    """Return the levels of a layer's weight; None for a table, and a first or last layer that has more bits."""
     bits = rules.of_layer(layer).weight_bits
-    if layer.edge and bits > inner:
+    if layer.has_table or (any(each.edge for each in layer.sharing) and bits > inner):
         return None
     return whole_levels(bits, largest=rules.largest_weight)
 
@@ -138,12 +141,6 @@ def _additive(graph: GraphModule, layer: Layer, levels: Tensor, rules: Rules) ->
     axis, last = rules.axis(layer), int(levels[-1])
     scale = level_scale(weight - weight.mean(), axis=axis, levels=levels)
     return Quantizer.of_weight(scale, CodeRange(-last, last), axis)
-
-
-def _even(graph: GraphModule, layer: Layer, rules: Rules) -> Quantizer:
-    codes, axis = rules.weights(layer).symmetric(), rules.axis(layer)
-    scale = weight_scale(get_attribute(graph, str(layer.weight.target)), axis=axis, codes=codes, observer="mse")
-    return Quantizer.of_weight(scale, codes, axis)
 
 
 def _normalise(graph: Graph, weight: Node, *, size: str) -> Node:

@@ -21,7 +21,8 @@ from mil_cli.stages.quantize.calibrate import Seen, Watcher, place_observed
 from mil_cli.stages.quantize.damping import dampen
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import refuse_quantized
-from mil_cli.stages.quantize.placement import Layer, Narrow, Placement, Policy, place_any
+from mil_cli.stages.quantize.layers import Layer
+from mil_cli.stages.quantize.placement import Narrow, Placement, Policy, place_any
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.settle import settle, strip
@@ -45,6 +46,8 @@ class AwareConfig(QuantizationConfig):
         batch_norm: ``reestimate``: batch norms train as usual, and their statistics are taken anew at the end, without
             augmentation; ``freeze``: they use and keep the statistics that they came with.
         batch_norm_samples: Training samples for the new statistics.
+        thaw: Whether weights that do not train in the float model, those of a frozen encoder say, train with the
+            quantizers in place; afterwards they do not again.
     """
 
     distill: str | None = None
@@ -53,6 +56,7 @@ class AwareConfig(QuantizationConfig):
     damping: float = Field(0.0, ge=0, allow_inf_nan=False)
     batch_norm: Literal["reestimate", "freeze"] = "reestimate"
     batch_norm_samples: int = Field(2048, ge=1)
+    thaw: bool = False
 
     @field_validator("bits_schedule")
     @classmethod
@@ -123,6 +127,14 @@ def train_quantized(
     return result
 
 
+def _thaw(model: Model) -> list[str]:
+    """Let all parameters of a model train, in place, and return the names of those that did not."""
+    frozen = {name: parameter for name, parameter in model.graph.named_parameters() if not parameter.requires_grad}
+    for parameter in frozen.values():
+        parameter.requires_grad_()
+    return list(frozen)
+
+
 def _train(
     start: Model,
     rules: Rules,
@@ -137,10 +149,13 @@ def _train(
     """Insert quantizers into a float model, in place, and return it trained, its quantizers settled."""
 
     def place(silent: Collection[Node]) -> Placement:
-        return place_unfolded(start, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent)
+        return place_unfolded(
+            start, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent, tables=rules.tables
+        )
 
     placement, seen = place_observed(start, place, watcher, rules, config, context)
     facts = placement.facts()
+    thawed = _thaw(start) if config.thaw else []
     insert(start, placement, seen, rules)
     frozen = freeze_norms(start.graph) if config.batch_norm == "freeze" else {}
     hooks = [hook for hook in (before_step, dampen(config.damping) if config.damping else None) if hook is not None]
@@ -156,6 +171,8 @@ def _train(
         trainer=config.trainer,
         before_step=each if hooks else None,
     )
+    for name in thawed:
+        trained.graph.get_parameter(name).requires_grad_(False)
     settle(trained.graph)
     release_norms(trained.graph, frozen)
     context.note(**facts)
@@ -169,6 +186,7 @@ def place_unfolded(
     skip: Sequence[str],
     narrow: Narrow | None,
     silent: Collection[Node] = (),
+    tables: bool = True,
 ) -> Placement:
     """Decide where quantizers go on a model whose batch norms will be folded later.
 
@@ -178,6 +196,7 @@ def place_unfolded(
         skip: Patterns of layers to leave float.
         narrow: Says which layers read fewer bits than the rest of the graph has; None: no layer does.
         silent: Values of `model` of which nothing but zeros was seen; they and their readers stay float.
+        tables: Whether tables of embeddings are quantized.
 
     Returns:
         The placement that the folded model would get, on the nodes of `model`; the value of a layer that a batch norm
@@ -199,12 +218,13 @@ def place_unfolded(
         return found
 
     unheard = {node for node in folded.graph.graph.nodes if node.name in here and value(node) in silent}
-    chosen = place_any(folded.graph, policy=policy, skip=skip, narrow=narrow, silent=unheard)
+    chosen = place_any(folded.graph, policy=policy, skip=skip, narrow=narrow, silent=unheard, tables=tables)
 
     def layer(old: Layer) -> Layer:
         bias = None if old.bias is None else here.get(old.bias.name)
         node, weight = here[old.node.name], here[old.weight.name]
-        return Layer(node, old.name, old.alias, value(old.source), weight, old.axis, bias, old.edge)
+        partners = tuple(layer(other) for other in old.partners)
+        return Layer(node, old.name, old.alias, value(old.source), weight, old.axis, bias, old.edge, partners)
 
     return Placement(
         policy=chosen.policy,

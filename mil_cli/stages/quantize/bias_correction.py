@@ -17,7 +17,8 @@ from mil_cli.stages.quantize.rescale import channel_axis
 
 if TYPE_CHECKING:
     from mil_cli.stages.context import Context
-    from mil_cli.stages.quantize.placement import Layer, Placement
+    from mil_cli.stages.quantize.layers import Layer
+    from mil_cli.stages.quantize.placement import Placement
     from mil_cli.stages.quantize.settings import QuantizationConfig
 
 

@@ -52,6 +52,6 @@ def quantize(model: Model, config: BrecqConfig, context: Context) -> Model:
         StageError: The model is quantized already, nothing in it can be quantized, or calibration fails.
     """
     prepared = prepare(model, config, context)
-    units = block_units(prepared.model.graph, prepared.placement.layers)
+    units = block_units(prepared.model.graph, prepared.placement.products)
     beyond = Beyond(step_rate=config.step_rate, drop=config.drop, fisher=config.fisher)
     return reconstruct(prepared, units, config, context, beyond=beyond)

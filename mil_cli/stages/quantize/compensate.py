@@ -20,7 +20,7 @@ from mil_cli.stages.quantize.ranges import CodeRange
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-    from mil_cli.stages.quantize.placement import Layer
+    from mil_cli.stages.quantize.layers import Layer
 
 _BLOCK = 128
 """Inputs among which errors are passed on at once; those behind them get theirs in one product."""

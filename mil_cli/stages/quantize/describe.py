@@ -25,7 +25,7 @@ class LayerBits:
     """Bits of layers.
 
     Attributes:
-        bits: Node name -> bits of its weight, and of the activation that it reads; None: that is float.
+        bits: Node name -> bits of its weight, and of the activation that it reads; None: float, or none.
         kept_float: Layer name -> why it stays float.
     """
 
@@ -48,10 +48,13 @@ def planned_bits(model: Model, rules: Rules, skip: Sequence[str] = (), *, traine
     folded = fold_batch_norm(model) if trained else fold_weights(model)
     make_functional(folded.graph)
     policy = choose_policy(folded.graph) if rules.policy == "auto" else rules.policy
-    placement = place(folded.graph, policy=policy, skip=skip, narrow=rules.narrow)
+    placement = place(folded.graph, policy=policy, skip=skip, narrow=rules.narrow, tables=rules.tables)
     rules.check_used(placement)
     found = LayerBits(kept_float=placement.kept_float)
     for layer in placement.layers:
+        if layer.looks_up:
+            found.bits[layer.node.name] = rules.weights(layer).bits, None
+            continue
         narrow = layer.node in placement.narrow.get(layer.source, ())
         value = layer.source if narrow else placement.owner(layer.source)
         read = rules.values(placement, value, narrow=narrow)

@@ -11,6 +11,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import insert_quantizers
+from mil_cli.stages.quantize.layers import once_for_each_weight
 from mil_cli.stages.quantize.observers import Observer, ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.ranges import CodeRange
@@ -72,6 +73,6 @@ def quantize(model: Model, config: DorefaConfig, context: Context) -> Model:
 
 def _insert(model: Model, placement: Placement, seen: Seen[Observer], rules: Rules) -> None:
     values, narrow = ranged_quantizers(seen)
-    weights = [squashed(model.graph, layer, rules) for layer in placement.layers]
+    weights = once_for_each_weight(placement.layers, lambda layer: squashed(model.graph, layer, rules))
     paths = insert_quantizers(model.graph, placement, values, narrow, weights)
     squash(model.graph, placement.layers, weights, paths.weights, rules)

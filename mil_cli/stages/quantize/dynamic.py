@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from mil_cli.errors import StageError
@@ -12,8 +11,17 @@ from mil_cli.graph.nodes import get_attribute
 from mil_cli.graph.segment import overwritten
 from mil_cli.stages.quantize.describe import LayerBits
 from mil_cli.stages.quantize.functional import make_functional
-from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
-from mil_cli.stages.quantize.placement import NEVER, OVERWRITTEN, FoundLayers, Layer, find_layers
+from mil_cli.stages.quantize.insert import Quantizer, QuantizerWriter, refuse_quantized
+from mil_cli.stages.quantize.layers import (
+    CONVOLUTIONS,
+    NEVER,
+    NO_TABLES,
+    OVERWRITTEN,
+    FoundLayers,
+    Layer,
+    find_layers,
+    once_for_each_weight,
+)
 from mil_cli.stages.quantize.ranges import weight_codes
 from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
@@ -22,11 +30,12 @@ from mil_cli.stages.registry import StageConfig, stage
 if TYPE_CHECKING:
     from torch.fx import Node
 
+    from mil_cli.device.profile import Int8Form
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
 
 _SLOWER = "onnxruntime's convolutions with ranges found at run time take longer than float ones; take quantize/static"
-_LEFT_OUT = {**NEVER, **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _SLOWER)}
+_LEFT_OUT = {**NEVER, **dict.fromkeys(CONVOLUTIONS, _SLOWER)}
 
 
 class DynamicConfig(StageConfig):
@@ -35,6 +44,8 @@ class DynamicConfig(StageConfig):
     Attributes:
         weight_bits: Bits of weights, 2 to 8; activations have 8.
         first_last_bits: Bits of the weights of layers right after an input or right before an output, if that is more.
+        embeddings: Whether tables of embeddings are quantized too, in `weight_bits`, each row with a scale of its own;
+            None: as the device says.
         per_channel: Whether each output channel has a scale of its own; None: as the device says.
         reduce_range: Whether 8-bit weights keep to [-64, 64]; None: as the device says.
         weight_observer: How the range of weights is found.
@@ -48,6 +59,7 @@ class DynamicConfig(StageConfig):
 
     weight_bits: int = Field(8, ge=2, le=8)
     first_last_bits: int = Field(8, ge=2, le=8)
+    embeddings: bool | None = None
     per_channel: bool | None = None
     reduce_range: bool | None = None
     weight_observer: WeightObserverName = "mse"
@@ -75,26 +87,34 @@ def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
     device = context.device.int8
     per_channel = device.per_channel if config.per_channel is None else config.per_channel
     reduce_range = device.reduce_range if config.reduce_range is None else config.reduce_range
-    quantized, (layers, kept_float, _) = _found(model, config)
+    tables = device.embeddings if config.embeddings is None else config.embeddings
+    quantized, (layers, kept_float, _) = _found(model, config, tables=tables)
     graph = quantized.graph
-    if not layers:
+    products = [layer for layer in layers if not layer.looks_up]
+    if not products:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in kept_float.items())
         raise StageError("no product of the model can be quantized", value=reasons or "it has no layer with weights")
-    writer = QuantizerWriter(graph)
-    readers: dict[Node, list[Layer]] = {}
-    for layer in layers:
-        codes = weight_codes(_bits(layer, config), reduce_range=reduce_range)
-        axis = layer.axis if per_channel else None
+
+    def form(layer: Layer) -> Quantizer:
+        only_table = all(each.looks_up for each in layer.sharing)
+        codes = weight_codes(_bits(layer, config), reduce_range=reduce_range and not only_table)
+        axis = layer.axis if per_channel or only_table else None
         weight = get_attribute(graph, str(layer.weight.target))
-        scale = weight_scale(weight, axis=axis, codes=codes, observer=config.weight_observer)
-        path = writer.store(f"{layer.name}_weight", scale, torch.zeros(scale.shape))
-        writer.insert(layer.weight, path, axis=axis, codes=codes, readers=[layer.node])
+        return Quantizer.of_weight(
+            weight_scale(weight, axis=axis, codes=codes, observer=config.weight_observer), codes, axis
+        )
+
+    writer = QuantizerWriter(graph)
+    writer.insert_weights(layers, once_for_each_weight(layers, form))
+    readers: dict[Node, list[Layer]] = {}
+    for layer in products:
         readers.setdefault(layer.source, []).append(layer)
     for value, reading in readers.items():
         writer.insert_dynamic(value, [layer.node for layer in reading])
     writer.finish()
     context.note(
-        quantized_layers=len(layers),
+        quantized_layers=len(products),
+        quantized_tables=len(layers) - len(products),
         quantized_values=len(readers),
         kept_float=kept_float,
         weight_bits=config.weight_bits,
@@ -105,23 +125,27 @@ def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
     return quantized
 
 
-def planned_bits(model: Model, config: DynamicConfig) -> LayerBits:
-    """Return which bits the layers of a float model would have.
+def planned_bits(model: Model, config: DynamicConfig, device: Int8Form) -> LayerBits:
+    """Return which bits the layers of a float model would have on a device.
 
     Raises:
         StageError: A pattern of `skip` fits no layer.
     """
-    found = _found(model, config)[1]
-    return LayerBits({layer.node.name: (_bits(layer, config), 8) for layer in found.layers}, found.left_out)
+    tables = device.embeddings if config.embeddings is None else config.embeddings
+    found = _found(model, config, tables=tables)[1]
+    bits = {layer.node.name: (_bits(layer, config), None if layer.looks_up else 8) for layer in found.layers}
+    return LayerBits(bits, found.left_out)
 
 
-def _found(model: Model, config: DynamicConfig) -> tuple[Model, FoundLayers]:
+def _found(model: Model, config: DynamicConfig, *, tables: bool) -> tuple[Model, FoundLayers]:
     """Return a folded copy of a model, and its layers."""
     folded = fold_weights(model)
     make_functional(folded.graph)
     apart = dict.fromkeys(overwritten(folded.graph), OVERWRITTEN)
-    return folded, find_layers(folded.graph, skip=config.skip, apart=apart, never=_LEFT_OUT)
+    never = _LEFT_OUT if tables else {**_LEFT_OUT, **NO_TABLES}
+    return folded, find_layers(folded.graph, skip=config.skip, apart=apart, never=never)
 
 
 def _bits(layer: Layer, config: DynamicConfig) -> int:
-    return max(config.weight_bits, config.first_last_bits) if layer.edge else config.weight_bits
+    edge = any(each.edge for each in layer.sharing)
+    return max(config.weight_bits, config.first_last_bits) if edge else config.weight_bits

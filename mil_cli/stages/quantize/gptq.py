@@ -40,7 +40,8 @@ def quantize(model: Model, config: GptqConfig, context: Context) -> Model:
     Frantar et al., "GPTQ: Accurate post-training quantization for generative pre-trained transformers" (ICLR 2023,
     arXiv:2210.17323), for linear layers and convolutions; each layer sees what the quantized ones before it give, with
     activations in their integer codes. An output's error over the calibration samples is never above that of rounding
-    to nearest: where it would be, that output is rounded to nearest. Layers whose weights others read too are.
+    to nearest: where it would be, that output is rounded to nearest. Layers whose weights others read too are, and
+    tables of embeddings: a row is all of an output, and nothing else could make up for its errors.
 
     Args:
         model: A float model; not changed.
@@ -53,6 +54,6 @@ def quantize(model: Model, config: GptqConfig, context: Context) -> Model:
     prepared = prepare(model, config, context)
     quantized = prepared.insert(correct=False)
     how = Compensation(config.calibration_samples, config.calibration_batch_size, config.damping, config.act_order)
-    round_layers(quantized, prepared.placement.layers, how, context)
+    round_layers(quantized, prepared.placement.products, how, context)
     prepared.correct()
     return quantized

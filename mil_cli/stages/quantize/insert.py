@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from mil_cli.errors import StageError
 from mil_cli.graph.nodes import calls, op_name, set_attribute
 from mil_cli.ops import QUANTIZERS
+from mil_cli.stages.quantize.layers import Layer
 from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.ranges import CodeRange
 
@@ -80,14 +81,11 @@ def insert_quantizers(
         placement: What is quantized.
         values: For each owned value how it, and what shares its codes, is quantized.
         narrow: For each value that layers read in fewer bits how they read it.
-        weights: For each layer of the placement, in its order.
+        weights: For each layer of the placement, in its order; layers that share a weight may share one.
     """
     writer = QuantizerWriter(graph)
     paths = Paths({node: writer.store(node.name, form.scale, form.zero_point) for node, form in values.items()}, {}, [])
-    for layer, form in zip(placement.layers, weights, strict=True):
-        path = writer.store(f"{layer.name}_weight", form.scale, form.zero_point)
-        writer.insert(layer.weight, path, axis=form.axis, codes=form.codes, readers=[layer.node])
-        paths.weights.append(path)
+    paths.weights.extend(writer.insert_weights(placement.layers, weights))
     quantized: dict[Node, Node] = {}
     for node in [*placement.owned, *placement.shared]:
         owner = placement.owner(node)
@@ -164,6 +162,25 @@ class QuantizerWriter:
         settings = (axis, codes.quant_min, codes.quant_max)
         names = [f"{path}.scale", f"{path}.zero_point"]
         return self._insert(torch.ops.mil.quantize_affine.default, value, names, settings, readers)
+
+    def insert_weights(self, layers: Sequence[Layer], forms: Sequence[Quantizer]) -> list[str]:
+        """Quantize the weights of layers and return where their scales and zero points are kept, in their order.
+
+        Args:
+            layers: The layers.
+            forms: How the weight of each is quantized; those that share a weight may share one, which is kept once.
+        """
+        stored: dict[int, str] = {}
+        reading: dict[tuple[int, Node], list[Node]] = {}
+        for layer, form in zip(layers, forms, strict=True):
+            if id(form) not in stored:
+                stored[id(form)] = self.store(f"{layer.name}_weight", form.scale, form.zero_point)
+            reading.setdefault((id(form), layer.weight), []).append(layer.node)
+        known = {id(form): form for form in forms}
+        for (number, weight), readers in reading.items():
+            form = known[number]
+            self.insert(weight, stored[number], axis=form.axis, codes=form.codes, readers=readers)
+        return [stored[id(form)] for form in forms]
 
     def insert_blocks(
         self, value: Node, path: str, *, axis: int, block_size: int, codes: CodeRange, readers: Iterable[Node]

@@ -13,7 +13,8 @@ from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.stages.quantize.calibrate import calibrate
 from mil_cli.stages.quantize.insert import Paths, Quantizer, insert_quantizers
-from mil_cli.stages.quantize.placement import Layer, Placement
+from mil_cli.stages.quantize.layers import Layer
+from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.positive import keep_positive, mirror_channels
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settings import Rules

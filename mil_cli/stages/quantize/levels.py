@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from mil_cli.graph.nodes import get_argument, get_attribute, set_argument, set_attribute
-from mil_cli.stages.quantize.insert import quantizers_at, replace_quantizer
+from mil_cli.stages.quantize.insert import Quantizer, quantizers_at, replace_quantizer
+from mil_cli.stages.quantize.layers import Layer
+from mil_cli.stages.quantize.settings import Rules
 from mil_cli.stages.quantize.settle import forget, read_attributes
+from mil_cli.stages.quantize.weights import weight_scale
 
 Compute = Callable[[Graph, Node], Node]
 """Writes the operators that make a weight of the node that reads its parameter; returns the last of them."""
@@ -26,6 +29,13 @@ def compute_weight(graph: GraphModule, path: str, compute: Compute) -> None:
         with graph.graph.inserting_before(quantizer):
             set_argument(quantizer, "x", compute(graph.graph, get_argument(quantizer, "x")))
     graph.recompile()
+
+
+def even(graph: GraphModule, layer: Layer, rules: Rules) -> Quantizer:
+    """Return the quantizer of a layer's weight with symmetric codes, for one that gets none of a method's levels."""
+    codes, axis = rules.weights(layer).symmetric(), rules.axis(layer)
+    scale = weight_scale(get_attribute(graph, str(layer.weight.target)), axis=axis, codes=codes, observer="mse")
+    return Quantizer.of_weight(scale, codes, axis)
 
 
 def round_to_levels(graph: GraphModule, path: str, levels: Tensor) -> None:

@@ -17,10 +17,11 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen
 from mil_cli.stages.quantize.insert import Quantizer
+from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
 from mil_cli.stages.quantize.learned import insert_learned, one_sided_codes
 from mil_cli.stages.quantize.observers.magnitude import MeanMagnitude
 from mil_cli.stages.quantize.observers.mse import MeanSquaredError
-from mil_cli.stages.quantize.placement import Layer, Placement
+from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.ranges import CodeRange, affine_parameters
 from mil_cli.stages.quantize.settings import Rules
 from mil_cli.stages.quantize.weights import weight_scale
@@ -86,7 +87,11 @@ def _insert(
         {node: watcher.quantizer(initialization) for node, watcher in watchers.items()}
         for watchers in (seen.values, seen.narrow)
     )
-    weights = [_weight(model.graph, layer, codes[layer.node], rules, initialization) for layer in placement.layers]
+
+    def weight(layer: Layer) -> Quantizer:
+        return _weight(model.graph, layer, codes[layer.node], rules, initialization)
+
+    weights = once_for_each_weight(placement.layers, weight)
     insert_learned(model, placement, values, narrow, weights, gammas=gammas)
 
 

@@ -15,9 +15,10 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import Quantizer, quantizers_at, replace_quantizer
+from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
 from mil_cli.stages.quantize.learned import insert_learned, one_sided_codes
 from mil_cli.stages.quantize.observers.mse import MeanSquaredError
-from mil_cli.stages.quantize.placement import Layer, Placement
+from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settings import Rules
 from mil_cli.stages.quantize.settle import forget, read_attributes
@@ -73,7 +74,11 @@ def _insert(
     graph = model.graph
     codes, gammas = one_sided_codes(model, placement.layers, rules)
     values, narrow = ranged_quantizers(seen)
-    weights = [_weight(graph, layer, codes[layer.node], rules, weight_start) for layer in placement.layers]
+
+    def weight(layer: Layer) -> Quantizer:
+        return _weight(graph, layer, codes[layer.node], rules, weight_start)
+
+    weights = once_for_each_weight(placement.layers, weight)
     paths = insert_learned(model, placement, values, narrow, weights, gammas=gammas)
     read = read_attributes(graph)
     for few, places in ((False, paths.values), (True, paths.narrow)):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from mil_cli.errors import StageError
 from mil_cli.stages.quantize.allocation import Search
-from mil_cli.stages.quantize.placement import Layer, matches
+from mil_cli.stages.quantize.layers import Layer, matches
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, Prepared, prepare
 from mil_cli.stages.quantize.sensitivity import Rounding, estimated_rises, measured_rises, weights_of
 from mil_cli.stages.quantize.settings import QuantizationConfig
@@ -143,11 +143,8 @@ def _settings(config: MixedConfig, context: Context) -> QuantizationConfig:
 def _widths(layer: Layer, config: MixedConfig, prepared: Prepared) -> Sequence[int]:
     """Return the bits that a layer's weight may have."""
     rules = prepared.rules
-    fixed = [
-        settings.weight_bits
-        for pattern, settings in rules.layers.items()
-        if settings.weight_bits is not None and matches(pattern, layer.name, layer.alias)
-    ]
-    if fixed:
-        return fixed[-1:]
-    return [max(bits, rules.edge_bits) if layer.edge else bits for bits in config.bits]
+    named = [pattern for pattern, settings in rules.layers.items() if settings.weight_bits is not None]
+    if any(matches(pattern, each.name, each.alias) for pattern in named for each in layer.sharing):
+        return [rules.of_layer(layer).weight_bits]
+    edge = any(each.edge for each in layer.sharing)
+    return [max(bits, rules.edge_bits) if edge else bits for bits in config.bits]

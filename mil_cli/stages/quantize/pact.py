@@ -14,6 +14,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import insert_quantizers, quantizers_at, replace_quantizer
+from mil_cli.stages.quantize.layers import once_for_each_weight
 from mil_cli.stages.quantize.learned import largest_code
 from mil_cli.stages.quantize.observers import Observer, ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Placement
@@ -77,7 +78,7 @@ def quantize(model: Model, config: PactConfig, context: Context) -> Model:
 def _insert(model: Model, placement: Placement, seen: Seen[Observer], rules: Rules) -> None:
     graph = model.graph
     values, narrow = ranged_quantizers(seen)
-    weights = [squashed(graph, layer, rules) for layer in placement.layers]
+    weights = once_for_each_weight(placement.layers, lambda layer: squashed(graph, layer, rules))
     paths = insert_quantizers(graph, placement, values, narrow, weights)
     squash(graph, placement.layers, weights, paths.weights, rules)
     factors: dict[str, float] = {}

@@ -6,92 +6,31 @@ Two policies, measured on onnxruntime:
   Quantizing the inputs of convolutions alone leaves most of them unfused, and gains nothing.
 * ``transformer``: inputs of linear layers (products with a weight) only; what lies between them stays float, which is
   both faster and more accurate there. Convolutions still get both sides: without their output they would run in float.
+
+Tables of embeddings are quantized by either: codes are looked up, and only these become floats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mil_cli.errors import StageError, did_you_mean
-from mil_cli.graph.nodes import calls, get_argument, get_attribute, module_path, op_name
+from mil_cli.errors import StageError
+from mil_cli.graph.nodes import calls, get_argument, op_name
 from mil_cli.graph.segment import overwritten
+from mil_cli.stages.quantize.layers import CONVOLUTIONS, NEVER, NO_TABLES, OVERWRITTEN, Layer, find_layers
+from mil_cli.stages.quantize.passing import after_rectifier, backwards, comes_from_any, goes_to_output
 
 Policy = Literal["cnn", "transformer"]
 
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
-_TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
-_PRODUCTS = {"linear": ("input", "weight", 0), "matmul": ("self", "other", -1), "mm": ("self", "mat2", 1)}
-"""Operator -> its activation, its weight, and the weight's axis of output channels."""
-
 _JOINS = frozenset({"add", "cat", "avg_pool2d", "adaptive_avg_pool2d", "mean"})
-_RECTIFIERS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min"})
-_PASSING = frozenset(
-    {
-        *("max_pool1d", "max_pool2d", "max_pool3d", "view", "reshape", "flatten", "unflatten", "permute", "transpose"),
-        *("squeeze", "unsqueeze", "contiguous", "clone", "alias", "detach", "dropout", "feature_dropout", "select"),
-        *("slice", "movedim", "upsample_nearest2d"),
-    }
-)
-"""Operators whose outputs are some of their input's values: the same codes serve both."""
-
-_FINISHING = frozenset(
-    {
-        *("softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "log_sigmoid", "tanh", "hardsigmoid"),
-        *("pixel_shuffle", "upsample_bilinear2d", "upsample_bicubic2d"),
-    }
-)
-"""Operators that bring what a last layer gives into the form of an output."""
-
-NEVER = {
-    **dict.fromkeys(_TRANSPOSED, "onnxruntime has no integer kernel for transposed convolutions"),
-    "embedding": "a table look-up computes nothing",
-    "lstm": "onnxruntime has no static integer kernel for recurrent layers",
-    "gru": "onnxruntime has no static integer kernel for recurrent layers",
-    "rnn_tanh": "onnxruntime has no integer kernel for this recurrent layer",
-    "rnn_relu": "onnxruntime has no integer kernel for this recurrent layer",
-    "scaled_dot_product_attention": "products of two activations stay float",
-    "bmm": "products of two activations stay float",
-    "baddbmm": "products of two activations stay float",
-    "einsum": "only plain products with a weight become integer kernels",
-    "addmm": "only plain products with a weight become integer kernels",
-}
 _ATTENTION = frozenset({"scaled_dot_product_attention", "softmax", "_softmax"})
-
-OVERWRITTEN = "an operator in place changes its input after it was made"
 _SILENT = "its input was nothing but zeros in calibration"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer whose weight is quantized; where its input is too it will run on an integer kernel.
-
-    Attributes:
-        node: The convolution, product or look-up.
-        name: The dotted path of its module, or the name of its weight or node where there is none.
-        alias: The name of its node, which settings may use too; its `name` again where that is the path of a module.
-        source: The node of its activation.
-        weight: The node that reads its weight.
-        axis: The weight's axis of output channels.
-        bias: The node that reads its bias, or None.
-        edge: Whether it is the first layer after an input, or the last before an output.
-    """
-
-    node: Node
-    name: str
-    alias: str
-    source: Node
-    weight: Node
-    axis: int
-    bias: Node | None
-    edge: bool
-
 
 Narrow = Callable[[Layer], bool]
 """Whether a layer reads its input in fewer bits than the rest of the graph has."""
@@ -103,7 +42,7 @@ class Placement:
 
     Attributes:
         policy: The policy that decided.
-        layers: The layers that become integer kernels, in order of execution.
+        layers: The layers whose weights are quantized, in order of execution.
         owned: The values that get a quantizer with a range of their own, in order of execution.
         shared: Value -> the owned value whose scale and zero point serve it too.
         exclusive: The values that everyone reads quantized, because integer kernels make them.
@@ -125,6 +64,11 @@ class Placement:
     kept_float: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def products(self) -> list[Layer]:
+        """The layers that become integer kernels: all but those that look rows up in tables."""
+        return [layer for layer in self.layers if not layer.looks_up]
+
     def owner(self, value: Node) -> Node:
         """Return the owned value whose scale and zero point serve a quantized value."""
         return self.shared.get(value, value)
@@ -133,7 +77,8 @@ class Placement:
         """Return what the report shows."""
         return {
             "policy": self.policy,
-            "quantized_layers": len(self.layers),
+            "quantized_layers": len(self.products),
+            "quantized_tables": len(self.layers) - len(self.products),
             "quantized_values": len({*self.owned, *self.narrow}),
             "kept_float": self.kept_float,
         }
@@ -142,7 +87,7 @@ class Placement:
 def choose_policy(graph: GraphModule) -> Policy:
     """Return the policy that fits a graph: ``transformer`` if it has attention or no convolution, else ``cnn``."""
     names = {op_name(node) for node in calls(graph)}
-    if names & _CONVOLUTIONS and not names & _ATTENTION:
+    if names & CONVOLUTIONS and not names & _ATTENTION:
         return "cnn"
     return "transformer"
 
@@ -154,6 +99,7 @@ def place(
     skip: Sequence[str] = (),
     narrow: Narrow | None = None,
     silent: Collection[Node] = (),
+    tables: bool = True,
 ) -> Placement:
     """Decide which values of a graph are quantized.
 
@@ -168,20 +114,21 @@ def place(
         narrow: Says which layers read fewer bits than the rest of the graph has; None: no layer does.
         silent: Values of which nothing but zeros was seen, which is no range; they and their readers stay float, as do
             values that an operator in place changes later.
+        tables: Whether tables of embeddings are quantized.
 
     Raises:
         StageError: A pattern of `skip` fits no layer.
     """
     apart = {**dict.fromkeys(overwritten(graph), OVERWRITTEN), **dict.fromkeys(silent, _SILENT)}
-    found = find_layers(graph, skip=skip, apart=apart)
+    found = find_layers(graph, skip=skip, apart=apart, never=NEVER if tables else {**NEVER, **NO_TABLES})
     placement = Placement(policy, found.layers, kept_float=found.left_out, names=found.names)
     wanted: dict[Node, set[Node]] = {}
-    for layer in placement.layers:
+    for layer in placement.products:
         readers = placement.narrow if narrow is not None and narrow(layer) else wanted
         readers.setdefault(layer.source, set()).add(layer.node)
-        if op_name(layer.node) in _CONVOLUTIONS:
+        if op_name(layer.node) in CONVOLUTIONS:
             placement.exclusive.add(after_rectifier(layer.node))
-    placement.exclusive = {node for node in placement.exclusive if not _is_any(node, apart)}
+    placement.exclusive = {node for node in placement.exclusive if not comes_from_any(node, apart)}
     if policy == "cnn":
         _place_joins(graph, placement, wanted, apart)
     placement.exclusive -= {node for node, layers in placement.narrow.items() if set(node.users) <= layers}
@@ -195,7 +142,7 @@ def place(
         if node not in placement.exclusive:
             placement.readers[node] = wanted[node]
     at_edges = [layer.source for layer in placement.layers if layer.edge]
-    at_outputs = [node for node in [*placement.owned, *placement.shared] if _goes_to_output(node)]
+    at_outputs = [node for node in [*placement.owned, *placement.shared] if goes_to_output(node)]
     placement.edges = {placement.owner(node) for node in [*at_edges, *at_outputs]}
     return placement
 
@@ -207,6 +154,7 @@ def place_any(
     skip: Sequence[str] = (),
     narrow: Narrow | None = None,
     silent: Collection[Node] = (),
+    tables: bool = True,
 ) -> Placement:
     """Decide as `place` does, by the policy that fits where it is ``auto``.
 
@@ -214,123 +162,11 @@ def place_any(
         StageError: No layer is left to quantize, or a pattern of `skip` fits none.
     """
     chosen = choose_policy(graph) if policy == "auto" else policy
-    placement = place(graph, policy=chosen, skip=skip, narrow=narrow, silent=silent)
+    placement = place(graph, policy=chosen, skip=skip, narrow=narrow, silent=silent, tables=tables)
     if not placement.layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in placement.kept_float.items())
         raise StageError("no layer of the model can be quantized", value=reasons or "it has no layer with weights")
     return placement
-
-
-class FoundLayers(NamedTuple):
-    """The layers of a graph.
-
-    Attributes:
-        layers: Those that can be quantized, in order of execution.
-        left_out: Name of each other layer -> why.
-        names: Alias -> layer name, of all of them.
-    """
-
-    layers: list[Layer]
-    left_out: dict[str, str]
-    names: dict[str, str]
-
-
-def find_layers(
-    graph: GraphModule,
-    *,
-    skip: Sequence[str] = (),
-    apart: Mapping[Node, str] | None = None,
-    never: Mapping[str, str] = NEVER,
-) -> FoundLayers:
-    """Find the layers with weights.
-
-    Args:
-        graph: The graph.
-        skip: Patterns of layers to leave out; see `place`.
-        apart: Value that must stay float -> why; layers that read it are left out. None: all can be quantized.
-        never: Operator -> why it is left out.
-
-    Raises:
-        StageError: A pattern of `skip` fits no layer.
-    """
-    layers: list[Layer] = []
-    left_out: dict[str, str] = {}
-    names: dict[str, str] = {}
-    unused, apart = set(skip), apart or {}
-    weighted = [(node, _weighted(graph, node)) for node in calls(graph)]
-    weighted = [(node, found) for node, found in weighted if found is not None or op_name(node) in never]
-    paths = [_layer_name(graph, node, found) for node, found in weighted]
-    for (node, found), name in zip(weighted, paths, strict=True):
-        alias = name if any(f"{path}.".startswith(f"{node.name}.") for path in paths) else node.name
-        names[alias] = name
-        patterns = {pattern for pattern in skip if matches(pattern, name, alias)}
-        unused -= patterns
-        if patterns:
-            left_out[name] = f"skipped by '{min(patterns)}'"
-        elif op_name(node) in never:
-            left_out[name] = never[op_name(node)]
-        elif isinstance(found, str):
-            left_out[name] = found
-        elif found is not None and _is_any(found[0], apart):
-            left_out[name] = next(apart[step] for step in _backwards(found[0]) if step in apart)
-        elif found is not None:
-            source, weight, axis, bias = found
-            edge = _comes_from_input(source) or _goes_to_output(node)
-            layers.append(Layer(node, name, alias, source, weight, axis, bias, edge))
-    if unused:
-        pattern = min(unused)
-        hint = did_you_mean(pattern, names.values())
-        raise StageError(f"'{pattern}' fits no layer", where="skip", value=list(skip), hint=hint)
-    return FoundLayers(layers, left_out, names)
-
-
-def _weighted(graph: GraphModule, node: Node) -> tuple[Node, Node, int, Node | None] | str | None:
-    """Return a layer's activation, weight, axis and bias; why it cannot be quantized; or None if it is no layer."""
-    name = op_name(node)
-    if name in _CONVOLUTIONS:
-        source, weight, axis = get_argument(node, "input"), get_argument(node, "weight"), 0
-    elif name in _TRANSPOSED:
-        source, weight, axis = get_argument(node, "input"), get_argument(node, "weight"), 1
-    elif name == "embedding":
-        source, weight, axis = get_argument(node, "indices"), get_argument(node, "weight"), 0
-    elif name in _PRODUCTS:
-        source_name, weight_name, axis = _PRODUCTS[name]
-        source, weight = get_argument(node, source_name), get_argument(node, weight_name)
-    else:
-        return None
-    if weight.op != "get_attr":
-        return None if name in ("matmul", "mm") else "its weight is computed in the graph"
-    value = get_attribute(graph, str(weight.target))
-    if source.op == "get_attr":
-        return "its input is a constant"
-    if not isinstance(value, Tensor) or value.dtype != torch.float32:
-        return "its weight is not float32"
-    if name == "matmul" and value.ndim != 2:
-        return "only two-dimensional weights become integer kernels"
-    bias = get_argument(node, "bias") if name not in ("matmul", "mm", "embedding") else None
-    return source, weight, axis % value.ndim, bias if isinstance(bias, Node) and bias.op == "get_attr" else None
-
-
-def _layer_name(graph: GraphModule, node: Node, found: object) -> str:
-    if isinstance(found, tuple):
-        owner, _, leaf = str(found[1].target).rpartition(".")
-        return owner if leaf == "weight" and owner else str(found[1].target)
-    path = module_path(node)
-    return f"{path}.{node.name}" if path else node.name
-
-
-def matches(pattern: str, layer: str, alias: str) -> bool:
-    """Whether a pattern is for a layer of such a name and such an alias."""
-    return fnmatchcase(layer, pattern) or fnmatchcase(alias, pattern) or layer.startswith(f"{pattern}.")
-
-
-def after_rectifier(node: Node) -> Node:
-    """Return the rectifier that is all that follows a node, else the node: onnxruntime fuses the two."""
-    if len(node.users) == 1:
-        user = next(iter(node.users))
-        if op_name(user) in _RECTIFIERS and user.args[0] is node:
-            return user
-    return node
 
 
 def _place_joins(
@@ -346,9 +182,9 @@ def _place_joins(
             after = after_rectifier(node)
             if after in placement.exclusive or not inputs or _only_goes_out(after):
                 continue
-            if any(_is_any(value, apart) for value in (*inputs, after)):
+            if any(comes_from_any(value, apart) for value in (*inputs, after)):
                 continue
-            if any(_is_any(source, placement.exclusive) for source in inputs):
+            if any(comes_from_any(source, placement.exclusive) for source in inputs):
                 for source in inputs:
                     wanted.setdefault(source, set()).add(node)
                 placement.exclusive.add(after)
@@ -375,14 +211,9 @@ def _is_activation(source: object) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
-def _is_any(node: Node, values: Collection[Node]) -> bool:
-    """Whether a value is one of some, or has its values from one."""
-    return any(step in values for step in _backwards(node))
-
-
 def _root(node: Node, placement: Placement) -> Node | None:
     """Return the owned value whose codes a value passes on, or None if it needs a range of its own."""
-    for step in _backwards(node):
+    for step in backwards(node):
         if step is node:
             continue
         if step in placement.shared:
@@ -390,36 +221,6 @@ def _root(node: Node, placement: Placement) -> Node | None:
         if step in placement.owned:
             return step
     return None
-
-
-def _backwards(node: Node) -> Iterator[Node]:
-    """Yield a value and those before it that it takes its values from."""
-    yield node
-    while op_name(node) in _PASSING and isinstance(node.args[0], Node):
-        node = node.args[0]
-        yield node
-
-
-def _comes_from_input(node: Node) -> bool:
-    return any(step.op == "placeholder" for step in _backwards(node))
-
-
-def _goes_to_output(node: Node) -> bool:
-    return _reaches(node, lambda user: user.op == "output")
-
-
-def _reaches(node: Node, goal: Callable[[Node], bool]) -> bool:
-    """Whether a value gets to a node that fits, through nothing but what passes on, rectifies or finishes values."""
-    seen: set[Node] = set()
-    pending = [node]
-    while pending:
-        for user in pending.pop().users:
-            if goal(user):
-                return True
-            if user not in seen and op_name(user) in _PASSING | _RECTIFIERS | _FINISHING:
-                seen.add(user)
-                pending.append(user)
-    return False
 
 
 def _only_goes_out(node: Node) -> bool:

@@ -16,8 +16,9 @@ from mil_cli.stages.quantize.calibrate import place_observed, ranged_quantizers
 from mil_cli.stages.quantize.equalisation import equalise
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_quantized
+from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
 from mil_cli.stages.quantize.observers import ObserverName, make_observer
-from mil_cli.stages.quantize.placement import Layer, Placement, place_any
+from mil_cli.stages.quantize.placement import Placement, place_any
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.smoothing import smooth
@@ -119,7 +120,9 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
         smooth(folded, config.smooth, config, context)
     placement, seen = place_observed(
         folded,
-        lambda silent: place_any(graph, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent),
+        lambda silent: place_any(
+            graph, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent, tables=rules.tables
+        ),
         lambda codes: make_observer(config.observer, codes=codes, percentile=config.percentile),
         rules,
         config,
@@ -143,6 +146,6 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
         rules,
         values=values,
         narrow=narrow,
-        weights=[weight(layer) for layer in placement.layers],
+        weights=once_for_each_weight(placement.layers, weight),
         correction=BiasCorrection.of(folded, placement, config, context) if corrects else None,
     )

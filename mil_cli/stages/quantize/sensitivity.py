@@ -20,8 +20,8 @@ from mil_cli.errors import StageError
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.stages.judging import mean_loss
 from mil_cli.stages.quantize.hessian import hessian_traces
-from mil_cli.stages.quantize.placement import Layer
-from mil_cli.stages.quantize.ranges import CodeRange, weight_codes
+from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
+from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
 from mil_cli.training.evaluate import whole_batches
 
@@ -66,15 +66,14 @@ def weights_of(prepared: Prepared, widths: Callable[[Layer], Sequence[int]]) -> 
         prepared: The model and its placement.
         widths: Says which bits a layer's weight may have, in any order.
     """
-    found: dict[str, Weight] = {}
-    for layer in prepared.placement.layers:
-        target = str(layer.weight.target)
-        if target not in found:
-            falling = tuple(sorted(set(widths(layer)), reverse=True))
-            codes = tuple(weight_codes(bits, reduce_range=prepared.rules.reduce_range) for bits in falling)
-            numbers = get_attribute(prepared.model.graph, target).numel()
-            found[target] = Weight(layer, target, numbers, falling, codes)
-    return list(found.values())
+
+    def weight(layer: Layer) -> Weight:
+        target, falling = str(layer.weight.target), tuple(sorted(set(widths(layer)), reverse=True))
+        codes = tuple(prepared.rules.codes(layer, bits) for bits in falling)
+        return Weight(layer, target, get_attribute(prepared.model.graph, target).numel(), falling, codes)
+
+    shared = once_for_each_weight(prepared.placement.layers, weight)
+    return list({id(each): each for each in shared}.values())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch.fx import Node
 from mil_cli.device.profile import Int8Form
 from mil_cli.errors import StageError, did_you_mean
 from mil_cli.stages.context import Context
-from mil_cli.stages.quantize.placement import Layer, Placement, Policy, matches
+from mil_cli.stages.quantize.layers import Layer, matches
+from mil_cli.stages.quantize.placement import Placement, Policy
 from mil_cli.stages.quantize.ranges import CodeRange, activation_codes, weight_codes
 from mil_cli.stages.registry import StageConfig
 
@@ -21,7 +22,8 @@ class LayerSettings(BaseModel):
     """What some layers have instead of what the others have; None: as the others.
 
     Attributes:
-        weight_bits: Bits of their weights, 2 to 8; of first and last layers too, whatever `first_last_bits` says.
+        weight_bits: Bits of their weights, 2 to 8; of first and last layers too, whatever `first_last_bits` says. A
+            weight that several layers read has the most that any of them asks for.
         activation_bits: Bits in which they read activations, 2 to 8; likewise.
         per_channel: Whether each of their output channels has a scale of its own.
     """
@@ -42,7 +44,9 @@ class QuantizationConfig(StageConfig):
             keeps `first_last_bits` if that is more.
         first_last_bits: Bits of layers right after an input or right before an output, of their weights and of the
             activations that they read, and of the outputs themselves where they are quantized; if that is more than
-            the others have: they are the most sensitive.
+            the others have: they are the most sensitive. Tables of embeddings have `weight_bits`.
+        embeddings: Whether tables of embeddings are quantized too, each row with a scale of its own; None: as the
+            device says.
         calibration_samples: How many training samples are looked at, without augmentation.
         calibration_batch_size: How many of them at once.
         per_channel: Whether each output channel has a scale of its own; None: as the device says.
@@ -61,6 +65,7 @@ class QuantizationConfig(StageConfig):
     weight_bits: int = Field(8, ge=2, le=8)
     activation_bits: int = Field(8, ge=2, le=8)
     first_last_bits: int = Field(8, ge=2, le=8)
+    embeddings: bool | None = None
     calibration_samples: int = Field(512, ge=1)
     calibration_batch_size: int = Field(64, ge=1)
     per_channel: bool | None = None
@@ -94,6 +99,7 @@ class Rules:
         weight_bits: Bits of weights, unless `layers` says else.
         activation_bits: Bits in which layers read activations, unless `layers` says else.
         edge_bits: Bits of either at an input or output of the model, if that is more.
+        tables: Whether tables of embeddings are quantized.
         layers: Pattern -> what the layers that it fits have instead; later ones win.
     """
 
@@ -104,6 +110,7 @@ class Rules:
     weight_bits: int
     activation_bits: int
     edge_bits: int
+    tables: bool
     layers: Mapping[str, LayerSettings] = field(default_factory=dict)
 
     @classmethod
@@ -122,6 +129,7 @@ class Rules:
             weight_bits=config.weight_bits,
             activation_bits=config.activation_bits,
             edge_bits=config.first_last_bits,
+            tables=device.embeddings if config.embeddings is None else config.embeddings,
             layers=config.layers,
         )
 
@@ -151,7 +159,15 @@ class Rules:
         }
 
     def of_layer(self, layer: Layer) -> LayerRules:
-        """Return what a layer has."""
+        """Return what a layer has; of its weight, what serves all that share it."""
+        asked = [self._asked(each) for each in layer.sharing]
+        return replace(
+            asked[0],
+            weight_bits=max(each.weight_bits for each in asked),
+            per_channel=all(each.per_channel for each in asked),
+        )
+
+    def _asked(self, layer: Layer) -> LayerRules:
         asked: dict[str, Any] = {}
         for pattern, settings in self.layers.items():
             if matches(pattern, layer.name, layer.alias):
@@ -160,12 +176,17 @@ class Rules:
         return LayerRules(
             asked.get("weight_bits", max(self.weight_bits, least)),
             asked.get("activation_bits", max(self.activation_bits, least)),
-            asked.get("per_channel", self.per_channel),
+            asked.get("per_channel", self.per_channel or layer.looks_up),
         )
 
     def layer_facts(self, placement: Placement) -> list[dict[str, object]]:
         """Return what the report shows of each layer: its name and bits."""
-        return [{"name": layer.name, **asdict(self.of_layer(layer))} for layer in placement.layers]
+
+        def facts(layer: Layer) -> dict[str, object]:
+            rules = asdict(self.of_layer(layer))
+            return {name: value for name, value in rules.items() if name != "activation_bits" or not layer.looks_up}
+
+        return [{"name": layer.name, **facts(layer)} for layer in placement.layers]
 
     def check_used(self, placement: Placement) -> None:
         """Refuse a pattern of `layers` that fits no layer, quantized or float.
@@ -180,7 +201,12 @@ class Rules:
 
     def weights(self, layer: Layer) -> CodeRange:
         """Return the codes of a layer's weight."""
-        return weight_codes(self.of_layer(layer).weight_bits, reduce_range=self.reduce_range)
+        return self.codes(layer, self.of_layer(layer).weight_bits)
+
+    def codes(self, layer: Layer, bits: int) -> CodeRange:
+        """Return the codes that a layer's weight would have with so many bits; nothing multiplies those of a table."""
+        multiplied = not all(each.looks_up for each in layer.sharing)
+        return weight_codes(bits, reduce_range=self.reduce_range and multiplied)
 
     def axis(self, layer: Layer) -> int | None:
         """Return the axis of a layer's weight along which scales differ, or None for one scale."""
@@ -207,7 +233,7 @@ class Rules:
             bits = 0
         else:
             apart = {node for nodes in placement.narrow.values() for node in nodes}
-            readers = [layer for layer in placement.layers if layer.node not in apart]
+            readers = [layer for layer in placement.products if layer.node not in apart]
             readers = [layer for layer in readers if placement.owner(layer.source) is value]
             bits = self._between
         bits = max([bits, *(self.of_layer(layer).activation_bits for layer in readers)])

@@ -168,6 +168,7 @@ def _put_in_place(graph: GraphModule, weights: Mapping[Node, str | None]) -> Non
     sources = {weight: next(step for step in steps[weight] if _is_parameter(graph, step)) for weight in weights}
     shared = _read_elsewhere(graph, sources.values(), {step for weight in weights for step in steps[weight]})
     settled: dict[str, Tensor] = {}
+    tied: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for weight, value in values.items():
         source, wanted = sources[weight], weights[weight]
         name = str(source.target) if wanted is None or has_attribute(graph, wanted) else wanted
@@ -175,7 +176,11 @@ def _put_in_place(graph: GraphModule, weights: Mapping[Node, str | None]) -> Non
             name = f"{name}_rounded"
         if name not in settled:
             old: nn.Parameter = get_attribute(graph, str(source.target))
-            set_attribute(graph, name, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
+            _, new = tied.get(id(old), (old, None))
+            if new is None or not torch.equal(new, value):  # else the names of one parameter stay those of one
+                new = nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
+            tied[id(old)] = old, new
+            set_attribute(graph, name, new)
             settled[name] = value
         with graph.graph.inserting_before(weight):
             plain = graph.graph.get_attr(name)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from mil_cli.stages.quantize.settings import QuantizationConfig
 
 
+_FLOOR = 1e-5
+"""The smallest factor, and the smallest weight that counts as it is."""
+
+
 def smooth(model: Model, strength: float, config: QuantizationConfig, context: Context) -> None:
     """Move factors of channels from activations into the weights that read them, in place; outputs stay the same.
 
@@ -41,8 +45,10 @@ def smooth(model: Model, strength: float, config: QuantizationConfig, context: C
     for link in links:
         activation = seen[link.value].largest
         weight = functools.reduce(torch.maximum, (read_range(model.graph, reader) for reader in link.readers))
-        # A channel of zeros on either side has nothing to move.
-        factor = torch.where((activation > 0) & (weight > 0), activation**strength / weight ** (1 - strength), 1.0)
+        # A channel of zeros on either side has nothing to move. The floors are those of the paper's code: what divides
+        # by next to nothing would leave the range of floats.
+        wanted = (activation**strength / weight.clamp(min=_FLOOR) ** (1 - strength)).clamp(min=_FLOOR)
+        factor = torch.where((activation > 0) & (weight > 0), wanted, 1.0)
         move(model.graph, link, factor)
     smoothed = {reader for link in links for reader in link.readers}
     left = [node for node in calls(model.graph) if op_name(node) in LAYERS and node not in smoothed]

@@ -21,7 +21,7 @@ from mil_cli.stages.quantize.rounding import SoftRounding
 class SoftSegment:
     """A copy of a part of a quantized graph, for learning; the graph is not changed.
 
-    Weights that nothing but one quantizer reads are rounded softly; others stay as they are.
+    Weights that nothing but one quantizer reads, and only for this part, are rounded softly; others stay as they are.
 
     Args:
         graph: The quantized graph.
@@ -46,7 +46,7 @@ class SoftSegment:
         self.module = part.module(graph)
         self.roundings: dict[str, SoftRounding] = {}
         self.steps: dict[str, nn.Parameter] = {}
-        alone = {node.name for node in part.nodes if _rounds_alone(graph, node)}
+        alone = {node.name for node in part.nodes if _rounds_alone(graph, node, part)}
         for node in list(calls(self.module)):
             if op_name(node) != "quantize_affine":
                 continue
@@ -125,6 +125,7 @@ def kept_or_dropped(quantized: Any, smooth: Any, drop: float, random: torch.Gene
     return torch.lerp(smooth, quantized, keep)  # exact at both ends, and twice as fast as `where`
 
 
-def _rounds_alone(graph: GraphModule, node: Node) -> bool:
-    """Whether a node quantizes a weight that nothing else reads."""
-    return op_name(node) == "quantize_affine" and reads_alone(graph, get_argument(node, "x"), node)
+def _rounds_alone(graph: GraphModule, node: Node, part: Segment) -> bool:
+    """Whether a node quantizes a weight that nothing outside of a part reads."""
+    inside = op_name(node) == "quantize_affine" and set(node.users) <= set(part.nodes)
+    return inside and reads_alone(graph, get_argument(node, "x"), node)

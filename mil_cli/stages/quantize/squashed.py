@@ -13,8 +13,8 @@ from mil_cli.graph.nodes import get_attribute, set_attribute
 from mil_cli.ops.learned_scale import SMALLEST_SCALE
 from mil_cli.ops.levels import quantize_levels
 from mil_cli.stages.quantize.insert import Quantizer
-from mil_cli.stages.quantize.levels import compute_weight, round_to_levels
-from mil_cli.stages.quantize.placement import Layer
+from mil_cli.stages.quantize.layers import Layer
+from mil_cli.stages.quantize.levels import compute_weight, even, round_to_levels
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settings import Rules
 from mil_cli.stages.quantize.weights import as_scale
@@ -26,8 +26,11 @@ def squashed(graph: GraphModule, layer: Layer, rules: Rules) -> Quantizer:
     """Return the quantizer of a layer's weight once `squash` bounds it.
 
     Its scale is that with which the rounded weights come nearest to the weights as they are, by least squares; its
-    codes reach the largest level.
+    codes reach the largest level. Tables of embeddings are not squashed: among levels without a 0 there would be none
+    for the rows of padding.
     """
+    if layer.has_table:
+        return even(graph, layer, rules)
     weight: Tensor = get_attribute(graph, str(layer.weight.target)).detach().double()
     levels = levels_of(rules.weights(layer), largest=rules.largest_weight).double()
     axis, last = rules.axis(layer), int(levels[-1])
@@ -52,7 +55,10 @@ def squash(
         paths: Where scale and zero point of each are kept.
         rules: As for `squashed`.
     """
-    for layer, form, path in zip(layers, weights, paths, strict=True):
+    parts = {path: (layer, form) for layer, form, path in zip(layers, weights, paths, strict=True)}
+    for path, (layer, form) in parts.items():
+        if layer.has_table:
+            continue
         weight: Tensor = get_attribute(graph, str(layer.weight.target))
         others = _others(weight, form.axis)
         shape = [1 if dimension in others else weight.shape[dimension] for dimension in range(weight.ndim)]

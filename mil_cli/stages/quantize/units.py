@@ -10,7 +10,8 @@ from torch.fx import GraphModule, Node
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.graph.residual import ResidualBranch, residual_chains
 from mil_cli.graph.segment import overwritten, segment
-from mil_cli.stages.quantize.placement import Layer, after_rectifier
+from mil_cli.stages.quantize.layers import Layer
+from mil_cli.stages.quantize.passing import after_rectifier
 
 
 @dataclass(frozen=True)

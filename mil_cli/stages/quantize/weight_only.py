@@ -14,7 +14,7 @@ from mil_cli.stages.quantize.compensate import Compensation, round_layers
 from mil_cli.stages.quantize.describe import LayerBits
 from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
-from mil_cli.stages.quantize.placement import Layer, find_layers
+from mil_cli.stages.quantize.layers import NO_TABLES, Layer, find_layers, once_for_each_weight
 from mil_cli.stages.quantize.ranges import CodeRange, weight_codes
 from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
@@ -130,35 +130,18 @@ def _found(model: Model, config: WeightOnlyConfig) -> tuple[Model, list[list[Lay
     """Return a folded copy of a model, its layers by weight, and why others stay float."""
     folded = fold_weights(model)
     make_functional(folded.graph)
-    never = _LEFT_OUT if config.embeddings else {**_LEFT_OUT, "embedding": "embeddings: false"}
-    layers, kept_float, _ = find_layers(folded.graph, skip=config.skip, never=never)
-    return folded, _by_weight(folded.graph, layers, kept_float), kept_float
+    never = _LEFT_OUT if config.embeddings else {**_LEFT_OUT, **NO_TABLES}
+    layers, kept_float, _ = find_layers(folded.graph, skip=config.skip, never=never, whole=True)
+    shared = once_for_each_weight(layers, lambda layer: list(layer.sharing))
+    return folded, list({id(sharing): sharing for sharing in shared}.values()), kept_float
 
 
 def _has_curvature(layer: Layer) -> bool:
-    return op_name(layer.node) != "embedding" and not op_name(layer.node).startswith("conv_transpose")
-
-
-def _by_weight(graph: GraphModule, layers: list[Layer], kept_float: dict[str, str]) -> list[list[Layer]]:
-    """Return the layers by the weight that they share; those whose weight something else reads too stay float."""
-    sharing: dict[int, list[Layer]] = {}
-    for layer in layers:
-        sharing.setdefault(id(get_attribute(graph, str(layer.weight.target))), []).append(layer)
-    readers: dict[int, set[str]] = {}
-    nodes = {layer.node for layer in layers}
-    for source in graph.graph.find_nodes(op="get_attr"):
-        others = {op_name(user) for user in source.users if user not in nodes}
-        readers.setdefault(id(get_attribute(graph, str(source.target))), set()).update(others)
-    for weight, shared in list(sharing.items()):
-        if readers[weight]:
-            for layer in shared:
-                kept_float[layer.name] = f"{', '.join(sorted(readers[weight]))} reads its weight too"
-            del sharing[weight]
-    return list(sharing.values())
+    return not layer.looks_up and not op_name(layer.node).startswith("conv_transpose")
 
 
 def _bits(sharing: list[Layer], config: WeightOnlyConfig) -> int:
-    edge = any(layer.edge and op_name(layer.node) != "embedding" for layer in sharing)
+    edge = any(layer.edge for layer in sharing)
     return max(config.weight_bits, config.first_last_bits) if edge else config.weight_bits
 
 

@@ -18,6 +18,7 @@ from mil_cli.stages.quantize.ranges import CodeRange
 WeightObserverName = Literal["min_max", "mse"]
 
 _CANDIDATES = 71
+_AT_ONCE = 2**16
 _LEVELS_SHARE = 0.1
 """The share of the whole range below which no best scale of levels lies, ternary ones included."""
 
@@ -86,6 +87,14 @@ def as_scale(scale: Tensor, axis: int | None) -> Tensor:
 def _least_squared_error(
     rows: Tensor, full: Tensor, smallest_share: float, rounded: Callable[[Tensor], Tensor]
 ) -> Tensor:
+    """Return for each row the share of the whole range, as a scale, whose rounding is nearest to it."""
+    # So many rows at a time as the processor's cache holds: a table has millions of numbers, read for each candidate.
+    count = max(_AT_ONCE // max(rows.shape[1], 1), 1)
+    parts = zip(torch.split(rows, count), torch.split(full, count), strict=True)
+    return torch.cat([_least_of_few(part, scale, smallest_share, rounded) for part, scale in parts])
+
+
+def _least_of_few(rows: Tensor, full: Tensor, smallest_share: float, rounded: Callable[[Tensor], Tensor]) -> Tensor:
     best, best_error = full, torch.full_like(full, float("inf"))
     for share in torch.linspace(1.0, smallest_share, _CANDIDATES, dtype=torch.float64):
         scale = full * share

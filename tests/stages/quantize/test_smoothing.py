@@ -86,6 +86,23 @@ def test_an_outlier_costs_less(model: Model) -> None:
     assert errors[1] < 0.7 * errors[0]
 
 
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_channels_of_next_to_nothing_are_moved_by_a_bounded_factor(model: Model, strength: float) -> None:
+    with torch.no_grad():
+        model.graph.get_parameter("norm.weight")[5] = 1e-25
+        for layer in ("up", "gate"):
+            model.graph.get_parameter(f"{layer}.weight")[:, 7] = 1e-25
+    x, names = inputs(), ("norm.weight", "up.weight")
+    before = {name: model.graph.get_parameter(name).detach().clone() for name in names}
+    expected = model(x)
+    smooth(model, strength, CONFIG, context(x))
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    for name, values in before.items():
+        rise = (model.graph.get_parameter(name).detach() / values).abs()
+        assert float(rise.min()) > 0
+        assert float(rise.max()) < 1.01e5
+
+
 def test_bad_values_are_refused(model: Model) -> None:
     with torch.no_grad():
         model.graph.get_parameter("norm.bias")[2] = float("inf")

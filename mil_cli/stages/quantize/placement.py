@@ -337,12 +337,12 @@ def _place_joins(
     graph: GraphModule, placement: Placement, wanted: dict[Node, set[Node]], apart: Collection[Node]
 ) -> None:
     """Quantize both sides of joins whose inputs come from integer kernels, until nothing changes."""
-    joins = [node for node in calls(graph) if op_name(node) in _JOINS]
+    joins = list(filter(is_join, calls(graph)))
     changed = True
     while changed:
         changed = False
         for node in joins:
-            inputs = _join_inputs(node)
+            inputs = join_inputs(node)
             after = after_rectifier(node)
             if after in placement.exclusive or not inputs or _only_goes_out(after):
                 continue
@@ -355,7 +355,12 @@ def _place_joins(
                 changed = True
 
 
-def _join_inputs(node: Node) -> list[Node]:
+def is_join(node: Node) -> bool:
+    """Whether a call can run on integers without a weight of its own."""
+    return op_name(node) in _JOINS
+
+
+def join_inputs(node: Node) -> list[Node]:
     """Return the activations that a join reads; none if one of its inputs is no activation, or none in float32."""
     if op_name(node) == "cat":
         candidates = list(get_argument(node, "tensors"))
@@ -398,6 +403,21 @@ def _backwards(node: Node) -> Iterator[Node]:
     while op_name(node) in _PASSING and isinstance(node.args[0], Node):
         node = node.args[0]
         yield node
+
+
+def origin(value: Node) -> Node:
+    """Return where a value has its values from, which are passed on to it or its own."""
+    *_, first = _backwards(value)
+    return first
+
+
+def readers(value: Node) -> Iterator[Node]:
+    """Yield those that read a value, or what passes its values on."""
+    for user in value.users:
+        if op_name(user) in _PASSING:
+            yield from readers(user)
+        else:
+            yield user
 
 
 def _comes_from_input(node: Node) -> bool:

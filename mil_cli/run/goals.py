@@ -14,6 +14,7 @@ from mil_cli.training.quality import relative_drop
 if TYPE_CHECKING:
     from mil_cli.device.profile import DeviceProfile
     from mil_cli.recipe.goals import Goals
+    from mil_cli.stages.registry import StageConfig
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,15 @@ def slowdowns(baseline: dict[str, Any], stages: Sequence[tuple[str, dict[str, An
                 f"(95 % {low:.2f} to {high:.2f}){hint}"
             )
     return notices
+
+
+def remedies(slow: Sequence[str], stages: Sequence[tuple[str, StageConfig]]) -> list[str]:
+    """Return what helps where `slowdowns` told something, by the names and settings of the stages."""
+    return [
+        f"stages.{name}.latency_aware=true leaves layers float that are slower with integers"
+        for name, config in stages
+        if slow and getattr(config, "latency_aware", None) is False
+    ]
 
 
 def check_measurable(goals: Goals, device: DeviceProfile, *, higher_is_better: bool) -> None:

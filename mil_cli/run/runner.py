@@ -17,7 +17,7 @@ from mil_cli.run.cache import ENTRY, Cache, default_location
 from mil_cli.run.directory import REPORT, RunDirectory
 from mil_cli.run.environment import describe
 from mil_cli.run.execute import CapturedModel, Executor, StageResult
-from mil_cli.run.goals import check_measurable, judge, slowdowns
+from mil_cli.run.goals import check_measurable, judge, remedies, slowdowns
 from mil_cli.run.log import LoggedProgress
 from mil_cli.run.processes import part, place
 from mil_cli.run.prove import Proof, Prover
@@ -214,6 +214,7 @@ def _report(
     verdicts = judge(recipe.goals, baseline=of_baseline, final=of_final)
     per_stage = figures[1:] if recipe.measure.per_stage else [None] * len(chain.results)
     timed = zip([result.name for result in chain.results], [*per_stage[:-1], of_final], strict=True)
+    slow = slowdowns(of_baseline, list(timed))
     return {
         "version": REPORT_VERSION,
         "name": recipe.name,
@@ -233,7 +234,8 @@ def _report(
             *chain.original.load().spec.notices,
             *baseline.notices,
             *final.notices,
-            *slowdowns(of_baseline, list(timed)),
+            *slow,
+            *remedies(slow, [(result.name, result.config) for result in chain.results]),
         ],
     }
 

@@ -42,8 +42,12 @@ def latency_ratio(model: Model, reference: Model, context: Context) -> float:
         ExportError: One of them cannot be exported.
         MeasureError: The runtime failed on a file.
     """
-    _, measured = _latencies([reference, model], context)
-    return measured.ratio_to_baseline
+    return latency_ratios([model], reference, context)[0]
+
+
+def latency_ratios(models: Sequence[Model], reference: Model, context: Context) -> list[float]:
+    """Do as `latency_ratio` does for several models, which are timed side by side."""
+    return [measured.ratio_to_baseline for measured in _latencies([reference, *models], context)[1:]]
 
 
 def latency_seconds(model: Model, context: Context) -> float:

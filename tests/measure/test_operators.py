@@ -423,3 +423,29 @@ def test_the_sum_ranks_cuts_as_the_runtime_does(
     predicted, real = prediction(request.getfixturevalue(name), device, tmp_path, shares, 30, precision)
     assert kendalltau(predicted, real).statistic >= 0.8  # measured: 0.93 to 1.0
     assert predicted / real == pytest.approx(np.ones(len(shares)), abs=0.35)  # measured: within 0.19
+
+
+@pytest.mark.parametrize(
+    ("activation", "channels"), [("hardswish", 32), ("hardsigmoid", 30), ("sigmoid", 32), ("tanh", 30)]
+)
+def test_activations_that_floats_have_for_free_are_calls_of_their_own_between_integers(
+    activation: str, channels: int, tmp_path: Path
+) -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, channels, 3), nn.Conv2d(channels, channels, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.second(getattr(nn.functional, activation)(self.first(x)))
+            return result
+
+    model, _, counter, _ = analysed(Between())
+    kinds = {
+        precision: [one.kind for one in OperatorLister(counter, precision, "cnn").operators({})]
+        for precision in ("float", "int8")
+    }
+    assert kinds == {"float": ["conv", "conv"], "int8": ["conv", "unary", "conv"]}
+    file = export_onnx(model, tmp_path / "model.onnx").path
+    found = optimized_operators(onnx.load(file), tmp_path / "optimized.onnx")
+    assert set(found) <= {"Conv", "FusedConv", "ReorderInput", "ReorderOutput"}

@@ -8,7 +8,9 @@ import pytest
 
 from mil_cli.errors import GoalError
 from mil_cli.recipe.goals import Goals
-from mil_cli.run.goals import judge, slowdowns
+from mil_cli.run.goals import judge, remedies, slowdowns
+from mil_cli.stages.prune.magnitude import MagnitudeConfig
+from mil_cli.stages.quantize.static import StaticConfig
 from mil_cli.training.quality import relative_drop
 
 
@@ -86,6 +88,13 @@ def test_a_slower_file_is_told_but_not_what_the_measurement_may_err_by(ratio: fl
         assert "1.20 times its latency (95 % 1.10 to 1.30)" in notices[0]
         assert "measure.per_stage=true" in notices[0]
     assert not any("per_stage" in notice for notice in slowdowns(timed(1.0, 0.0), [("quantize", timed(ratio, spread))]))
+
+
+def test_what_helps_against_slow_integers_is_told_where_it_is_not_done_yet() -> None:
+    stages = [("cut", MagnitudeConfig(macs=0.5)), ("one", StaticConfig()), ("two", StaticConfig(latency_aware=True))]
+    (told,) = remedies(["the final file is slower"], stages)
+    assert told.startswith("stages.one.latency_aware=true")
+    assert remedies([], stages) == []
 
 
 def test_the_stage_that_slows_is_named_though_the_whole_is_faster() -> None:

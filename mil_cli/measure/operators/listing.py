@@ -27,6 +27,9 @@ _VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "
 _CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "leaky_relu"})
 """Activations that onnxruntime computes as it writes a convolution's result, for next to nothing."""
 
+_ACTIVATIONS = frozenset({"sigmoid", "hardsigmoid", "tanh"})
+"""Activations that it computes so in float only: integers are taken back to floats before."""
+
 _UNARY = {
     **{"relu": "Relu", "relu6": "Clip", "hardtanh": "Clip", "clamp": "Clip", "clamp_min": "Relu"},
     **{"leaky_relu": "LeakyRelu", "gelu": "Gelu", "silu": "Silu", "mish": "Mish", "elu": "Elu", "selu": "Selu"},
@@ -80,14 +83,25 @@ class OperatorLister:
             removed: By space, the classes that the cut removes.
             dropped: Nodes that no longer run.
         """
-        found: list[Operator] = []
+        return [one for operators in self.by_call(removed, dropped).values() for one in operators]
+
+    def by_call(self, removed: Removed, dropped: Dropped = frozenset()) -> dict[str, tuple[Operator, ...]]:
+        """Return what runs for one sample after a cut by the name of the call that it stands for, in order.
+
+        Calls that the runtime merges with another one, or leaves out, have no operators.
+
+        Args:
+            removed: By space, the classes that the cut removes.
+            dropped: Nodes that no longer run.
+        """
+        found: dict[str, tuple[Operator, ...]] = {}
         for call in self._counter.running(removed, dropped):
             source = _source(call.node)
             alone = source is not None and source.name in dropped  # what it would have been merged with is gone
             identity = (call.node, call.inputs, call.outputs, alone)
             if identity not in self._known:
                 self._known[identity] = self._operators(call, alone)
-            found.extend(self._known[identity])
+            found[call.node.name] = self._known[identity]
         return found
 
     def approximated(self) -> tuple[str, ...]:
@@ -130,6 +144,8 @@ class OperatorLister:
         if name in _CLAMPS:
             joined = before == "add" and self._joins(source) and (self._int8_additions or _in_blocks(call))
             return before in _LAYERS or joined or _folds_into_conv(source)
+        if name in _ACTIVATIONS or (name == "hardswish" and _in_blocks(call)):
+            return not self._int8 and (before in _CONVOLUTIONS or _folds_into_conv(source))
         return False
 
     def _joins(self, node: Node) -> bool:

@@ -250,6 +250,10 @@ def _unary(graph: _Graph, operator: Operator) -> str:
     return graph.call(function, [data])
 
 
+def _conversion(graph: _Graph, operator: Operator) -> str:
+    return graph.quantized(graph.activation(operator.shapes[0]))
+
+
 def _binary(graph: _Graph, operator: Operator) -> str:
     if operator.int8:
         return graph.quantized(graph.call("Add", [graph.integers(shape) for shape in operator.shapes]))
@@ -296,6 +300,7 @@ _BUILDERS: Mapping[str, Callable[[_Graph, Operator], str]] = {
     "layer_norm": _layer_norm,
     "softmax": _softmax,
     "unary": _unary,
+    "conversion": _conversion,
     "binary": _binary,
     "pool": _pool,
     "reduce": _reduce,

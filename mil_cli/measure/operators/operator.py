@@ -72,6 +72,11 @@ def unary(elements: int, function: str) -> Operator:
     return make("unary", ((elements,),), elements, function=function)
 
 
+def conversion(elements: int) -> Operator:
+    """Return the quantization of so many float activations, and what takes them back to floats."""
+    return make("conversion", ((elements,),), elements)
+
+
 def approximation(elements: int) -> Operator:
     """Return what stands for an operator that is not known in detail: one pass over as many elements as it gives."""
     return unary(elements, "Relu")

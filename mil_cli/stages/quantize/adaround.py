@@ -7,6 +7,7 @@ from typing import ClassVar
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.accuracy import within_drop
+from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.post_training import prepare
 from mil_cli.stages.quantize.reconstruct import Beyond, ReconstructionConfig, reconstruct
 from mil_cli.stages.quantize.units import layer_units
@@ -20,6 +21,7 @@ class AdaroundConfig(ReconstructionConfig):
 
 
 @stage(AdaroundConfig)
+@where_faster
 @within_drop
 def quantize(model: Model, config: AdaroundConfig, context: Context) -> Model:
     """Return `model` quantized as ``quantize/static`` does, but with weights rounded so that layers' outputs stay.

@@ -16,6 +16,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import Quantizer
+from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
 from mil_cli.stages.quantize.learned import insert_learned
 from mil_cli.stages.quantize.levels import compute_weight, even, round_to_levels
@@ -37,6 +38,7 @@ class ApotConfig(AwareConfig):
 
 
 @stage(ApotConfig)
+@where_faster
 def quantize(model: Model, config: ApotConfig, context: Context) -> Model:
     """Train a copy of a float model whose weights round to sums of powers of two, and fold its batch norms.
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.accuracy import within_drop
+from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.post_training import prepare
 from mil_cli.stages.quantize.reconstruct import Beyond, ReconstructionConfig, reconstruct
 from mil_cli.stages.quantize.units import block_units
@@ -33,6 +34,7 @@ class BrecqConfig(ReconstructionConfig):
 
 
 @stage(BrecqConfig)
+@where_faster
 @within_drop
 def quantize(model: Model, config: BrecqConfig, context: Context) -> Model:
     """Return a quantized `model` whose roundings were learned so that the outputs of residual blocks stay.

@@ -11,6 +11,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import insert_quantizers
+from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.layers import once_for_each_weight
 from mil_cli.stages.quantize.observers import Observer, ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Placement
@@ -35,6 +36,7 @@ class DorefaConfig(AwareConfig):
 
 
 @stage(DorefaConfig)
+@where_faster
 def quantize(model: Model, config: DorefaConfig, context: Context) -> Model:
     """Train a copy of a float model with the quantizers of DoReFa, none of which learns, and fold its batch norms.
 

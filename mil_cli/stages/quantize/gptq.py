@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mil_cli.stages.quantize.accuracy import within_drop
 from mil_cli.stages.quantize.compensate import Compensation, round_layers
+from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
 from mil_cli.stages.registry import stage
 
@@ -33,6 +34,7 @@ class GptqConfig(PostTrainingConfig):
 
 
 @stage(GptqConfig)
+@where_faster
 @within_drop
 def quantize(model: Model, config: GptqConfig, context: Context) -> Model:
     """Return `model` quantized as ``quantize/static`` does, but for how weights are rounded.

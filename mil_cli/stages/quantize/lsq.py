@@ -17,6 +17,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen
 from mil_cli.stages.quantize.insert import Quantizer
+from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
 from mil_cli.stages.quantize.learned import insert_learned, one_sided_codes
 from mil_cli.stages.quantize.observers.magnitude import MeanMagnitude
@@ -45,6 +46,7 @@ class LsqConfig(AwareConfig):
 
 
 @stage(LsqConfig)
+@where_faster
 def quantize(model: Model, config: LsqConfig, context: Context) -> Model:
     """Train a copy of a float model with quantizers whose scales learn, and fold its batch norms.
 

@@ -15,6 +15,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import Quantizer, quantizers_at, replace_quantizer
+from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
 from mil_cli.stages.quantize.learned import insert_learned, one_sided_codes
 from mil_cli.stages.quantize.observers.mse import MeanSquaredError
@@ -42,6 +43,7 @@ class LsqPlusConfig(AwareConfig):
 
 
 @stage(LsqPlusConfig)
+@where_faster
 def quantize(model: Model, config: LsqPlusConfig, context: Context) -> Model:
     """Train a copy of a float model with quantizers whose scales and offsets learn, and fold its batch norms.
 

@@ -137,6 +137,9 @@ def _settings(config: MixedConfig, context: Context) -> QuantizationConfig:
     if isinstance(own, PostTrainingConfig) and own.max_drop is not None:
         where, hint = f"stages.{config.by}.max_drop", "take max_drop out: it gives layers more bits than were chosen"
         raise StageError("mixed keeps a bound on bits, not on quality", where=where, value=own.max_drop, hint=hint)
+    if own.latency_aware:
+        where, hint = f"stages.{config.by}.latency_aware", "take it out, and name layers that are to stay float in skip"
+        raise StageError("mixed gives bits to all layers that can be quantized", where=where, value=True, hint=hint)
     return own
 
 

@@ -14,6 +14,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import insert_quantizers, quantizers_at, replace_quantizer
+from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.layers import once_for_each_weight
 from mil_cli.stages.quantize.learned import largest_code
 from mil_cli.stages.quantize.observers import Observer, ObserverName, make_observer
@@ -43,6 +44,7 @@ class PactConfig(AwareConfig):
 
 
 @stage(PactConfig)
+@where_faster
 def quantize(model: Model, config: PactConfig, context: Context) -> Model:
     """Train a copy of a float model with activations whose clips learn, and fold its batch norms.
 

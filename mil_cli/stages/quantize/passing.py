@@ -35,6 +35,21 @@ def backwards(node: Node) -> Iterator[Node]:
         yield node
 
 
+def origin(value: Node) -> Node:
+    """Return where a value has its values from, which are passed on to it or its own."""
+    *_, first = backwards(value)
+    return first
+
+
+def readers(value: Node) -> Iterator[Node]:
+    """Yield those that read a value, or what passes its values on."""
+    for user in value.users:
+        if op_name(user) in _PASSING:
+            yield from readers(user)
+        else:
+            yield user
+
+
 def comes_from_any(node: Node, values: Collection[Node]) -> bool:
     """Whether a value is one of some, or has its values from one."""
     return any(step in values for step in backwards(node))

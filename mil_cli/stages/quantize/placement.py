@@ -173,12 +173,12 @@ def _place_joins(
     graph: GraphModule, placement: Placement, wanted: dict[Node, set[Node]], apart: Collection[Node]
 ) -> None:
     """Quantize both sides of joins whose inputs come from integer kernels, until nothing changes."""
-    joins = [node for node in calls(graph) if op_name(node) in _JOINS]
+    joins = list(filter(is_join, calls(graph)))
     changed = True
     while changed:
         changed = False
         for node in joins:
-            inputs = _join_inputs(node)
+            inputs = join_inputs(node)
             after = after_rectifier(node)
             if after in placement.exclusive or not inputs or _only_goes_out(after):
                 continue
@@ -191,7 +191,12 @@ def _place_joins(
                 changed = True
 
 
-def _join_inputs(node: Node) -> list[Node]:
+def is_join(node: Node) -> bool:
+    """Whether a call can run on integers without a weight of its own."""
+    return op_name(node) in _JOINS
+
+
+def join_inputs(node: Node) -> list[Node]:
     """Return the activations that a join reads; none if one of its inputs is no activation, or none in float32."""
     if op_name(node) == "cat":
         candidates = list(get_argument(node, "tensors"))

@@ -56,6 +56,8 @@ class QuantizationConfig(StageConfig):
         skip: Layers to leave float: module paths (with all below), node names, or patterns with ``*``.
         layers: Settings of some layers in place of those of all, by pattern as in `skip`; later patterns win. Those
             that read one value in fewer bits than it keeps elsewhere read it in the most that any of them asks for.
+        latency_aware: Whether layers that the device is no faster at with integers stay float: it is measured what
+            operators and whole files take. If no file with integers is faster than the float one, nothing is quantized.
     """
 
     family: ClassVar[str] = "quantize"
@@ -74,6 +76,7 @@ class QuantizationConfig(StageConfig):
     policy: Literal["auto", "cnn", "transformer"] | None = None
     skip: tuple[str, ...] = ()
     layers: dict[str, LayerSettings] = Field(default_factory=dict)
+    latency_aware: bool = False
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ from typing import ClassVar
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.accuracy import within_drop
+from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
 from mil_cli.stages.registry import stage
 
@@ -25,6 +26,7 @@ class StaticConfig(PostTrainingConfig):
 
 
 @stage(StaticConfig)
+@where_faster
 @within_drop
 def quantize(model: Model, config: StaticConfig, context: Context) -> Model:
     """Return `model` with its batch norms folded and quantizers in its graph, weights rounded to nearest.

@@ -257,6 +257,9 @@ def test_what_cannot_be_is_told(model: Model, data: Data) -> None:
     held = StaticConfig.model_validate({"max_drop": "1%"})
     with pytest.raises(StageError, match="not on quality"):
         mixed(model, config(by="held", average_bits=4), context(data, held=held))
+    aware = StaticConfig(latency_aware=True)
+    with pytest.raises(StageError, match="all layers that can be quantized"):
+        mixed(model, config(by="aware", average_bits=4), context(data, aware=aware))
     with pytest.raises(ValidationError, match="give exactly one of average_bits and size"):
         MixedConfig()
     with pytest.raises(ValidationError, match="the bits of weights do not change a latency"):

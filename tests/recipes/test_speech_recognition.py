@@ -192,7 +192,7 @@ def test_the_recipe_runs(machine: Path) -> None:
         "model.channels": 8,
         "model.blocks": 1,
         "trainer.epochs": 1,
-        "stages.quantize.calibration_samples": 8,
+        "stages.rounded.calibration_samples": 8,
     }
     out = machine / "run"
     arguments = [f"{key}={value}" for key, value in settings.items()]

@@ -142,7 +142,9 @@ def transformer(folder: Path) -> None:
     write(folder, model=TRANSFORMER_MODEL, data=TRANSFORMER_DATA, task="classification")
 
 
-@pytest.mark.parametrize("project", [plain_cnn, unet, pytest.param(transformer, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "project", [plain_cnn, *(pytest.param(project, marks=pytest.mark.slow) for project in (unet, transformer))]
+)
 def test_the_exported_file_takes_the_baselines_place(
     project: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,13 @@ from mil_cli.models.source import ModelSource, build_model, build_module
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in ("mobilenet", "vit") else ())
+        for path in CONFIGS
+    ],
+)
 def test_nothing_is_lost(path: Path, tmp_path: Path) -> None:
     source = ModelSource.model_validate(yaml.safe_load(path.read_text()))
     side = 8 if path.stem == "convnet" else 28

@@ -27,7 +27,7 @@ from mil_cli.models.source import build_module
 from mil_cli.models.user_code import importable
 from mil_cli.recipe.load import load_recipe
 from mil_cli.recipe.schema import Recipe
-from mil_cli.run.cache import Cache, default_location
+from mil_cli.run.cache import Cache
 from mil_cli.run.runner import Chain, run_chain
 from mil_cli.run.surroundings import build_surroundings
 from mil_cli.stages.context import Context
@@ -65,10 +65,10 @@ def main(words: Sequence[str] | None = None) -> int:
     ]
     return carry_out(
         arguments,
-        partial(_run, arguments.recipe, tuple(arguments.set), default_location()),
+        _run,
         phases,
         partial(_page, arguments, origins),
-        preload=("scripts.comparison", "mil_cli.run.runner", "mil_cli.recipe.load", "scipy.optimize", "torch.export"),
+        preload=("scipy.optimize",),
     )
 
 

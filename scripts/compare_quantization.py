@@ -34,7 +34,7 @@ from mil_cli.models.source import build_module
 from mil_cli.models.user_code import importable
 from mil_cli.recipe.load import load_recipe
 from mil_cli.recipe.schema import Recipe
-from mil_cli.run.cache import Cache, default_location
+from mil_cli.run.cache import Cache
 from mil_cli.run.runner import Chain, run_chain
 from mil_cli.run.surroundings import build_surroundings
 from mil_cli.stages.context import Context
@@ -88,13 +88,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for group, methods in groups
         ),
     ]
-    return carry_out(
-        arguments,
-        partial(_run, arguments.recipe, tuple(arguments.set), default_location()),
-        phases,
-        partial(_page, arguments, origins),
-        preload=("scripts.comparison", "mil_cli.run.runner", "mil_cli.recipe.load", "torch.export"),
-    )
+    return carry_out(arguments, _run, phases, partial(_page, arguments, origins))
 
 
 def _chosen(arguments: argparse.Namespace, *, post: bool) -> list[str]:

@@ -24,6 +24,7 @@ from scipy import stats
 
 import mil_cli
 from mil_cli.recipe.schema import Recipe
+from mil_cli.run.cache import default_location
 from mil_cli.run.environment import computing_environment
 from mil_cli.stages.registry import StageConfig
 from mil_cli.stages.surroundings import fingerprint_of
@@ -40,6 +41,7 @@ Value = Callable[[str, Mapping[str, Any], int], float | None]
 """(method, coordinates of a column, seed) -> what the table compares, smaller being better; None: not known."""
 
 _CODE = ("stages", "training")
+_PRELOAD = ("scripts.comparison", "mil_cli.run.runner", "mil_cli.recipe.load", "torch.export")
 _SHOWN = 16
 """Hexadecimal digits of a fingerprint that rows hold."""
 
@@ -271,25 +273,28 @@ def parser_of(description: str | None, *, methods: Sequence[str], out: Path) -> 
 
 def carry_out(
     arguments: argparse.Namespace,
-    work: Compute,
+    work: Callable[[Path, Sequence[str], Path, Point], Result],
     phases: Sequence[Sequence[Point]],
     page: Callable[[Rows], Sequence[str]],
     *,
-    preload: tuple[str, ...],
+    preload: tuple[str, ...] = (),
 ) -> int:
     """Compute what is missing, write the page, print it; return 1 if a point failed or nothing is known for a page.
 
     Args:
         arguments: What a parser of `parser_of` made.
-        work: Computes a point.
+        work: (recipe file, overrides, cache folder, point) -> what the point gives; a function of a module.
         phases: The points, see `compute`.
         page: Makes the page's lines of the rows.
-        preload: Modules that processes find imported.
+        preload: Modules that processes find imported, beside those that any recipe needs.
     """
     points = [point for phase in phases for point in phase]
     kept = arguments.out.with_suffix(".jsonl")
-    limits = Limits(jobs=arguments.jobs, timeout=arguments.timeout, seconds=arguments.seconds, preload=preload)
-    failures = [] if arguments.known_only else compute(work, phases, kept, limits)
+    limits = Limits(
+        jobs=arguments.jobs, timeout=arguments.timeout, seconds=arguments.seconds, preload=(*_PRELOAD, *preload)
+    )
+    computing = partial(work, arguments.recipe, tuple(arguments.set), default_location())
+    failures = [] if arguments.known_only else compute(computing, phases, kept, limits)
     rows = Rows(kept)
     stale = rows.stale(points)
     if stale:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,13 +68,17 @@ def analyse_graph(
     except (RuntimeError, IndexError):  # a branch that these inputs do not take may be unable to run on them
         recording, shapes = _recorded(graph, args, kwargs or {}, resized, branches=False)
     table = relate(recording)
-    search = _Search(table)
-    search.run()
-    spaces = tuple(_space_of(found, seed, recording) for found, seed in search.found)
+    found = deque(_Search(table).run())
+    spaces: list[Space] = []
+    frozen: list[Frozen] = []
+    while found:  # each is let go at once: together they would take as much memory again as what is made of them
+        propagation, seed = found.popleft()
+        spaces.append(_space_of(propagation, seed, recording))
+        frozen.extend(_frozen_of(propagation, recording))
     return Coupling(
         table=table,
-        spaces=spaces,
-        frozen=tuple(_frozen_of(search.found, recording)),
+        spaces=tuple(spaces),
+        frozen=tuple(frozen),
         unknown=tuple((node.name, reason, source_line(node) or "") for node, reason in table.unknown),
         single=shapes,
     )
@@ -136,15 +142,16 @@ class _Search:
         self._recording = table.recording
         self._computed = _computed_from_parameters(table)
         self._tried: set[tuple[Key, int, bytes]] = set()
-        self._signatures: set[frozenset[tuple[Key, int, bytes]]] = set()
+        self._signatures: set[bytes] = set()
         # by weight axis: whether each index has a label in some space, and whether one that is its alone
         self._labelled: dict[tuple[Key, int], np.ndarray[Any, np.dtype[np.bool_]]] = {}
         self._distinct: dict[tuple[Key, int], np.ndarray[Any, np.dtype[np.bool_]]] = {}
         self.found: list[tuple[Propagation, Seed]] = []
 
-    def run(self) -> None:
+    def run(self) -> list[tuple[Propagation, Seed]]:
         for key, axis in self._origins():
             self._seed(key, axis)
+        return self.found
 
     def _origins(self) -> Iterator[tuple[Key, int]]:
         for node in self._recording.graph.graph.nodes:
@@ -202,7 +209,7 @@ class _Search:
         return missed
 
     def _attempt(self, seed: Seed, depth: int) -> None:
-        identity = (seed.key, seed.axis, seed.labels.tobytes())
+        identity = (seed.key, seed.axis, _digest(seed.labels.tobytes()))
         if identity in self._tried:
             return
         self._tried.add(identity)
@@ -217,13 +224,14 @@ class _Search:
         self._accept(propagation, seed)
 
     def _accept(self, propagation: Propagation, seed: Seed) -> None:
-        signature = frozenset(
+        leaves = sorted(
             (key, axis, _canonical(labels).tobytes())
             for key, axes in propagation.labels.items()
             if key in self._recording.leaves
             for axis, labels in axes.items()
         )
-        if not signature or signature in self._signatures:
+        signature = _digest(*(part for key, axis, labels in leaves for part in (f"{key} {axis} ".encode(), labels)))
+        if not leaves or signature in self._signatures:
             return
         self._signatures.add(signature)
         self.found.append((propagation, seed))
@@ -239,6 +247,14 @@ class _Search:
         nothing = np.zeros(len(labels), dtype=bool)
         self._labelled[key, axis] = self._labelled.get((key, axis), nothing) | labelled
         self._distinct[key, axis] = self._distinct.get((key, axis), nothing) | single
+
+
+def _digest(*parts: bytes) -> bytes:
+    """Return what tells contents apart in their stead: those of thousands of seeds would outweigh all that is found."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def _canonical(labels: Labels) -> Labels:
@@ -291,25 +307,24 @@ def describe(reason: Reason) -> str:
     return f"{reason.text} ({reason.node.name}{f', {where}' if where else ''})"
 
 
-def _frozen_of(found: Sequence[tuple[Propagation, Seed]], recording: Recording) -> Iterator[Frozen]:
-    for propagation, _ in found:
-        for key, axes in propagation.labels.items():
-            if not recording.is_parameter(key) or len(recording.shapes[key]) < 2:
-                continue
-            for axis, labels in axes.items():
-                by_reason: dict[tuple[Node, str], list[int]] = {}
-                for label, reason in propagation.frozen.items():
-                    by_reason.setdefault((reason.node, reason.text), []).append(label)
-                for (node, text), frozen in by_reason.items():
-                    entries = int(np.isin(labels, frozen).sum())
-                    if entries:
-                        yield Frozen(
-                            parameter=recording.leaf_names[key][0],
-                            axis=axis,
-                            entries=entries,
-                            size=len(labels),
-                            node=node.name,
-                            operator=operator_name(node),
-                            reason=text,
-                            source_line=source_line(node) or "",
-                        )
+def _frozen_of(propagation: Propagation, recording: Recording) -> Iterator[Frozen]:
+    for key, axes in propagation.labels.items():
+        if not recording.is_parameter(key) or len(recording.shapes[key]) < 2:
+            continue
+        for axis, labels in axes.items():
+            by_reason: dict[tuple[Node, str], list[int]] = {}
+            for label, reason in propagation.frozen.items():
+                by_reason.setdefault((reason.node, reason.text), []).append(label)
+            for (node, text), frozen in by_reason.items():
+                entries = int(np.isin(labels, frozen).sum())
+                if entries:
+                    yield Frozen(
+                        parameter=recording.leaf_names[key][0],
+                        axis=axis,
+                        entries=entries,
+                        size=len(labels),
+                        node=node.name,
+                        operator=operator_name(node),
+                        reason=text,
+                        source_line=source_line(node) or "",
+                    )

@@ -215,6 +215,7 @@ class Propagation:
         for label, reasons in self.inexact.items():
             inexact[int(renamed[names[label]])].update(reasons)
         self.inexact = inexact
+        self._sets = DisjointSets(0)  # of the labels that were; spaces are kept, and this would double them
 
 
 def _coarsest(spread: Labels, position: int) -> Labels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 
 import psutil
@@ -72,3 +73,29 @@ def test_analysis_and_cut_are_quick_and_small(
     small = cut(model, coupling, removed)
     assert time.process_time() - start < LOADED * 2.0
     assert small.num_params() < 0.6 * model.num_params()
+
+
+def test_analysis_of_many_small_layers_takes_no_more_memory_than_the_model() -> None:
+    """Of a model whose graph outweighs its weights, all of what a copy of it takes counts."""
+    model = Model.capture(large.mixed().eval(), (torch.randn(2, 3, 16, 16),))
+    assert len(model.graph.graph.nodes) > 2500
+    weights = sum(each.numel() * each.element_size() for each in (*model.graph.parameters(), *model.graph.buffers()))
+    analyse(model)
+    nodes, _ = traced(model.clone)
+    kept, peak = traced(lambda: analyse(model))
+    assert kept <= peak < nodes + weights
+
+
+def traced(make: Callable[[], object]) -> tuple[int, int]:
+    """Return the bytes of Python objects that are left of what a call makes, and the most that there were meanwhile."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        made = make()
+        peak = tracemalloc.get_traced_memory()[1]
+        gc.collect()
+        left = tracemalloc.get_traced_memory()[0]
+        del made
+    finally:
+        tracemalloc.stop()
+    return left, peak

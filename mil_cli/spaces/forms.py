@@ -1,0 +1,242 @@
+"""The forms of architectures: equal where two are the same plain module, whatever was chosen to get there.
+
+A sequence without what does nothing is the same sequence, and a sequence inside another is part of it: a skip in the
+second of three blocks and one in the third, or two blocks, are one form.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mil_cli.spaces.blocks import Choice, Repeat
+from mil_cli.spaces.decisions import Decision, join
+from mil_cli.spaces.layers import Elastic
+from mil_cli.spaces.plain import Searchable
+from mil_cli.spaces.sizes import Free, Size, combinations
+
+Form = Hashable
+"""What is equal for modules that are the same but for the values of their weights."""
+
+_INTERNAL = frozenset(nn.Module().__dict__)
+
+
+class Forms:
+    """The forms of the architectures of a module.
+
+    Args:
+        module: The module.
+        decisions: Its decisions.
+    """
+
+    def __init__(self, module: nn.Module, decisions: Sequence[Decision]) -> None:
+        self._module = module
+        self._decisions = decisions
+        self._layers: dict[Hashable, Form] = {}
+        self._known = {
+            id(part): form
+            for part in module.modules()
+            if not any(_depends(inner) for inner in part.modules())
+            for form in _Lister({}, None, {}, limit=1).all(part, "")
+        }
+
+    def active(self) -> Form:
+        """Return the form of what is active."""
+        return next(iter(_Lister(self._known, None, self._layers, limit=1).all(self._module, "")))
+
+    def count(self, limit: int) -> int | None:
+        """Return how many forms there are; None where more than `limit` were to be kept at once."""
+        if any(len(one.places) > 1 for one in self._decisions if not isinstance(one.holder, Free)):
+            return None  # a part that stands in two places is the same in both, which a list of each would miss
+        # A number is tried out in the smallest part that has all its layers: elsewhere it changes nothing.
+        scopes: dict[str, list[Decision]] = {}
+        for decision in self._decisions:
+            if isinstance(decision.holder, Free):
+                scopes.setdefault(_common([place.path for place in decision.places]), []).append(decision)
+        lister = _Lister(self._known, {path: _sizes(held) for path, held in scopes.items()}, self._layers, limit=limit)
+        try:
+            return self._count(self._module, "", lister, scopes, {})
+        except _TooManyError:
+            return None
+
+    def _count(
+        self,
+        module: nn.Module,
+        path: str,
+        lister: _Lister,
+        scopes: Mapping[str, Sequence[Decision]],
+        counts: dict[Hashable, int],
+    ) -> int:
+        """Return how many forms a part has, given the numbers that are active outside.
+
+        Given the numbers that they share, the parts of a part are independent; and other numbers give other forms where
+        they show in a layer that always runs. Then not all have to be listed.
+
+        Args:
+            module: The part.
+            path: Its path.
+            lister: Lists the forms of parts.
+            scopes: The numbers to try out in each part, by its path.
+            counts: What was counted, by the path and the numbers outside that the part depends on.
+        """
+        above = [
+            one for scope, held in scopes.items() if f"{path}.".startswith(f"{scope}.") or not scope for one in held
+        ]
+        key = (path, *(one.holder.chosen for one in above if one not in scopes.get(path, ()) and one.touches(path)))
+        if key not in counts:
+            own = scopes.get(path, ())
+            if isinstance(module, Searchable | nn.Sequential) or not all(self._shows(one) for one in own):
+                counts[key] = len(lister.all(module, path))
+            else:
+                with combinations(_sizes(own)) as each:
+                    counts[key] = sum(
+                        math.prod(
+                            self._count(child, join(path, name), lister, scopes, counts)
+                            for name, child in module.named_children()
+                        )
+                        for _ in each
+                    )
+        return counts[key]
+
+    def _shows(self, decision: Decision) -> bool:
+        """Whether a layer that always runs has a number as it is."""
+        layers = (self._module.get_submodule(place.path) for place in decision.places if not place.condition)
+        sizes = (size for layer in layers if isinstance(layer, Elastic) for size in layer.sizes.values())
+        return any(size is decision.holder for size in sizes)
+
+
+class _TooManyError(Exception):
+    """More forms than may be kept."""
+
+
+class _Lister:
+    """Lists the forms of modules.
+
+    Args:
+        known: Forms of modules in which nothing can be chosen, by their identity.
+        scopes: The numbers to try out in each module, by its path; None: only what is active is listed.
+        layers: Forms of torch's layers, by their class and arguments; it is added to.
+        limit: Most forms of one module.
+    """
+
+    def __init__(
+        self,
+        known: Mapping[int, Form],
+        scopes: Mapping[str, Sequence[Free]] | None,
+        layers: dict[Hashable, Form],
+        *,
+        limit: int,
+    ) -> None:
+        self._known = known
+        self._scopes = scopes
+        self._limit = limit
+        self._layers = layers
+
+    def all(self, module: nn.Module, path: str) -> set[Form]:
+        """Return the forms of a module.
+
+        Raises:
+            _TooManyError: There are more than the limit.
+        """
+        if id(module) in self._known:
+            return {self._known[id(module)]}
+        if self._scopes is None:
+            return self._here(module, path)
+        found: set[Form] = set()
+        with combinations(self._scopes.get(path, ())) as each:
+            for _ in each:
+                found |= self._here(module, path)
+                self._check(len(found))
+        return found
+
+    def _here(self, module: nn.Module, path: str) -> set[Form]:
+        """Return the forms of a module, given the numbers that are tried out in it."""
+        if isinstance(module, Elastic):
+            key = (module.torch_type, *module.arguments().items())
+            if key not in self._layers:
+                layer = module.torch_type(**module.arguments(), device="meta")
+                self._layers[key] = (_own_form(layer), (), ())
+            return {self._layers[key]}
+        if type(module) is nn.Identity:
+            return {_Sequence()}
+        if isinstance(module, Choice):
+            indices = [module.chosen] if self._scopes is None else range(len(module.names))
+            return set().union(*(self.all(module.operator(one), join(path, module.names[one])) for one in indices))
+        if isinstance(module, Repeat):
+            return self._sequences(module.running() if self._scopes is None else module, path, least=module.least)
+        if type(module) is nn.Sequential:
+            return self._sequences(module, path, least=len(module))
+        parts = [self.all(child, join(path, name)) for name, child in module.named_children()]
+        self._check(math.prod(map(len, parts)))
+        names = tuple(name for name, _ in module.named_children())
+        own = _own_form(module)
+        return {(own, names, forms) for forms in itertools.product(*parts)}
+
+    def _sequences(self, blocks: Iterable[nn.Module], path: str, *, least: int) -> set[Form]:
+        """Return the forms of the first blocks, all or at least so many."""
+        found: set[tuple[Form, ...]] = set()
+        longer: set[tuple[Form, ...]] = {()}
+        for index, block in enumerate(blocks):
+            if index >= least and self._scopes is not None:
+                found |= longer
+            forms = [
+                tuple(form) if isinstance(form, _Sequence) else (form,)
+                for form in self.all(block, join(path, str(index)))
+            ]
+            self._check(len(longer) * len(forms))
+            longer = {(*before, *form) for before in longer for form in forms}
+        return {forms[0] if len(forms) == 1 else _Sequence(forms) for forms in found | longer}
+
+    def _check(self, count: int) -> None:
+        if count > self._limit:
+            raise _TooManyError
+
+
+class _Sequence(tuple[Form, ...]):
+    """The form of modules that run one after another; empty for one that does nothing."""
+
+    __slots__ = ()
+
+
+def _own_form(module: nn.Module) -> Form:
+    """Return what a module is without its parts: its class, its settings, the shapes of its own parameters."""
+    settings = tuple((name, _value(value)) for name, value in module.__dict__.items() if name not in _INTERNAL)
+    shapes = tuple((name, tuple(value.shape)) for name, value in module._parameters.items() if value is not None)
+    return type(module), settings, shapes
+
+
+def _value(value: Any) -> Form:
+    """Return a setting so that equal ones are equal; what has no values to compare is only equal to itself."""
+    if isinstance(value, Size):
+        return int(value)
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | type):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(_value(one) for one in value)
+    if isinstance(value, dict):
+        return tuple((key, _value(one)) for key, one in value.items())
+    return id(value)
+
+
+def _depends(module: nn.Module) -> bool:
+    """Whether a module itself depends on choices."""
+    if isinstance(module, Searchable):
+        return True
+    held = (value if isinstance(value, list | tuple) else [value] for value in module.__dict__.values())
+    return any(isinstance(one, Size) for one in itertools.chain.from_iterable(held))
+
+
+def _common(paths: Sequence[str]) -> str:
+    """Return the path of the smallest module that holds those of some paths."""
+    split = [path.split(".") if path else [] for path in paths]
+    same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*split, strict=False))
+    return ".".join(level[0] for level in same)
+
+
+def _sizes(decisions: Iterable[Decision]) -> list[Free]:
+    return [decision.holder for decision in decisions if isinstance(decision.holder, Free)]

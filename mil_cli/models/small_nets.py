@@ -80,15 +80,13 @@ class SmallNets(nn.Module):
     Args:
         in_channels: Channels of the images.
         num_classes: Number of classes.
-        widths: For each stage, the channels to choose from.
+        widths: The channels of each stage.
         blocks: For each stage, the most blocks that follow its convolution.
     """
 
-    def __init__(
-        self, *, in_channels: int, num_classes: int, widths: Sequence[Sequence[int]], blocks: Sequence[int]
-    ) -> None:
+    def __init__(self, *, in_channels: int, num_classes: int, widths: Sequence[Width], blocks: Sequence[int]) -> None:
         super().__init__()
-        self.widths = [Width(choices) for choices in widths]
+        self.widths = list(widths)
         stages: list[nn.Module] = []
         channels: int | Width = in_channels
         for width, count in zip(self.widths, blocks, strict=True):
@@ -129,5 +127,6 @@ def small_nets(
     """
     check_positive({"num_classes": num_classes, "in_channels": in_channels})
     check_positive({f"blocks[{index}]": value for index, value in enumerate(blocks)})
-    check_stages([max(choices, default=0) for choices in widths], blocks)
-    return SmallNets(in_channels=in_channels, num_classes=num_classes, widths=widths, blocks=blocks)
+    stages = [Width(choices) for choices in widths]
+    check_stages([width.largest for width in stages], blocks)
+    return SmallNets(in_channels=in_channels, num_classes=num_classes, widths=stages, blocks=blocks)

@@ -1,7 +1,9 @@
 """Designed search spaces: what a user puts into a module so that a smaller or better one can be searched in it."""
 
 from mil_cli.spaces.architecture import Architecture
+from mil_cli.spaces.balanced import sample_balanced
 from mil_cli.spaces.blocks import Choice, Repeat, Zero
+from mil_cli.spaces.cost import CostCounter
 from mil_cli.spaces.layers import BatchNorm2d, Conv2d, LayerNorm, Linear
 from mil_cli.spaces.sizes import Kernel, Width
 from mil_cli.spaces.space import DesignedSpace
@@ -11,6 +13,7 @@ __all__ = [
     "BatchNorm2d",
     "Choice",
     "Conv2d",
+    "CostCounter",
     "DesignedSpace",
     "Kernel",
     "LayerNorm",
@@ -18,4 +21,5 @@ __all__ = [
     "Repeat",
     "Width",
     "Zero",
+    "sample_balanced",
 ]

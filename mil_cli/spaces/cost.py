@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,13 +66,13 @@ class CostCounter:
 
     def params(self, architecture: Architecture) -> int:
         """Return how many numbers the parameters of the built architecture hold; those tied count once."""
-        counted: dict[int, int] = {}
+        counted: set[tuple[int, tuple[int, ...]]] = set()
         with self._space.active(architecture):
             for module in _running(self._space.module):
                 sliced = module.tensors() if isinstance(module, Elastic) else {}
                 for name, parameter in module.named_parameters(recurse=False):
-                    counted[id(parameter)] = sliced.get(name, parameter).numel()
-        return sum(counted.values())
+                    counted.add((id(parameter), tuple(sliced.get(name, parameter).shape)))
+        return sum(math.prod(shape) for _, shape in counted)
 
 
 class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -116,7 +117,7 @@ def _remember(module: nn.Module, holders: Sequence[Any], counter: _MacCounter) -
             return result
         macs, result = known[key]
         counter.total += macs
-        return pytree.tree_map_only(Tensor, torch.empty_like, result)
+        return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
     module.forward = remembering
 

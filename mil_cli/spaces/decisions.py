@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, count
@@ -12,7 +12,7 @@ from torch import nn
 from mil_cli.spaces.architecture import Chosen
 from mil_cli.spaces.blocks import Choice, Repeat
 from mil_cli.spaces.layers import Elastic
-from mil_cli.spaces.sizes import Free
+from mil_cli.spaces.sizes import Free, Size
 
 Condition = tuple[tuple[int, frozenset[int]], ...]
 """Choices that go together: the number of a decision, and which of its choices, as indices. Empty: always."""
@@ -36,7 +36,7 @@ class Decision:
     """Something to be chosen.
 
     Attributes:
-        name: The path of the module; of a number, that of the attribute that holds it, else of the first layer and its
+        name: The path of the module; of a number, that of the attribute that has it, else of the first layer and its
             argument that it stands for.
         choices: What there is to choose from: names of operators, numbers of blocks, sizes.
         holder: The part of the module that keeps what is active.
@@ -92,6 +92,25 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def held_sizes(module: nn.Module) -> list[tuple[str, Size]]:
+    """Return the sizes that a module has as attributes, or in lists, with their names."""
+    found = []
+    for name, value in module.__dict__.items():
+        several = isinstance(value, list | tuple)
+        for index, one in enumerate(value if several else [value]):
+            if isinstance(one, Size):
+                found.append((f"{name}.{index}" if several else name, one))
+    return found
+
+
+def own_sizes(module: nn.Module) -> list[Size]:
+    """Return the sizes that a module has for its own `forward`: no layer inside it is given what they come from."""
+    held = held_sizes(module)
+    layers = [layer for layer in module.modules() if isinstance(layer, Elastic)] if held else []
+    given = {base for layer in layers for size in layer.sizes.values() for base in size.bases}
+    return [size for _, size in held if not given.issuperset(size.bases)]
+
+
 @dataclass
 class _Entry:
     name: str
@@ -108,8 +127,11 @@ class _Finder:
         self._attributes: dict[int, str] = {}
 
     def visit(self, module: nn.Module, path: str, condition: Condition) -> None:
-        for name, size in _held(module):
+        own = own_sizes(module)
+        for name, size in held_sizes(module):
             self._attributes.setdefault(id(size), join(path, name))
+            for base in size.bases if size in own else ():
+                self._note(base, join(path, name), path, condition)
         if isinstance(module, Elastic):
             for argument, value in module.sizes.items():
                 for base in value.bases:
@@ -138,15 +160,6 @@ class _Finder:
             self.found[id(holder)] = _Entry(free, holder)
         self.found[id(holder)].places.append(Place(path, condition))
         return self._numbers[id(holder)]
-
-
-def _held(module: nn.Module) -> Iterator[tuple[str, Free]]:
-    """Yield the numbers that a module has as attributes, or in lists, with their names."""
-    for name, value in module.__dict__.items():
-        several = isinstance(value, list | tuple)
-        for index, one in enumerate(value if several else [value]):
-            if isinstance(one, Free):
-                yield (f"{name}.{index}" if several else name), one
 
 
 def _choices(holder: Choice | Repeat | Free) -> tuple[Chosen, ...]:

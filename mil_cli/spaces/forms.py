@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from mil_cli.spaces.blocks import Choice, Repeat
-from mil_cli.spaces.decisions import Decision, join
+from mil_cli.spaces.decisions import Decision, held_sizes, join, own_sizes
 from mil_cli.spaces.layers import Elastic
 from mil_cli.spaces.plain import Searchable
-from mil_cli.spaces.sizes import Free, Size, combinations
+from mil_cli.spaces.sizes import Free, combinations
 
 Form = Hashable
 """What is equal for modules that are the same but for the values of their weights."""
@@ -157,11 +157,7 @@ class _Lister:
     def _here(self, module: nn.Module, path: str) -> set[Form]:
         """Return the forms of a module, given the numbers that are tried out in it."""
         if isinstance(module, Elastic):
-            key = (module.torch_type, *module.arguments().items())
-            if key not in self._layers:
-                layer = module.torch_type(**module.arguments(), device="meta")
-                self._layers[key] = (_own_form(layer), (), ())
-            return {self._layers[key]}
+            return {self._layer(module)}
         if type(module) is nn.Identity:
             return {_Sequence()}
         if isinstance(module, Choice):
@@ -176,6 +172,17 @@ class _Lister:
         names = tuple(name for name, _ in module.named_children())
         own = _own_form(module)
         return {(own, names, forms) for forms in itertools.product(*parts)}
+
+    def _layer(self, module: Elastic) -> Form:
+        """Return the form of an elastic layer: that of torch's, and what it does not show of what was chosen for it."""
+        key = (module.torch_type, *module.arguments().items())
+        if key not in self._layers:
+            layer = module.torch_type(**module.arguments(), device="meta")
+            self._layers[key] = (_own_form(layer), (), ())
+        # Two and six of a product are another net than three and four, where a module splits it up.
+        sizes = module.sizes.values()
+        hidden = tuple(int(base) for size in sizes for base in size.bases if not any(base is one for one in sizes))
+        return (self._layers[key], hidden) if hidden else self._layers[key]
 
     def _sequences(self, blocks: Iterable[nn.Module], path: str, *, least: int) -> set[Form]:
         """Return the forms of the first blocks, all or at least so many."""
@@ -205,15 +212,21 @@ class _Sequence(tuple[Form, ...]):
 
 def _own_form(module: nn.Module) -> Form:
     """Return what a module is without its parts: its class, its settings, the shapes of its own parameters."""
-    settings = tuple((name, _value(value)) for name, value in module.__dict__.items() if name not in _INTERNAL)
+    named = {name for name, _ in held_sizes(module)}
+    settings = tuple(
+        (name, _value(value))
+        for name, value in module.__dict__.items()
+        if name not in _INTERNAL and name not in named and f"{name}.0" not in named
+    )
+    sizes = tuple(int(size) for size in own_sizes(module))
     shapes = tuple((name, tuple(value.shape)) for name, value in module._parameters.items() if value is not None)
-    return type(module), settings, shapes
+    # The buffers of torch's layers are statistics; another module's may be what makes it what it is.
+    fixed = () if type(module).__module__.startswith("torch.") else tuple(map(id, module._buffers.values()))
+    return type(module), settings, sizes, shapes, fixed
 
 
 def _value(value: Any) -> Form:
     """Return a setting so that equal ones are equal; what has no values to compare is only equal to itself."""
-    if isinstance(value, Size):
-        return int(value)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | type):
         return value
     if isinstance(value, list | tuple):
@@ -225,10 +238,7 @@ def _value(value: Any) -> Form:
 
 def _depends(module: nn.Module) -> bool:
     """Whether a module itself depends on choices."""
-    if isinstance(module, Searchable):
-        return True
-    held = (value if isinstance(value, list | tuple) else [value] for value in module.__dict__.values())
-    return any(isinstance(one, Size) for one in itertools.chain.from_iterable(held))
+    return isinstance(module, Searchable) or bool(held_sizes(module))
 
 
 def _common(paths: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mil_cli.errors import ModelError
-from mil_cli.spaces.plain import Searchable
+from mil_cli.spaces.plain import Searchable, ties
 from mil_cli.spaces.sizes import Size, combinations, largest
 
 
@@ -48,7 +48,11 @@ class Elastic(Searchable):
         whole: Any = self
         with torch.no_grad():
             for name, tensor in tensors.items():
-                getattr(layer, name).copy_(tensor).requires_grad_(getattr(whole, name).requires_grad)
+                shared = getattr(whole, name)
+                getattr(layer, name).copy_(tensor).requires_grad_(shared.requires_grad)
+                if isinstance(shared, nn.Parameter):  # layers that share a weight share it in the copy
+                    key = (id(shared), tuple(tensor.shape))
+                    setattr(layer, name, ties(memo).setdefault(key, getattr(layer, name)))
         layer.train(whole.training)
         return layer
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any, Self, TypeVar
 
+from torch import nn
+
 T = TypeVar("T")
 
 _PLAIN = object()
-"""Its identity in the memo of a deep copy says that parts are replaced by what they stand for."""
+"""Under its identity the memo of a copy that replaces parts has the weights made so far, by what they are made of."""
+
+Ties = dict[tuple[int, tuple[int, ...]], nn.Parameter]
 
 
 class Searchable:
@@ -38,4 +42,10 @@ class Searchable:
 
 def plain_copy(value: T) -> T:
     """Return a deep copy in which every `Searchable` part is replaced by what stands for it."""
-    return copy.deepcopy(value, {id(_PLAIN): True})
+    return copy.deepcopy(value, {id(_PLAIN): {}})
+
+
+def ties(memo: dict[int, Any]) -> Ties:
+    """Return the weights that a plain copy has so far, by the identity of the shared weight and their shape."""
+    found: Ties = memo[id(_PLAIN)]
+    return found

@@ -7,9 +7,7 @@ import torch
 
 from mil_cli.errors import ModelError
 from mil_cli.models.small_nets import small_nets
-from mil_cli.spaces import DesignedSpace
-from mil_cli.spaces.balanced import sample_balanced
-from mil_cli.spaces.cost import CostCounter
+from mil_cli.spaces import CostCounter, DesignedSpace, sample_balanced
 
 
 def test_every_stratum_has_its_share() -> None:

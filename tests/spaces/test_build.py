@@ -130,3 +130,13 @@ def test_frozen_weights_stay_frozen() -> None:
     built = space.build(space.smallest, inherit=True)
     trained = {name for name, parameter in built.named_parameters() if not parameter.requires_grad}
     assert trained == {"embed.weight"}
+
+
+def test_tied_weights_stay_tied() -> None:
+    width = Width([2, 3])
+    first, second = Linear(width, 4, bias=False), Linear(width, 4, bias=False)
+    second.weight = first.weight
+    net = nn.ModuleDict({"first": first, "second": second, "third": Linear(width, 4, bias=False)})
+    built = DesignedSpace(net).build(DesignedSpace(net).smallest, inherit=True)
+    assert {name for name, _ in built.named_parameters()} == {"first.weight", "third.weight"}
+    assert built.get_parameter("second.weight") is built.get_parameter("first.weight")

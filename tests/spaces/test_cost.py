@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mil_cli.errors import ModelError
 from mil_cli.graph.model import Model
 from mil_cli.models.small_nets import small_nets
-from mil_cli.spaces import Choice, DesignedSpace
-from mil_cli.spaces.cost import CostCounter
+from mil_cli.spaces import Choice, CostCounter, DesignedSpace
 from tests.spaces.nets import conv_net, samples, transformer
 
 

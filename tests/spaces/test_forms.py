@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mil_cli.models.small_nets import small_nets
-from mil_cli.spaces import Architecture, BatchNorm2d, Choice, Conv2d, DesignedSpace, Kernel, Repeat, Width
+from mil_cli.spaces import Architecture, BatchNorm2d, Choice, Conv2d, DesignedSpace, Kernel, Linear, Repeat, Width
 from tests.spaces.nets import samples
 
 
@@ -104,3 +104,40 @@ def test_settings_tell_layers_apart(setting: dict[str, Any]) -> None:
     space = DesignedSpace(nn.Sequential(choice))
     one, same, other = (space.form(space.architecture({"0": name})) for name in choice.names)
     assert one == same != other
+
+
+class _Split(nn.Module):
+    def __init__(self, heads: Width) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(x), int(self.heads), -1).softmax(-1).flatten(1)
+
+
+def test_what_a_module_reads_itself_tells_architectures_apart() -> None:
+    heads = Width([2, 4])
+    operators = {"split": nn.Sequential(nn.Linear(8, 8), _Split(heads)), "skip": nn.Identity()}
+    space = DesignedSpace(nn.Sequential(Choice(operators)))
+    assert [decision.name for decision in space.decisions] == ["0", "0.split.1.heads"]
+    two, four = (space.architecture({"0": "split", "0.split.1.heads": count}) for count in (2, 4))
+    assert space.form(two) != space.form(four)
+    assert space.distinct() == 3
+    assert space.architecture({"0": "skip", "0.split.1.heads": 2}) == {"0": "skip"}
+    built = space.build(two)
+    assert built.get_submodule("0.1").heads == 2
+
+
+def test_equal_products_of_other_factors_are_other_nets() -> None:
+    heads, features = Width([2, 3]), Width([2, 3])
+    space = DesignedSpace(nn.Sequential(Linear(4, heads * features)))
+    assert space.distinct() == len({space.form(one) for one in _everything(space)}) == 4
+
+
+def test_a_width_that_the_whole_has_does_not_tell_skips_apart() -> None:
+    net = nn.Module()
+    net.hidden = Width([2, 3])  # type: ignore[assignment]
+    net.op = Choice({"mlp": nn.Sequential(Linear(4, net.hidden), Linear(net.hidden, 4)), "skip": nn.Identity()})  # type: ignore[arg-type]
+    space = DesignedSpace(net)
+    assert [decision.name for decision in space.decisions] == ["op", "hidden"]
+    assert space.distinct() == len({space.form(one) for one in _everything(space)}) == 3

@@ -44,8 +44,10 @@ def sample_balanced(
         Architectures that are not the same plain module, one of each stratum after another.
 
     Raises:
-        ModelError: Fewer within the range were met.
+        ModelError: The range is empty, or fewer within it were met.
     """
+    if not low < high:
+        raise ModelError("the largest cost must be above the smallest", value=(low, high))
     kept: list[list[Architecture]] = [[] for _ in range(strata)]
     seen: set[Form] = set()
     for _ in range(tries * count):

@@ -63,7 +63,7 @@ class Decision:
 
     def touches(self, path: str) -> bool:
         """Whether it changes the module of a path, or one inside that."""
-        return any(not path or f"{place.path}.".startswith(f"{path}.") for place in self.places)
+        return any(is_inside(place.path, path) for place in self.places)
 
 
 def find_decisions(module: nn.Module) -> tuple[Decision, ...]:
@@ -90,6 +90,11 @@ def decision_order(decisions: tuple[Decision, ...]) -> tuple[int, ...]:
 def join(path: str, name: str) -> str:
     """Return the dotted path of a part."""
     return f"{path}.{name}" if path else name
+
+
+def is_inside(path: str, whole: str) -> bool:
+    """Whether a path is that of a module or of a part of it."""
+    return not whole or f"{path}.".startswith(f"{whole}.")
 
 
 def held_sizes(module: nn.Module) -> list[tuple[str, Size]]:

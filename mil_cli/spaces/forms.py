@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mil_cli.spaces.blocks import Choice, Repeat
-from mil_cli.spaces.decisions import Decision, held_sizes, join, own_sizes
+from mil_cli.spaces.decisions import Decision, held_sizes, is_inside, join, own_sizes
 from mil_cli.spaces.layers import Elastic
 from mil_cli.spaces.plain import Searchable
 from mil_cli.spaces.sizes import Free, combinations
@@ -53,55 +53,64 @@ class Forms:
         """Return how many forms there are; None where more than `limit` were to be kept at once."""
         if any(len(one.places) > 1 for one in self._decisions if not isinstance(one.holder, Free)):
             return None  # a part that stands in two places is the same in both, which a list of each would miss
-        # A number is tried out in the smallest part that has all its layers: elsewhere it changes nothing.
-        scopes: dict[str, list[Decision]] = {}
-        for decision in self._decisions:
-            if isinstance(decision.holder, Free):
-                scopes.setdefault(_common([place.path for place in decision.places]), []).append(decision)
-        lister = _Lister(self._known, {path: _sizes(held) for path, held in scopes.items()}, self._layers, limit=limit)
         try:
-            return self._count(self._module, "", lister, scopes, {})
+            return _Counter(self._module, self._decisions, self._known, self._layers, limit).count(self._module, "")
         except _TooManyError:
             return None
 
-    def _count(
+
+class _Counter:
+    """Counts forms, without a list of all of them where parts of the module are independent.
+
+    Args:
+        module: The module.
+        decisions: Its decisions.
+        known: Forms of modules in which nothing can be chosen, by their identity.
+        layers: Forms of torch's layers, by their class and arguments; it is added to.
+        limit: Most forms of one part.
+    """
+
+    def __init__(
         self,
         module: nn.Module,
-        path: str,
-        lister: _Lister,
-        scopes: Mapping[str, Sequence[Decision]],
-        counts: dict[Hashable, int],
-    ) -> int:
+        decisions: Sequence[Decision],
+        known: Mapping[int, Form],
+        layers: dict[Hashable, Form],
+        limit: int,
+    ) -> None:
+        self._module = module
+        # A number is tried out in the smallest part that has all its places: elsewhere it changes nothing.
+        self._scopes: dict[str, list[Decision]] = {}
+        for decision in decisions:
+            if isinstance(decision.holder, Free):
+                self._scopes.setdefault(_common([place.path for place in decision.places]), []).append(decision)
+        self._lister = _Lister(known, {path: _sizes(held) for path, held in self._scopes.items()}, layers, limit=limit)
+        self._counts: dict[Hashable, int] = {}
+
+    def count(self, module: nn.Module, path: str) -> int:
         """Return how many forms a part has, given the numbers that are active outside.
 
         Given the numbers that they share, the parts of a part are independent; and other numbers give other forms where
-        they show in a layer that always runs. Then not all have to be listed.
+        they show in a layer that always runs.
 
-        Args:
-            module: The part.
-            path: Its path.
-            lister: Lists the forms of parts.
-            scopes: The numbers to try out in each part, by its path.
-            counts: What was counted, by the path and the numbers outside that the part depends on.
+        Raises:
+            _TooManyError: A part that has to be listed has more than the limit.
         """
-        above = [
-            one for scope, held in scopes.items() if f"{path}.".startswith(f"{scope}.") or not scope for one in held
-        ]
-        key = (path, *(one.holder.chosen for one in above if one not in scopes.get(path, ()) and one.touches(path)))
-        if key not in counts:
-            own = scopes.get(path, ())
+        above = (
+            one for scope, held in self._scopes.items() if scope != path and is_inside(path, scope) for one in held
+        )
+        key = (path, *(one.holder.chosen for one in above if one.touches(path)))
+        if key not in self._counts:
+            own = self._scopes.get(path, ())
             if isinstance(module, Searchable | nn.Sequential) or not all(self._shows(one) for one in own):
-                counts[key] = len(lister.all(module, path))
+                self._counts[key] = len(self._lister.all(module, path))
             else:
                 with combinations(_sizes(own)) as each:
-                    counts[key] = sum(
-                        math.prod(
-                            self._count(child, join(path, name), lister, scopes, counts)
-                            for name, child in module.named_children()
-                        )
-                        for _ in each
-                    )
-        return counts[key]
+                    self._counts[key] = sum(self._product(module, path) for _ in each)
+        return self._counts[key]
+
+    def _product(self, module: nn.Module, path: str) -> int:
+        return math.prod(self.count(child, join(path, name)) for name, child in module.named_children())
 
     def _shows(self, decision: Decision) -> bool:
         """Whether a layer that always runs has a number as it is."""

@@ -33,6 +33,11 @@ def test_a_range_that_is_empty_is_told() -> None:
         sample_balanced(space, lambda one: 1.0, torch.Generator(), count=3, low=5, high=6)
 
 
+def test_a_range_the_wrong_way_round_is_told() -> None:
+    with pytest.raises(ModelError, match="must be above the smallest"):
+        sample_balanced(DesignedSpace(small_nets()), lambda one: 1.0, torch.Generator(), count=3, low=6, high=6)
+
+
 def test_what_is_seldom_met_is_made_up_for() -> None:
     space = DesignedSpace(small_nets())
     chosen = sample_balanced(space, lambda one: 0.1, torch.Generator(), count=7, low=0, high=1, strata=4, tries=3)

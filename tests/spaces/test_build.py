@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mil_cli.errors import ModelError
-from mil_cli.graph.model import Model
 from mil_cli.models.small_nets import small_nets
 from mil_cli.spaces import Choice, DesignedSpace, Linear, Width
 from mil_cli.spaces.plain import Searchable
@@ -114,14 +113,6 @@ def test_attention_of_torch_is_initialised_too() -> None:
     torch.manual_seed(3)
     expected = nn.MultiheadAttention(4, 2)
     torch.testing.assert_close(built["attention"].in_proj_weight, expected.in_proj_weight)  # type: ignore[index]
-
-
-def test_a_built_module_is_captured_like_any_other() -> None:
-    space, x = conv_net()
-    built = space.build(space.smallest, seed=5).eval()
-    model = Model.capture(built, (x,))
-    torch.testing.assert_close(model(x), built(x), rtol=0, atol=1e-5)
-    assert model.spec.batch is not None
 
 
 def test_frozen_weights_stay_frozen() -> None:

@@ -25,11 +25,16 @@ SPACES = {"conv_net": conv_net, "transformer": transformer, "small_nets": _small
 
 
 @pytest.mark.parametrize("make", SPACES.values(), ids=SPACES)
-def test_counts_are_those_of_the_built_and_captured_model(make: Callable[[], tuple[DesignedSpace, Tensor]]) -> None:
+def test_a_built_module_is_captured_like_any_other_and_counts_are_its(
+    make: Callable[[], tuple[DesignedSpace, Tensor]],
+) -> None:
     space, x = make()
     counter = CostCounter(space, (x[:1],))
     (one,) = samples(space, 1, seed=8)
-    model = Model.capture(space.build(one), (x,))
+    built = space.build(one).eval()
+    model = Model.capture(built, (x,))
+    torch.testing.assert_close(model(x), built(x), rtol=0, atol=1e-5)
+    assert model.spec.batch is not None
     assert counter.macs(one) == model.macs()
     assert counter.params(one) == model.num_params()
 

@@ -58,7 +58,7 @@ def _shown(module: nn.Module) -> str:
 
 def test_forms_are_equal_where_the_layers_are() -> None:
     space = DesignedSpace(Net())
-    chosen = samples(space, 150)
+    chosen = samples(space, 80)
     by_form = {space.form(one): _shown(space.build(one, inherit=True)) for one in chosen}
     by_layers = {_shown(space.build(one, inherit=True)) for one in chosen}
     assert len(by_form) == len(by_layers) == len(set(by_form.values())) < len(set(chosen))

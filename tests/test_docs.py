@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,13 @@ def test_the_page_on_pruning_names_every_method(method: str) -> None:
 @pytest.mark.parametrize("method", sorted(method for family, method in METHODS if family == "distill"))
 def test_the_page_on_distillation_has_a_section_on_every_method(method: str) -> None:
     assert f"\n### `{method}`\n" in (DOCS / "distillation.md").read_text(encoding="utf-8")
+
+
+def test_the_example_on_search_spaces_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "search_spaces.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "search_spaces.md", "exec"), names)
+    assert "different nets in" in capsys.readouterr().out
+    assert len(names["spread"]) == 8  # type: ignore[arg-type]

@@ -1,0 +1,68 @@
+"""Draws architectures spread evenly over what they cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import zip_longest
+
+import torch
+
+from mil_cli.errors import ModelError
+from mil_cli.spaces.architecture import Architecture
+from mil_cli.spaces.forms import Form
+from mil_cli.spaces.space import DesignedSpace
+
+
+def sample_balanced(
+    space: DesignedSpace,
+    cost: Callable[[Architecture], float],
+    generator: torch.Generator,
+    *,
+    count: int,
+    low: float,
+    high: float,
+    strata: int = 8,
+    tries: int = 50,
+) -> list[Architecture]:
+    """Return architectures that differ, as many from each part of a range of costs, as far as so many are met.
+
+    Drawing each decision by itself gives architectures of nearly the same cost. Here the range is cut into strata, and
+    drawing goes on until each has its share; a stratum that is seldom met is made up for by the others.
+
+    Args:
+        space: The space.
+        cost: What the range is of, such as `CostCounter.macs`.
+        generator: Where chance comes from.
+        count: How many architectures.
+        low: Smallest cost.
+        high: Largest cost, above `low`.
+        strata: How many parts of equal length the range has.
+        tries: Most draws, as a multiple of `count`.
+
+    Returns:
+        Architectures that are not the same plain module, one of each stratum after another.
+
+    Raises:
+        ModelError: The range is empty, or fewer within it were met.
+    """
+    if not low < high:
+        raise ModelError("the largest cost must be above the smallest", value=(low, high))
+    kept: list[list[Architecture]] = [[] for _ in range(strata)]
+    seen: set[Form] = set()
+    for _ in range(tries * count):
+        if all(len(stratum) * strata >= count for stratum in kept):
+            break
+        architecture = space.sample(generator)
+        place = math.floor((cost(architecture) - low) / (high - low) * strata)
+        form = space.form(architecture)
+        if 0 <= place < strata and form not in seen:
+            seen.add(form)
+            kept[place].append(architecture)
+    in_turn = [one for round_ in zip_longest(*kept) for one in round_ if one is not None]
+    if len(in_turn) < count:
+        raise ModelError(
+            f"{len(in_turn)} different architectures between {low:,.6g} and {high:,.6g} were met, {count} are wanted",
+            hint="ask for fewer, or widen the range",
+        )
+    return in_turn[:count]

@@ -159,11 +159,13 @@ def _fit(family: _Family, values: Floats) -> Floats | None:
         [float(values.min()), family.second[0], _SLOWEST],
         [top + _FURTHEST * span, family.second[1], _FASTEST],
     )
+
+    def residuals(parameters: Floats) -> Floats:
+        return family.function(parameters, epochs) - values
+
     best = None
     for start in itertools.product((top + 0.1 * span, top + span), family.starts, (0.3, 1.0, 3.0)):
-        found = least_squares(
-            lambda parameters: family.function(parameters, epochs) - values, np.array(start), bounds=bounds
-        )
+        found = least_squares(residuals, np.array(start), bounds=bounds)
         if found.success and (best is None or found.cost < best.cost):
             best = found
     return None if best is None else np.asarray(best.x, dtype=np.float64)

@@ -19,8 +19,13 @@ def grasp(subject: Subject) -> float:
         gradients = torch.autograd.grad(
             subject.loss(), subject.weights, create_graph=True, allow_unused=True, materialize_grads=True
         )
-    # The gradient of (g . constant g) is H g.
-    product = sum((gradient * gradient.detach()).sum() for gradient in gradients)
-    curved = torch.autograd.grad(product, subject.weights, allow_unused=True, materialize_grads=True)
+    bent = [gradient for gradient in gradients if gradient.requires_grad]
+    curved = torch.autograd.grad(
+        bent,
+        subject.weights,
+        [gradient.detach() for gradient in bent],
+        allow_unused=True,
+        materialize_grads=True,
+    )
     pairs = zip(subject.weights, curved, strict=True)
     return -sum(float((weight.detach() * change).sum()) for weight, change in pairs)

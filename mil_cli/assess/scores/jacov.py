@@ -56,8 +56,9 @@ def _derivatives(subject: Subject) -> list[Tensor]:
     outputs = subject.run(subject.network, pytree.tree_map_only(Tensor, torch.clone, call))
     floating = [value for value in subject.model.flatten_outputs(outputs) if value.is_floating_point()]
     derivatives = torch.autograd.grad(
-        sum(value.sum() for value in floating),
+        floating,
         [value for value, _ in inputs],
+        [torch.ones_like(value) for value in floating],
         allow_unused=True,
         materialize_grads=True,
     )

@@ -40,8 +40,8 @@ class Layout:
         """Return a value as ``[samples, what else the axis counts, the other axes]``."""
         first = value.movedim(self.axis, 0)
         if self.inner:
-            return first.unflatten(0, (-1, samples)).transpose(0, 1)
-        return first.unflatten(0, (samples, -1))
+            return first.reshape(-1, samples, *first.shape[1:]).transpose(0, 1)
+        return first.reshape(samples, -1, *first.shape[1:])
 
 
 def layouts(subject: Subject, nodes: Iterable[Node]) -> dict[Node, Layout]:

@@ -54,8 +54,9 @@ def synflow(subject: Subject) -> float:
         resize_batch(subject.task.inputs(subject.batches[0]), network.spec, samples),
     )
     outputs = network.flatten_outputs(network(*call[0], **call[1]))
-    flow = sum(value.sum() for value in outputs if value.is_floating_point())
-    gradients = torch.autograd.grad(flow, weights, allow_unused=True, materialize_grads=True)
+    floating = [value for value in outputs if value.is_floating_point()]
+    ones = [torch.ones_like(value) for value in floating]
+    gradients = torch.autograd.grad(floating, weights, ones, allow_unused=True, materialize_grads=True)
     pairs = zip(weights, gradients, strict=True)
     return sum(float((weight.detach() * gradient).abs().sum()) for weight, gradient in pairs) / samples
 
@@ -81,9 +82,11 @@ def _replace(node: Node, source: Any) -> None:
 def _make_double(graph: GraphModule) -> None:
     """Bring a graph to double precision: its tensors, and the constants and casts that name single precision."""
     graph.double()
+
+    def double(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
     for node in calls(graph):
-        node.args, node.kwargs = (
-            torch.fx.node.map_aggregate(each, lambda value: torch.float64 if value is torch.float32 else value)
-            for each in (node.args, node.kwargs)
-        )
+        node.args = tuple(torch.fx.node.map_aggregate(each, double) for each in node.args)
+        node.kwargs = {name: torch.fx.node.map_aggregate(each, double) for name, each in node.kwargs.items()}
     graph.recompile()

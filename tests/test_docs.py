@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mil_cli.assess.scores.registry import MEASURES
 from mil_cli.stages.registry import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -19,3 +20,8 @@ def test_the_page_on_pruning_names_every_method(method: str) -> None:
 @pytest.mark.parametrize("method", sorted(method for family, method in METHODS if family == "distill"))
 def test_the_page_on_distillation_has_a_section_on_every_method(method: str) -> None:
     assert f"\n### `{method}`\n" in (DOCS / "distillation.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(MEASURES))
+def test_the_page_on_assessment_names_every_score(name: str) -> None:
+    assert f"`{name}`" in (DOCS / "assessment.md").read_text(encoding="utf-8")

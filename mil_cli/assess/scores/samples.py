@@ -60,27 +60,29 @@ def layouts(subject: Subject, nodes: Iterable[Node]) -> dict[Node, Layout]:
     args, kwargs = resize_batch(call, spec, samples)
     axes = iter([tensor.batch_axis() if spec.batch else 0 for tensor in spec.inputs])
     moved: Any = pytree.tree_map_only(Tensor, lambda value: _next(value, next(axes)), (args, kwargs))
-    seen: list[dict[Node, dict[Layout, Tensor]]] = []
-    for ordered in ((args, kwargs), moved):
-        found: dict[Node, dict[Layout, Tensor]] = {}
-        looks = {node: partial(_sum_up, found, node, samples) for node in nodes}
-        with torch.no_grad():
-            watched(subject.network.eval().graph, looks)(*ordered[0], **ordered[1])
-        seen.append(found)
+    seen: dict[Node, list[dict[Layout, Tensor]]] = {node: [] for node in nodes}
+    runner = watched(
+        subject.network.eval().graph, {node: partial(_sum_up, sums, samples) for node, sums in seen.items()}
+    )
     subject.network.train()
-    return {node: _layout(node, seen[0][node], seen[1][node]) for node in seen[0]}
+    with torch.no_grad():
+        runner(*args, **kwargs)
+        runner(*moved[0], **moved[1])
+    return {node: _layout(node, before, after) for node, (before, after) in seen.items()}
 
 
 def _next(value: Tensor, axis: int | None) -> Tensor:
     return value.roll(1, axis) if axis is not None and value.ndim else value
 
 
-def _sum_up(found: dict[Node, dict[Layout, Tensor]], node: Node, samples: int, value: Tensor) -> None:
-    """Keep the sum over each sample's part by every layout that a value may have."""
-    found[node] = {
-        layout: layout.by_sample(value, samples).flatten(1).sum(1, dtype=torch.float64)
-        for layout in _candidates(value, samples)
-    }
+def _sum_up(kept: list[dict[Layout, Tensor]], samples: int, value: Tensor) -> None:
+    """Keep the sum over each sample's part, by every layout that a value may have."""
+    kept.append(
+        {
+            layout: layout.by_sample(value, samples).flatten(1).sum(1, dtype=torch.float64)
+            for layout in _candidates(value, samples)
+        }
+    )
 
 
 def _candidates(value: Tensor, samples: int) -> Iterator[Layout]:

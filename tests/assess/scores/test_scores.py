@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mil_cli.assess.scores.registry import MEASURES, score
 from mil_cli.data.base import Batch
-from mil_cli.errors import DataError, MilError, ModelError
+from mil_cli.errors import DataError, MilError, ModelError, TaskError
 from mil_cli.graph.model import Model
 from mil_cli.task.classification import Classification
 from tests.assess.nets import CLASSES, NETS, InPlace, Plain, batches, made
@@ -311,6 +311,17 @@ def test_what_is_asked_for_is_checked_before_anything_is_computed() -> None:
     with pytest.raises(DataError, match="zico needs at least 2 batches"):
         scores_of(model, ["zico"], batches(count=1))
     assert scores_of(model, ["params"], []) == {"params": model.num_params()}
+
+
+def test_scores_that_say_so_need_no_labels() -> None:
+    images = batches()[0][0]
+    task = Classification(input_keys=[0], target_key="labels")
+    for name, measure in MEASURES.items():
+        if measure.labels:
+            with pytest.raises(TaskError):
+                score(captured(Plain), [name], task=task, batches=[(images,), (images,)])
+        else:
+            score(captured(Plain), [name], task=task, batches=[(images,)])
 
 
 def test_each_score_is_timed() -> None:

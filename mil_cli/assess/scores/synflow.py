@@ -14,7 +14,7 @@ from mil_cli.assess.scores.layers import weighted_layers
 from mil_cli.assess.scores.subject import Subject
 from mil_cli.errors import ModelError
 from mil_cli.graph.functional import make_functional
-from mil_cli.graph.nodes import calls, op_name
+from mil_cli.graph.nodes import calls, get_argument, op_name, schema_index, set_argument
 from mil_cli.graph.samples import resize_batch
 
 _NORMS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
@@ -80,7 +80,7 @@ def _replace(node: Node, source: Any) -> None:
 
 
 def _make_double(graph: GraphModule) -> None:
-    """Bring a graph to double precision: its tensors, and the constants and casts that name single precision."""
+    """Bring a graph to double precision: its tensors, what it casts, and the constants that it makes."""
     graph.double()
 
     def double(value: Any) -> Any:
@@ -89,4 +89,15 @@ def _make_double(graph: GraphModule) -> None:
     for node in calls(graph):
         node.args = tuple(torch.fx.node.map_aggregate(each, double) for each in node.args)
         node.kwargs = {name: torch.fx.node.map_aggregate(each, double) for name, each in node.kwargs.items()}
+        if _makes_single(node):
+            set_argument(node, "dtype", torch.float64)
     graph.recompile()
+
+
+def _makes_single(node: Node) -> bool:
+    """Whether a node makes a constant of a precision that is not written down, as ``torch.zeros(3)`` does."""
+    if schema_index(node, "dtype") is None or get_argument(node, "dtype") is not None:
+        return False
+    made, *read = (each.meta.get("val") for each in (node, *node.all_input_nodes))
+    from_tensors = any(isinstance(value, Tensor) for value in read)
+    return isinstance(made, Tensor) and made.is_floating_point() and not from_tensors

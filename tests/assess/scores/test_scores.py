@@ -143,7 +143,7 @@ def test_scores_leave_the_model_alone_and_do_not_depend_on_each_other_or_on_what
 
 
 class Chain(nn.Module):
-    """Linear layers and a layer norm, without biases."""
+    """Linear layers without biases, a layer norm, and what names or implies single precision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = torch.relu(self.norm(layer(x)))
+            x = torch.relu(self.norm(layer(x))).float() @ torch.eye(6)
         return x
 
 

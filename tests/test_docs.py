@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mil_cli.assess.scores.registry import MEASURES
 from mil_cli.stages.registry import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -30,3 +31,8 @@ def test_the_example_on_search_spaces_runs(capsys: pytest.CaptureFixture[str]) -
         exec(compile(block, "search_spaces.md", "exec"), names)
     assert "different nets in" in capsys.readouterr().out
     assert len(names["spread"]) == 8  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(MEASURES))
+def test_the_page_on_assessment_names_every_score(name: str) -> None:
+    assert f"`{name}`" in (DOCS / "assessment.md").read_text(encoding="utf-8")

@@ -13,13 +13,13 @@ from pydantic import Field, field_validator
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.fold import fold_batch_norm
+from mil_cli.graph.functional import make_functional
 from mil_cli.graph.mode import record_mode
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import annotate, calls, get_argument, op_name, read_annotation
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.calibrate import Seen, Watcher, place_observed
 from mil_cli.stages.quantize.damping import dampen
-from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import refuse_quantized
 from mil_cli.stages.quantize.layers import Layer
 from mil_cli.stages.quantize.placement import Narrow, Placement, Policy, place_any

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.fold import fold_batch_norm
+from mil_cli.graph.functional import make_functional
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
-from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.placement import choose_policy, place
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settle import fold_weights

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from mil_cli.errors import StageError
+from mil_cli.graph.functional import make_functional
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.graph.segment import overwritten
 from mil_cli.stages.quantize.describe import LayerBits
-from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import Quantizer, QuantizerWriter, refuse_quantized
 from mil_cli.stages.quantize.layers import (
     CONVOLUTIONS,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mil_cli.errors import ModelError
 from mil_cli.graph.fold import fold_batch_norm
+from mil_cli.graph.functional import make_functional
 from mil_cli.measure.operators import OperatorTable
 from mil_cli.stages.measured import latency_ratios
-from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.gains import gaining_layers
 from mil_cli.stages.quantize.placement import place_any
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch.fx import Node
 
+from mil_cli.graph.functional import make_functional
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.bias_correction import BiasCorrection
 from mil_cli.stages.quantize.calibrate import place_observed, ranged_quantizers
 from mil_cli.stages.quantize.equalisation import equalise
-from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_quantized
 from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
 from mil_cli.stages.quantize.observers import ObserverName, make_observer

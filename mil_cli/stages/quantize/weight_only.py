@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mil_cli.errors import StageError
+from mil_cli.graph.functional import make_functional
 from mil_cli.graph.nodes import get_attribute, op_name
 from mil_cli.stages.quantize.compensate import Compensation, round_layers
 from mil_cli.stages.quantize.describe import LayerBits
-from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
 from mil_cli.stages.quantize.layers import NO_TABLES, Layer, find_layers, once_for_each_weight
 from mil_cli.stages.quantize.ranges import CodeRange, weight_codes

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from mil_cli.data.base import Data
 from mil_cli.data.tensors import TensorSplit
 from mil_cli.graph.fold import fold_batch_norm
+from mil_cli.graph.functional import make_functional
 from mil_cli.graph.model import Model
 from mil_cli.stages.quantize.equalisation import equalise
-from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.rescale import find_links, made_range, read_range
 from mil_cli.stages.quantize.static import StaticConfig, quantize
 from tests.stages.contexts import make_context

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mil_cli.errors import StageError
+from mil_cli.graph.functional import make_functional
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, op_name
-from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.placement import Placement, Policy, choose_policy, place
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from mil_cli.graph.fold import fold_batch_norm
+from mil_cli.graph.functional import make_functional
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import op_name
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
-from mil_cli.stages.quantize.functional import make_functional
 from mil_cli.stages.quantize.placement import place_any
 from mil_cli.stages.quantize.units import Unit, block_units, layer_units
 

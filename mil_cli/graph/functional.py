@@ -1,4 +1,4 @@
-"""Brings a graph into the forms that quantizers know: no operator works in place, products with a weight are plain."""
+"""Brings a graph into its plainest forms: no operator works in place, products with a weight are linear layers."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,8 +31,17 @@ if TYPE_CHECKING:
 Choice = tuple[int, ...]
 """By weight: the place of its width among those that it may have."""
 
+Step = tuple[int, int]
+"""A weight, and by how many places its width changes: -1 gives it more bits, 1 fewer."""
+
 _FILES = 6
 """How many choices are exported, at most, until a file keeps its bound."""
+
+_STEPS = 16
+"""How many weights are looked at, at most, that an exchange may give bits to, and how many that it may take from."""
+
+_TRIED = 8
+"""How many exchanges are measured, at most, until one costs less."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Search:
         state: What was measured of choices, each a pair of choice and figure: ``files``, the bytes of exported files,
             an empty choice being the float model, and ``together``, costs with all weights rounded.
         keep: Called after each new measurement.
+        exchanges: How many times, at most, bits pass between weights after the programme's choice.
     """
 
     weights: Sequence[Weight]
@@ -56,17 +67,19 @@ class Search:
     context: Context
     state: dict[str, list[Any]]
     keep: Callable[[], None]
+    exchanges: int
 
     def within_average(self, bound: float) -> Choice:
         """Return the best choice whose mean of bits keeps a bound."""
         bits = [np.array(weight.widths) * float(weight.numbers) for weight in self.weights]
         numbers = sum(weight.numbers for weight in self.weights)
-        most = sum(float(axis[0]) for axis in bits)
-        found = self._choose([axis[0] - axis for axis in bits], most - bound * numbers)
+        savings = [axis[0] - axis for axis in bits]
+        needed = sum(float(axis[0]) for axis in bits) - bound * numbers
+        found = self._choose(savings, needed)
         if found is None:
             least = sum(float(axis[-1]) for axis in bits) / numbers
             raise self._unreachable("average_bits", bound, f"the smallest mean is {least:.4g} bits")
-        return found
+        return self._exchanged(found, savings, needed)
 
     def within_size(self, model: Model, size: str | float) -> Choice:
         """Return the best choice whose exported file keeps a bound.
@@ -92,9 +105,9 @@ class Search:
             if found is None:
                 break
             if (taken := measured(found)) <= bound:
-                return found
-            saved = sum(float(axis[choice]) for axis, choice in zip(savings, found, strict=True))
-            beyond = max(beyond + 1, taken - (widest - saved))
+                exchanged = self._exchanged(found, savings, widest + beyond - bound)
+                return exchanged if measured(exchanged) <= bound else found
+            beyond = max(beyond + 1, taken - (widest - _sum(savings, found)))
         if (taken := measured(narrowest)) <= bound:
             return narrowest
         raise self._unreachable("size", size, f"the smallest file has {taken:,} bytes")
@@ -131,9 +144,51 @@ class Search:
             return None
         for bits in sorted({bits for weight in self.weights for bits in weight.widths}, reverse=True):
             alike = tuple(int(np.argmin([abs(width - bits) for width in weight.widths])) for weight in self.weights)
-            if sum(float(axis[place]) for axis, place in zip(savings, alike, strict=True)) >= needed:
+            if _sum(savings, alike) >= needed:
                 return min(found, alike, key=self._cost_together)
         return found
+
+    def _exchanged(self, choice: Choice, savings: Sequence[NDArray[np.float64]], needed: float) -> Choice:
+        """Return a choice that costs no more together and saves enough, after weights gave bits to each other."""
+        title = f"{self.context.name}: exchanging bits"
+        with self.context.progress.work(title, self.exchanges) as bar:
+            for _ in range(self.exchanges):
+                better = self._one_exchange(choice, savings, needed)
+                if better is None:
+                    break
+                choice = better
+                bar.advance()
+        return choice
+
+    def _one_exchange(self, choice: Choice, savings: Sequence[NDArray[np.float64]], needed: float) -> Choice | None:
+        """Return the first of the most promising exchanges that costs less together, or None.
+
+        One weight gets its next width, paid for by one or two others, or by none where there is room. The steps that
+        promise most by what weights cost alone are measured with all other weights rounded as they are; sums of these
+        say which exchanges are tried.
+        """
+        before = self._cost_together(choice)
+        raised, lowered = (self._steps(choice, step) for step in (-1, 1))
+        added = {step: self._cost_together(_moved(choice, [step])) - before for step in (*raised, *lowered)}
+        promising = []
+        for step in raised:
+            others = [other for other in lowered if other[0] != step[0]]
+            for payers in (pair for count in (0, 1, 2) for pair in itertools.combinations(others, count)):
+                moved = _moved(choice, [step, *payers])
+                gain = added[step] + sum(added[payer] for payer in payers)
+                if gain < 0 and _sum(savings, moved) >= needed:
+                    promising.append((gain, moved))
+        promising.sort()
+        return next((moved for _, moved in promising[:_TRIED] if self._cost_together(moved) < before), None)
+
+    def _steps(self, choice: Choice, step: int) -> list[Step]:
+        """Return the weights that may go to their next width, those first for which it is best by itself."""
+        able = {
+            place: float(curve[choice[place] + step] - curve[choice[place]])
+            for place, curve in enumerate(self.curves)
+            if 0 <= choice[place] + step < len(curve) and np.isfinite(curve[choice[place] + step])
+        }
+        return [(place, step) for place in sorted(able, key=lambda place: able[place])[:_STEPS]]
 
     def _cost_together(self, choice: Choice) -> float:
         changes = [(weight, weight.codes[place]) for weight, place in zip(self.weights, choice, strict=True)]
@@ -188,16 +243,26 @@ class Search:
         """Return what the report shows of a choice."""
         numbers = sum(weight.numbers for weight in self.weights)
         bits = [weight.widths[place] * weight.numbers for weight, place in zip(self.weights, choice, strict=True)]
-        rises = [float(curve[place]) for curve, place in zip(self.curves, choice, strict=True)]
         return {
             "weight_bits": f"{sum(bits) / numbers:.3g} on average",
             "average_bits": sum(bits) / numbers,
-            "summed_cost": sum(rises),
+            "summed_cost": _sum(self.curves, choice),
             "sensitivities": [
                 {"name": weight.layer.name, "bits": list(weight.widths), "added_cost": _finite(curve)}
                 for weight, curve in zip(self.weights, self.curves, strict=True)
             ],
         }
+
+
+def _sum(values: Sequence[NDArray[np.float64]], choice: Choice) -> float:
+    return sum(float(axis[place]) for axis, place in zip(values, choice, strict=True))
+
+
+def _moved(choice: Choice, steps: Iterable[Step]) -> Choice:
+    moved = list(choice)
+    for place, step in steps:
+        moved[place] += step
+    return tuple(moved)
 
 
 def _finite(values: NDArray[np.float64]) -> list[float | None]:

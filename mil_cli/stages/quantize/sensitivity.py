@@ -13,22 +13,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.fx import Node
 
 from mil_cli.data.base import batch_length
 from mil_cli.errors import StageError
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.stages.judging import mean_loss
+from mil_cli.stages.quantize.calibrate import observe
 from mil_cli.stages.quantize.hessian import hessian_traces
 from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
+from mil_cli.stages.quantize.observers.channels import ChannelMean
 from mil_cli.stages.quantize.ranges import CodeRange
-from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
+from mil_cli.stages.quantize.rescale import channel_axis
+from mil_cli.stages.quantize.weights import weight_scale
 from mil_cli.training.evaluate import whole_batches
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-    from mil_cli.stages.quantize.post_training import Prepared
+    from mil_cli.stages.quantize.post_training import PostTrainingConfig, Prepared
 
 _BATCH = 256
 
@@ -80,15 +83,18 @@ def weights_of(prepared: Prepared, widths: Callable[[Layer], Sequence[int]]) -> 
 class Rounding:
     """Rounds some weights of a float model for a moment, to see what that does.
 
+    Where biases will be corrected, they are here too, each by what rounding its layer's weight adds to the mean of its
+    outputs: most of what a rounded weight does to the outputs may be that.
+
     Attributes:
         prepared: The float model.
-        observer: How the ranges of weights are found.
+        config: How the ranges of weights are found, and means of inputs.
         context: Gives task and val.
         samples: Samples of val that are looked at; drawn at random, always the same ones.
     """
 
     prepared: Prepared
-    observer: WeightObserverName
+    config: PostTrainingConfig
     context: Context
     samples: int
 
@@ -96,7 +102,7 @@ class Rounding:
         """Return a weight as codes can write it."""
         tensor: Tensor = get_attribute(self.prepared.model.graph, weight.target).detach()
         axis = self.prepared.rules.axis(weight.layer)
-        scale = weight_scale(tensor, axis=axis, codes=codes, observer=self.observer)
+        scale = weight_scale(tensor, axis=axis, codes=codes, observer=self.config.weight_observer)
         zero_point = torch.zeros(scale.shape, dtype=torch.int32)
         arguments = (tensor, scale, zero_point, axis, codes.quant_min, codes.quant_max)
         result: Tensor = torch.ops.mil.quantize_affine(*arguments)
@@ -107,28 +113,20 @@ class Rounding:
         with self._applied(changes):
             return mean_loss(self.prepared.model, self.context, samples=self._samples)
 
-    def distortion(self, changes: Changes) -> float:
-        """Return by how much rounding some weights changes the outputs: squared errors over squared outputs.
-
-        Several outputs count alike, each with its own quotient.
-        """
-        exact, val = self._exact, self.context.data.val
-        errors: dict[int, list[float]] = {}
-        seen = 0
+    def distance(self, changes: Changes) -> float:
+        """Return the task's distance from the float model's outputs to those with some weights rounded."""
+        exact, val, task = self._exact, self.context.data.val, self.context.task
+        weighted = seen = 0.0
         with self._applied(changes), torch.no_grad():
             shuffle = self._samples < len(val)
             for batch in whole_batches(exact.spec, val, "val", batch_size=_BATCH, shuffle=shuffle):
-                args, kwargs = self.context.task.inputs(batch)
-                pairs = zip(*(tree_leaves(net(*args, **kwargs)) for net in (exact, self.prepared.model)), strict=True)
-                for number, (wanted, given) in enumerate(pairs):
-                    if isinstance(wanted, Tensor) and wanted.is_floating_point():
-                        sums = errors.setdefault(number, [0.0, 0.0])
-                        sums[0] += float((wanted - given).double().square().sum())
-                        sums[1] += float(wanted.double().square().sum())
+                args, kwargs = task.inputs(batch)
+                wanted, given = exact(*args, **kwargs), self.prepared.model(*args, **kwargs)
+                weighted += float(task.distance(given, wanted, batch, temperature=1.0)) * batch_length(batch)
                 seen += batch_length(batch)
                 if seen >= self._samples:
                     break
-        return sum(error / power if power else error for error, power in errors.values())
+        return weighted / seen
 
     @cached_property
     def _exact(self) -> Model:
@@ -138,17 +136,50 @@ class Rounding:
     def _samples(self) -> int:
         return min(self.samples, len(self.context.data.val))
 
+    @cached_property
+    def _mean_inputs(self) -> dict[Node, Tensor]:
+        """Where biases are corrected: by layer with a bias of its own the mean of each channel that it reads."""
+        correction = self.prepared.correction
+        layers = [] if correction is None else [layer for layer in correction.layers if layer.bias is not None]
+        axes = {layer.node: channel_axis(layer.node) for layer in layers}
+        seen = {layer.source: ChannelMean(axes[layer.node]) for layer in layers}
+        observe(self.prepared.model, seen, self.config, self.context)
+        return {layer.node: seen[layer.source].mean for layer in layers}
+
     @contextmanager
     def _applied(self, changes: Changes) -> Iterator[None]:
-        tensors = [get_attribute(self.prepared.model.graph, weight.target).data for weight, _ in changes]
-        before = [tensor.clone() for tensor in tensors]
-        for tensor, (weight, codes) in zip(tensors, changes, strict=True):
-            tensor.copy_(self.rounded(weight, codes))
+        graph, means = self.prepared.model.graph, self._mean_inputs
+        before: list[tuple[Tensor, Tensor]] = []
+
+        def add(path: str, change: Tensor) -> None:
+            tensor = get_attribute(graph, path).data
+            before.append((tensor, tensor.clone()))
+            tensor.add_(change)
+
+        for weight, codes in changes:
+            change = self.rounded(weight, codes) - get_attribute(graph, weight.target).detach()
+            add(weight.target, change)
+            for layer in weight.layer.sharing:
+                if layer.bias is not None and layer.node in means:
+                    add(str(layer.bias.target), -_shift_of_means(layer, change, means[layer.node]))
         try:
             yield
         finally:
-            for tensor, exact in zip(tensors, before, strict=True):
+            for tensor, exact in reversed(before):
                 tensor.copy_(exact)
+
+
+def _shift_of_means(layer: Layer, change: Tensor, inputs: Tensor) -> Tensor:
+    """Return what a change of a layer's weight adds to the mean of each of its outputs, borders left aside.
+
+    Args:
+        layer: A convolution or a linear layer.
+        change: Of the shape of its weight, outputs first.
+        inputs: The mean of each channel that it reads.
+    """
+    taps = change.double().flatten(2).sum(2) if change.ndim > 2 else change.double()
+    groups = len(inputs) // taps.shape[1]
+    return (taps.view(groups, -1, taps.shape[1]) @ inputs.view(groups, -1, 1)).flatten()
 
 
 def measured_rises(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -23,9 +25,13 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize import allocation
 from mil_cli.stages.quantize import mixed as method
 from mil_cli.stages.quantize.apot import ApotConfig
+from mil_cli.stages.quantize.calibrate import observe
 from mil_cli.stages.quantize.describe import present_bits
 from mil_cli.stages.quantize.lsq import LsqConfig
 from mil_cli.stages.quantize.mixed import MixedConfig, mixed
+from mil_cli.stages.quantize.observers.channels import ChannelMean
+from mil_cli.stages.quantize.post_training import prepare
+from mil_cli.stages.quantize.sensitivity import Rounding, weights_of
 from mil_cli.stages.quantize.static import StaticConfig
 from mil_cli.stages.quantize.static import quantize as quantize_static
 from mil_cli.task.classification import Classification
@@ -120,8 +126,8 @@ def test_no_other_choice_costs_less_within_the_bound(
 
 @pytest.mark.parametrize("sensitivity", ["outputs", "loss"])
 def test_a_cost_is_what_one_rounded_weight_does(sensitivity: str, model: Model, data: Data) -> None:
-    used = context(data)
-    mixed(model, config(average_bits=4, sensitivity=sensitivity), used)
+    used = context(data, plain=FREE.model_copy(update={"bias_correction": False}))
+    mixed(model, config(by="plain", average_bits=4, sensitivity=sensitivity), used)
     base, exact = loss(model, data), outputs(model, data)
     quantized = quantize_static(model, StaticConfig(weight_bits=2, first_last_bits=2), context(data))
     for entry in used.notes["sensitivities"]:  # type: ignore[attr-defined]
@@ -132,11 +138,48 @@ def test_a_cost_is_what_one_rounded_weight_does(sensitivity: str, model: Model, 
         tensor = get_attribute(net.graph, weight).data
         step = scale.view(-1, *(1,) * (tensor.ndim - 1)) if scale.ndim else scale
         tensor.copy_((tensor / step).round().clamp(-2, 1) * step)
-        error = float((outputs(net, data) - exact).norm() / exact.norm()) ** 2
+        given = outputs(net, data).log_softmax(1)
+        divergence = nn.functional.kl_div(given, exact.log_softmax(1), log_target=True, reduction="batchmean")
         *wider, narrowest = entry["added_cost"]
-        wanted = error if sensitivity == "outputs" else loss(net, data) - base
+        wanted = float(divergence) if sensitivity == "outputs" else loss(net, data) - base
         assert narrowest == pytest.approx(max(wanted, *wider), abs=1e-5)
         assert narrowest > 1e-4
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 1, groups=2), nn.Linear(8, 6)], ids=["conv", "linear"])
+def test_a_corrected_bias_keeps_the_means_of_a_rounded_layer(
+    layer: nn.Module, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers read what a rectifier gives, whose mean is far from 0; a window of one has no border."""
+    first = nn.Conv2d(1, 4, 3) if isinstance(layer, nn.Conv2d) else nn.Linear(8, 8)
+    last = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    net = Model.capture(nn.Sequential(first, nn.ReLU(), layer, nn.ReLU(), last), (torch.randn(2, 1, 8, 8),)).eval()
+    used = context(data)
+    settings = StaticConfig(weight_bits=2, first_last_bits=2, calibration_samples=len(data.train))
+    prepared = prepare(net, settings, used)
+    inner = [op_name(node) for node in calls(prepared.model.graph)].index("relu") + 1
+    weight = weights_of(prepared, lambda layer: (2,))[1]
+    rounding = Rounding(prepared, settings, used, 64)
+    seen: list[Tensor] = []
+
+    def look() -> Tensor:
+        node = list(calls(prepared.model.graph))[inner]
+        found = ChannelMean(1 if op_name(node) == "conv2d" else -1)
+        observe(prepared.model, {node: found}, settings, used)
+        return found.mean
+
+    def cost(*_: Any, **__: Any) -> Tensor:
+        seen.append(look())
+        return torch.zeros(())
+
+    before = look()
+    monkeypatch.setattr(Classification, "distance", cost)
+    rounding.distance([(weight, weight.codes[0])])
+    torch.testing.assert_close(seen[0], before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(look(), before)
+    plain = Rounding(replace(prepared, correction=None), settings, used, 64)
+    plain.distance([(weight, weight.codes[0])])
+    assert (seen[-1] - before).abs().max() > 1e-2
 
 
 def _source(node: Any) -> object:
@@ -153,6 +196,30 @@ def test_it_loses_less_than_one_width_for_all(model: Model, data: Data) -> None:
     assert loss(result, data) < loss(uniform, data)
 
 
+def test_weights_exchange_bits_where_single_costs_mislead(
+    model: Model, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single costs say nothing, one width for all is better than what they choose, and the best is found from there."""
+    prices = np.array([[0.0, 5.0, 9.0], [0.0, 1.0, 40.0], [0.0, 0.5, 1.0], [0.0, 2.0, 3.0]])
+
+    def together(search: Any, choice: tuple[int, ...]) -> float:
+        return float(prices[range(4), choice].sum()) + 3.0 * (choice[0] > 0) * (choice[3] > 0)
+
+    monkeypatch.setattr(allocation.Search, "_cost_together", together)
+    monkeypatch.setattr(method, "measured_rises", lambda weights, *_, **__: [np.array([0.0, 0.1, 0.2])] * len(weights))
+    used, counts = context(data), list(numbers(model).values())
+    mixed(model, config(average_bits=4), used)
+    found = tuple((8, 4, 2).index(bits) for bits in chosen(used).values())
+
+    def mean(one: tuple[int, ...]) -> float:
+        return sum((8, 4, 2)[place] * count for place, count in zip(one, counts, strict=True)) / sum(counts)
+
+    best = min(together(0, one) for one in itertools.product(range(3), repeat=4) if mean(one) <= 4)
+    assert together(0, found) == best
+    assert together(0, found) < together(0, (1, 1, 1, 1))
+    assert mean(found) <= 4
+
+
 def test_where_the_costs_mislead_it_takes_one_width_for_all(
     model: Model, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +227,7 @@ def test_where_the_costs_mislead_it_takes_one_width_for_all(
     original = method.measured_rises
     monkeypatch.setattr(method, "measured_rises", lambda *args, **rest: [-one for one in original(*args, **rest)])
     used = context(data)
-    mixed(model, config(average_bits=4), used)
+    mixed(model, config(average_bits=4, exchanges=0), used)
     assert set(chosen(used).values()) == {4}
 
 

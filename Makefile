@@ -39,7 +39,7 @@ demo: $(READY)  ## Run the quickstart: train, prune, distil, quantize, prove.
 	$(BIN)/mil compress recipes/quickstart.yaml
 
 test: $(READY)  ## Run the tests but the slow ones.
-	$(SINGLE) $(BIN)/python -m pytest -q -m 'not slow' -n $(JOBS) --dist loadfile
+	$(SINGLE) $(BIN)/python -m pytest -q -m 'not slow' -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)  ## Run the slow tests: whole recipes, kills, an installed wheel.
 	$(SINGLE) $(BIN)/python -m pytest -q -m slow

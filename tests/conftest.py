@@ -10,7 +10,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+LONG = ("coupling/test_networks", "tests/recipes/", "tests/cli/", "tests/run/", "tests/export/", "tests/stages/")
+"""The files that take longest, in this order."""
+
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first: of several workers none is left with one of them when the others are done."""
+
+    def rank(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((place for place, part in enumerate(LONG) if part in path), len(LONG))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +17,7 @@ import onnx_ir as ir
 import onnxscript
 import torch
 from torch.export import ExportedProgram
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from mil_cli.export.attention import rewrite_attention
 
@@ -26,6 +30,8 @@ LEVELS_MARKER = "QuantizeLevels"
 LOOKUP = "Lookup"
 BLOCKS = "QuantizeBlocks"
 DYNAMIC = "QuantizeDynamic"
+
+_make_registry = ONNXRegistry.from_torchlib
 
 
 def convert(program: ExportedProgram, *, opset: int) -> ir.Model:
@@ -42,7 +48,7 @@ def convert(program: ExportedProgram, *, opset: int) -> ir.Model:
         torch.onnx.OnnxExporterError: An operator has no translation, say.
     """
     rewrite_attention(program)
-    with _quiet():
+    with _quiet(), _kept_registry():
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -105,6 +111,28 @@ def _marker(name: str, inputs: Mapping[str, str], required: Sequence[str], optio
         attributes=attributes,
     )
     return onnxscript.values.Op(onnxscript.values.Opset(MARKER_DOMAIN, 1), name, described)
+
+
+@functools.cache
+def _torch_registry(opset: int, torchvision: bool) -> ONNXRegistry:
+    """Return torch's own translations for an opset, which are more once torchvision is imported."""
+    return _make_registry(opset_version=opset)
+
+
+@contextlib.contextmanager
+def _kept_registry() -> Iterator[None]:
+    """Have the exporter copy its registry from the last time: to make it takes a third of a small model's export."""
+
+    def from_torchlib(opset_version: int) -> ONNXRegistry:
+        registry = copy.copy(_torch_registry(opset_version, "torchvision" in sys.modules))
+        registry.functions = {name: list(found) for name, found in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(from_torchlib)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = _make_registry  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

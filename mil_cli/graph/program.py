@@ -14,6 +14,7 @@ from torch import SymInt, Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule
+from torch.fx import config as fx_config
 from torch.utils import _pytree as pytree
 
 from mil_cli.graph.branches import COND, inline_branches, restore_branches
@@ -47,8 +48,23 @@ def capture_settings() -> Iterator[None]:
             logger.disabled = False
 
 
+@contextmanager
+def _recording(source_lines: bool) -> Iterator[None]:
+    """Have torch record the stack at each node only where that is wanted."""
+    kept = fx_config.do_not_emit_stack_traces
+    fx_config.do_not_emit_stack_traces = not source_lines
+    try:
+        yield
+    finally:
+        fx_config.do_not_emit_stack_traces = kept
+
+
 def trace(
-    module: nn.Module, samples: tuple[tuple[Any, ...], dict[str, Any]], axes: Sequence[Collection[int]]
+    module: nn.Module,
+    samples: tuple[tuple[Any, ...], dict[str, Any]],
+    axes: Sequence[Collection[int]],
+    *,
+    source_lines: bool = True,
 ) -> ExportedProgram:
     """Export a module in its present mode.
 
@@ -57,6 +73,7 @@ def trace(
         samples: ``(args, kwargs)``; no tensor object may occur twice.
         axes: For each tensor among the samples' leaves, the axes that may be dynamic; the exporter makes those static
             that have to be.
+        source_lines: Whether nodes shall know the user's lines that made them, which costs a tenth of the time.
     """
     args, kwargs = samples
     tensors = [leaf for leaf in pytree.tree_leaves(samples) if isinstance(leaf, Tensor)]
@@ -68,7 +85,7 @@ def trace(
     if any(axes):
         dynamic = shapes.dynamic_shapes(module, args, kwargs)  # type: ignore[no-untyped-call]
     # On failure torch prints the half-made graph.
-    with capture_settings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with capture_settings(), _recording(source_lines), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic)
 
 

@@ -56,7 +56,7 @@ def restore_training(
     notices: list[str] = []
     try:
         trained = _training_copy(module, notices)
-        reference, _ = to_graph(trace(trained, samples, axes))
+        reference, _ = to_graph(trace(trained, samples, axes, source_lines=False))
     except Exception as error:
         return [
             f"training mode cannot be captured ({summary(error)}): dropout inside attention and random depth, if the "
@@ -152,8 +152,8 @@ def _insert_dropouts(graph: Graph, counterpart: dict[Node, Node], extra: Sequenc
         target: Callable[..., object] = getattr(torch.ops.aten, name).default
         with graph.inserting_after(before):
             inserted = graph.call_function(target, (before, get_argument(node, "p"), False))
-        inserted.meta = {key: value for key, value in before.meta.items() if key in ("val", "tensor_meta")}
-        inserted.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+        inserted.meta = {key: before.meta[key] for key in ("val", "tensor_meta", "stack_trace") if key in before.meta}
+        inserted.meta |= {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}
         for user in list(before.users):
             if user is not inserted:
                 user.replace_input_with(before, inserted)

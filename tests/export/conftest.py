@@ -43,12 +43,12 @@ class ResNet(nn.Module):
         self.stem = nn.Conv2d(1, width, 3, 1, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         self.pool = nn.MaxPool2d(2)
-        self.blocks = nn.Sequential(Residual(width, width, 1), Residual(width, 2 * width, 2))
+        self.block = Residual(width, 2 * width, 2)
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(torch.relu(self.norm(self.stem(x))))
-        return self.head(functional.adaptive_avg_pool2d(self.blocks(x), 1).flatten(1))
+        return self.head(functional.adaptive_avg_pool2d(self.block(x), 1).flatten(1))
 
 
 class InvertedResidual(nn.Module):
@@ -70,12 +70,12 @@ class MobileNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
-        self.blocks = nn.Sequential(InvertedResidual(16, 16, 1), InvertedResidual(16, 32, 2))
+        self.block = InvertedResidual(16, 16, 1)
         self.dropout = nn.Dropout(0.2)
-        self.head = nn.Linear(32, 10)
+        self.head = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.dropout(self.blocks(self.stem(x)).mean((2, 3))))
+        return self.head(self.dropout(self.block(self.stem(x)).mean((2, 3))))
 
 
 class AttentionBlock(nn.Module):
@@ -101,14 +101,14 @@ class VisionTransformer(nn.Module):
         self.patches = nn.Conv2d(1, width, 4, 4)
         self.token = nn.Parameter(torch.randn(1, 1, width) * 0.1)
         self.position = nn.Parameter(torch.randn(1, 17, width) * 0.1)
-        self.blocks = nn.Sequential(AttentionBlock(width, 4), AttentionBlock(width, 4))
+        self.block = AttentionBlock(width, 4)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
-        return self.head(self.norm(self.blocks(x))[:, 0])
+        return self.head(self.norm(self.block(x))[:, 0])
 
 
 class Encoder(nn.Module):
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(50, width)
         layer = nn.TransformerEncoderLayer(width, 4, 64, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.head = nn.Linear(width, 3)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -31,14 +31,24 @@ class Everything(nn.Module):
         return self.head(x.amax((2, 3)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def module() -> nn.Module:
     torch.manual_seed(0)
     return Everything()
 
 
-def test_trains_as_the_eager_module(module: nn.Module) -> None:
-    model = Model.capture(module, (torch.randn(4, 3, 8, 8),)).train()
+@pytest.fixture(scope="module")
+def captured(module: nn.Module) -> Model:
+    return Model.capture(module, (torch.randn(4, 3, 8, 8),))
+
+
+@pytest.fixture
+def model(captured: Model) -> Model:
+    return captured.clone()
+
+
+def test_trains_as_the_eager_module(module: nn.Module, model: Model) -> None:
+    model.train()
     eager = copy.deepcopy(module).train()
     inputs, targets = torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, eager)]
@@ -61,8 +71,7 @@ def test_trains_as_the_eager_module(module: nn.Module) -> None:
     torch.testing.assert_close(model(inputs), eager.eval()(inputs), rtol=1e-3, atol=1e-4)
 
 
-def test_switching_back_gives_the_same_graph(module: nn.Module) -> None:
-    model = Model.capture(module, (torch.randn(4, 3, 8, 8),))
+def test_switching_back_gives_the_same_graph(model: Model) -> None:
     code, fingerprint = model.graph.code, model.fingerprint()
     model.train()
     assert model.training
@@ -73,8 +82,7 @@ def test_switching_back_gives_the_same_graph(module: nn.Module) -> None:
     assert model.graph.code == code
 
 
-def test_the_graph_modules_own_methods_switch(module: nn.Module) -> None:
-    model = Model.capture(module, (torch.randn(4, 3, 8, 8),))
+def test_the_graph_modules_own_methods_switch(model: Model) -> None:
     assert model.graph.train() is model.graph
     assert model.training
     assert model.graph.eval() is model.graph
@@ -84,8 +92,7 @@ def test_the_graph_modules_own_methods_switch(module: nn.Module) -> None:
     assert wrapper[0].training
 
 
-def test_a_clone_switches_alone(module: nn.Module) -> None:
-    model = Model.capture(module, (torch.randn(4, 3, 8, 8),))
+def test_a_clone_switches_alone(model: Model) -> None:
     code = model.graph.code
     clone = model.clone().train()
     assert model.graph.code == code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -42,6 +43,18 @@ class Net(nn.Module):
         return {"logits": self.head(mixed.mean(1)), "weights": weights}
 
 
+@cache
+def shared() -> tuple[Net, Model]:
+    torch.manual_seed(0)
+    module = Net()
+    return module, Model.capture(module, (torch.randn(4, 3, 8, 8),))
+
+
+def captured() -> Model:
+    """Return a copy of the captured net."""
+    return shared()[1].clone()
+
+
 PATHS = ["stem", "blocks.0.norm", "blocks.1.act", "blocks.1", "blocks", "head"]
 
 
@@ -60,9 +73,7 @@ def hooked(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_values_are_those_of_hooks(training: bool) -> None:
-    torch.manual_seed(0)
-    module = Net()
-    model = Model.capture(module, (torch.randn(4, 3, 8, 8),)).train(training)
+    module, model = shared()[0], captured().train(training)
     x = torch.randn(6, 3, 8, 8)
     expected = hooked(copy.deepcopy(module).train(training), x)
     outputs, values = tap(model, PATHS)(x)
@@ -73,7 +84,7 @@ def test_values_are_those_of_hooks(training: bool) -> None:
 
 
 def test_gradients_reach_the_models_own_weights_and_statistics() -> None:
-    model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),)).train()
+    model = captured().train()
     before = model.state_dict()["blocks.1.norm.running_mean"].clone()
     _, values = tap(model, ["blocks.0"])(torch.randn(4, 3, 8, 8))
     values["blocks.0"].square().mean().backward()
@@ -84,7 +95,7 @@ def test_gradients_reach_the_models_own_weights_and_statistics() -> None:
 
 
 def test_it_follows_weights_and_mode() -> None:
-    model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),))
+    model = captured()
     tapped = tap(model, ["blocks"])
     x = torch.randn(4, 3, 8, 8)
     evaluated = tapped(x)[1]["blocks"]
@@ -99,7 +110,7 @@ def test_it_follows_weights_and_mode() -> None:
 
 @pytest.mark.slow
 def test_the_model_is_not_changed() -> None:
-    model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),))
+    model = captured()
     code, fingerprint = model.graph.code, model.fingerprint()
     tap(model, PATHS)(torch.randn(2, 3, 8, 8))
     assert (model.graph.code, model.fingerprint()) == (code, fingerprint)
@@ -107,7 +118,7 @@ def test_the_model_is_not_changed() -> None:
 
 
 def test_unknown_paths_are_refused() -> None:
-    model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),))
+    model = captured()
     with pytest.raises(ModelError, match=r"did you mean 'blocks\.1'"):
         tap(model, ["blocks.l"])
     with pytest.raises(ModelError):
@@ -116,14 +127,14 @@ def test_unknown_paths_are_refused() -> None:
 
 
 def test_all_outputs_at_once_are_those_of_each() -> None:
-    model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),))
+    model = captured()
     found = module_outputs(model)
     assert tappable_paths(model) == list(found)
     assert {path: module_output(model, path) for path in found} == found
 
 
 def test_of_a_quantized_value_it_is_what_all_read() -> None:
-    model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),))
+    model = captured()
     value, graph = module_output(model, "blocks.0"), model.graph.graph
     users = list(value.users)
     scale = torch.tensor(0.5)
@@ -147,7 +158,7 @@ def test_of_a_quantized_value_it_is_what_all_read() -> None:
 
 @pytest.mark.slow
 def test_paths_survive_an_archive(tmp_path) -> None:
-    model = Model.capture(Net(), (torch.randn(4, 3, 8, 8),))
+    model = captured()
     model.save(tmp_path / "m.pt2")
     loaded = Model.load(tmp_path / "m.pt2")
     x = torch.randn(2, 3, 8, 8)

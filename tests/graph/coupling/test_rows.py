@@ -16,50 +16,12 @@ from mil_cli.graph.model import copy_graph
 from tests.graph.coupling.networks import NETWORKS
 from tests.graph.coupling.test_networks import BATCH, captured, warmed
 
-# By network: rows and classes of each space that has any: groups x channels, heads x head size.
-ROWS = {
-    "attention_with_weights": [(3, 8), (3, 8)],  # queries with keys, and values
-    "channel_shuffle_module": [(3, 4), (3, 4)],
-    "enabled_gqa": [(2, 8), (2, 8)],  # the heads of keys
-    "encoder": [(4, 8)] * 4,
-    "explicit_attention": [(4, 6), (4, 6)],
-    "grouped": [(2, 2), (2, 6), (4, 4), (4, 6)],
-    "group_norm": [(4, 4)],
-    "grouped_transposed": [(4, 4), (4, 6)],
-    "shifted_windows": [(3, 8), (3, 8)],
-    "vision_transformer": [(4, 8), (4, 8)],
-    "flatten_then_linear": [],  # a class has entries at several places of an image, but one filter makes them
-    "glu_gate": [],
-    "plain": [],
-}
-
 
 def analysed(name: str) -> tuple[nn.Module, object, tuple[int, ...]]:
     torch.manual_seed(0)
     module, shape = NETWORKS[name]()
     warmed(module)
     return module, captured(module, torch.randn(2, *shape)), shape
-
-
-@pytest.mark.parametrize("name", sorted(NETWORKS))
-def test_any_order_within_rows_computes_the_same(name: str) -> None:
-    _, graph, shape = analysed(name)
-    coupling = analyse_graph(graph, (torch.randn(BATCH, *shape),))
-    rows = find_rows(coupling)
-    if name in ROWS:
-        assert sorted(found.entries.shape for found in rows.values()) == sorted(ROWS[name])
-    generator = np.random.default_rng(1)
-    orders = {
-        number: np.stack([generator.permutation(found.entries.shape[1]) for _ in found.entries])
-        for number, found in rows.items()
-    }
-    arranged = copy_graph(graph)
-    x = torch.randn(3, *shape)
-    assert arrange(arranged, coupling, rows, orders, [((x,), {})]) == list(rows)
-    if rows:
-        assert any(
-            not torch.equal(one, other) for one, other in zip(graph.parameters(), arranged.parameters(), strict=True)
-        )
 
 
 def grouped_weights_at_zero(module: nn.Module, gone: dict[str, list[int]]) -> nn.Module:

@@ -30,11 +30,16 @@ class Net(nn.Module):
         return self.head(self.dropout(torch.relu(self.norm(self.body(x)))))  # type: ignore[no-any-return]
 
 
-def net(hidden: int, classes: int = 3) -> Model:
-    """Return a model that knows nothing, always the same one."""
+@cache
+def _captured(hidden: int, classes: int) -> Model:
     with torch.random.fork_rng():
         torch.manual_seed(hidden)
         return Model.capture(Net(hidden, classes), (torch.randn(4, 5),))
+
+
+def net(hidden: int, classes: int = 3) -> Model:
+    """Return a model that knows nothing, always a copy of the same one."""
+    return _captured(hidden, classes).clone()
 
 
 @cache

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from functools import cache
 
 import pytest
 import torch
-from torch import nn
 
 from mil_cli.graph.coupling import Counter, analyse
 from mil_cli.graph.model import Model
@@ -23,8 +23,10 @@ from tests.graph.coupling.networks import NETWORKS
 NETS = {"resnet": resnet20, "vit": vit, "mobilenet": mobilenet}
 
 
-def space_of(module: nn.Module, side: int = 28) -> tuple[Model, ElasticSpace]:
+@cache
+def space_of(name: str) -> tuple[Model, ElasticSpace]:
     torch.manual_seed(0)
+    module, side = NETS[name](), 28
     module.train()
     with torch.no_grad():
         module(torch.randn(16, 1, side, side))
@@ -38,7 +40,7 @@ def space_of(module: nn.Module, side: int = 28) -> tuple[Model, ElasticSpace]:
 
 @pytest.fixture(scope="module", params=sorted(NETS))
 def case(request: pytest.FixtureRequest) -> tuple[Model, ElasticSpace]:
-    return space_of(NETS[request.param]())
+    return space_of(request.param)
 
 
 def test_a_cut_candidate_equals_the_one_by_shared_views(case: tuple[Model, ElasticSpace]) -> None:
@@ -55,7 +57,16 @@ def test_a_cut_candidate_equals_the_one_by_shared_views(case: tuple[Model, Elast
         )
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS))
+QUICK = {
+    *("attention_with_weights", "channel_shuffle_module", "dense_concat", "explicit_attention", "gated_recurrent"),
+    *("grouped", "nested_residuals", "pixel_shuffle", "shifted_windows", "a_branch_that_begins_with_a_branch"),
+}
+"""Networks of each kind: residual branches inside each other, groups, heads, recurrence, channels that are moved."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(NETWORKS)]
+)
 def test_candidates_of_any_network_are_counted_cut_and_shared_alike(name: str) -> None:
     torch.manual_seed(0)
     module, shape = NETWORKS[name]()
@@ -113,7 +124,7 @@ def test_widths_end_on_multiples_and_begin_whole(case: tuple[Model, ElasticSpace
 
 
 def test_the_most_important_branches_stay() -> None:
-    _, space = space_of(resnet20())
+    _, space = space_of("resnet")
     assert [depth.choices for depth in space.depths] == [(3, 2, 1)] * 3
     candidate = (*[0] * len(space.widths), 1, 2, 0)
     left_out = {branch.addition for branch in space.branches(candidate)}
@@ -123,7 +134,7 @@ def test_the_most_important_branches_stay() -> None:
 
 
 def test_candidates_that_differ_in_what_they_leave_out_are_one() -> None:
-    model, space = space_of(resnet20())
+    model, space = space_of("resnet")
     depths = (0, 0, 2)
     inner = next(
         place
@@ -158,7 +169,7 @@ def space_parameters(space: ElasticSpace, depths: tuple[int, ...], model: Model)
 
 
 def test_random_candidates_cover_small_and_large_nets() -> None:
-    _, space = space_of(resnet20())
+    _, space = space_of("resnet")
     counter = Counter(space.coupling)
     whole = counter.macs({})
     shares = [
@@ -173,7 +184,7 @@ def test_random_candidates_cover_small_and_large_nets() -> None:
 
 
 def test_children_are_candidates_of_the_space() -> None:
-    _, space = space_of(vit())
+    _, space = space_of("vit")
     generator = torch.Generator().manual_seed(0)
     first, second = random_pool(space, seed=4, size=2)
     for _ in range(50):
@@ -183,7 +194,7 @@ def test_children_are_candidates_of_the_space() -> None:
 
 
 def test_what_a_candidate_keeps_is_told_by_name() -> None:
-    _, space = space_of(resnet20())
+    _, space = space_of("resnet")
     told = space.describe(space.smallest)
     assert {"name": "stem.weight", "kept": 8, "of": 16} in told["widths"]
     assert [entry["kept"] for entry in told["depths"]] == [1, 1, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def module() -> Blocks:
     return Blocks().eval()
 
 
+@cache
 def trained() -> Model:
+    """Return a model that knows the digits a little; it is shared, so not to be changed."""
     model = Model.capture(module(), (torch.randn(2, 1, 8, 8),))
     return make_context(DATA).finetune(model, stage=None, name="all", trainer={"epochs": 8, "learning_rate": 0.2})
 

@@ -77,8 +77,14 @@ def run(method: str, model: Model, folder: Path | None = None, **changes: Any) -
 
 
 @pytest.mark.parametrize("method", list(SEARCHES))
-@pytest.mark.parametrize("error", [1.08, 0.92])
-@pytest.mark.parametrize("of_what_is_left", [True, False])
+@pytest.mark.parametrize(
+    ("error", "of_what_is_left"),
+    [
+        (1.08, True),
+        (0.92, False),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1.08, False), (0.92, True))),
+    ],
+)
 def test_what_is_found_keeps_the_target_when_it_is_measured(
     method: str, error: float, of_what_is_left: bool, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

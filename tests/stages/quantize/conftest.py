@@ -14,12 +14,12 @@ from mil_cli.training.loop import fit
 from tests.stages.quantize.striped import Net, SmoothNet, stripes
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def data() -> Data:
     return Data(name="stripes", train=stripes(512, 0), val=stripes(256, 1), test=stripes(8, 2))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def model(data: Data) -> Model:
     """A trained float net; some gammas are negative, with the weights before them mirrored."""
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def model(data: Data) -> Model:
     return net
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def smooth(data: Data) -> Model:
     """A trained float net with SiLU, ReLU and GELU."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def data() -> Data:
     return Data(name="walks", train=split, val=split, test=split)
 
 
+@cache
 def make_model() -> Model:
+    """Return a model whose norm knows the data; it is shared, so not to be changed."""
     torch.manual_seed(0)
     model = Model.capture(Net().eval(), (torch.randn(2, 1, 6, 6),))
     return recalibrate(model, make_context(data()).calibration(samples=64, batch_size=64))

@@ -128,11 +128,12 @@ def _kept_registry() -> Iterator[None]:
         registry.functions = {name: list(found) for name, found in registry.functions.items()}
         return registry
 
+    original = ONNXRegistry.from_torchlib
     ONNXRegistry.from_torchlib = staticmethod(from_torchlib)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = _make_registry  # type: ignore[method-assign]
+        ONNXRegistry.from_torchlib = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

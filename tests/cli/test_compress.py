@@ -70,12 +70,12 @@ def test_plan_writes_nothing(project: Project, capsys: Capture) -> None:
 
 def test_sweep_exits_with_the_worst_of_its_points_and_can_be_shown_again(project: Project, capsys: Capture) -> None:
     project()
-    sweep = ["-m", "stages.quantize.observer=min_max,mse", "goals.size.max_ratio=0.001,9"]
+    sweep = ["-m", "goals.size.max_ratio=0.001,9"]
     assert main(["compress", "recipe.yaml", *sweep, "--out", "sweep"]) == 3
     shown = capsys.readouterr().out
-    outcomes = [json.loads(Path(f"sweep/{number}/point.json").read_text()) for number in range(4)]
-    assert [outcome["exit_code"] for outcome in outcomes] == [3, 0, 3, 0]
-    assert outcomes[0]["overrides"] == ["stages.quantize.observer=min_max", "goals.size.max_ratio=0.001"]
+    outcomes = [json.loads(Path(f"sweep/{number}/point.json").read_text()) for number in range(2)]
+    assert [outcome["exit_code"] for outcome in outcomes] == [3, 0]
+    assert outcomes[0]["overrides"] == ["goals.size.max_ratio=0.001"]
     assert main(["report", "sweep"]) == 0
     assert capsys.readouterr().out.strip() in shown
 

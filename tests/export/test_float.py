@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mil_cli.errors import ExportError, OutputError
+from mil_cli.export import exporter
 from mil_cli.export.coverage import integer_coverage
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.parity import check_parity
@@ -81,9 +82,10 @@ def test_nothing_of_its_making_is_in_the_file(name: str, case: Build) -> None:
 
 
 def test_the_same_model_gives_the_same_bytes_quietly(
-    case: Build, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    case: Build, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mobilenet = case("mobilenet")
+    monkeypatch.setattr(exporter, "_make_registry", lambda **_: pytest.fail("the registry is made a second time"))
     model = Model.capture(mobilenet.module, mobilenet.inputs(2))
     capfd.readouterr()
     path = export_onnx(model, tmp_path / "model.onnx").path

@@ -29,10 +29,16 @@ class Tied(nn.Module):
         return self.head(self.mix(self.embed(ids)) * self.scale)
 
 
-@pytest.fixture
-def model() -> Model:
+@pytest.fixture(scope="module")
+def captured() -> Model:
     torch.manual_seed(0)
     return Model.capture(Tied(), (torch.randint(0, 12, (4, 6)),))
+
+
+@pytest.fixture
+def model(captured: Model) -> Model:
+    torch.manual_seed(0)
+    return captured.clone()
 
 
 def test_a_clone_is_deep_and_keeps_everything(model: Model) -> None:

@@ -29,11 +29,17 @@ class Attention(nn.Module):
         return torch.relu(x + self.mix(y)).mean(1)
 
 
-@pytest.fixture
-def model() -> Model:
+@pytest.fixture(scope="module")
+def captured() -> Model:
     torch.manual_seed(0)
     args = (torch.randn(2, 5, 4), torch.randn(2, 5, 5))
     return Model.capture(Attention().eval(), args)
+
+
+@pytest.fixture
+def model(captured: Model) -> Model:
+    torch.manual_seed(0)
+    return captured.clone()
 
 
 def named(model: Model, name: str) -> Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,10 +69,16 @@ def _data() -> Data:
     return Data(name="digits", train=Unreadable(), val=digits().val, test=Unreadable())
 
 
-def _student(classes: int = 10) -> Model:
+@cache
+def _captured(classes: int) -> Model:
     torch.manual_seed(5)
     net = resnet20(widths=[8, 16, 16], blocks=1, num_classes=classes).eval()
     return Model.capture(net, (torch.zeros(2, 1, 8, 8),))
+
+
+def _student(classes: int = 10) -> Model:
+    torch.manual_seed(5)
+    return _captured(classes).clone()
 
 
 def _context(**changes: Any) -> Context:

@@ -170,7 +170,7 @@ def test_adapters_are_not_in_the_result_and_the_models_stay() -> None:
     assert trained.fingerprint() == hints(student, HintsConfig(), _context(teacher)).fingerprint()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["hints", *(pytest.param(each, marks=pytest.mark.slow) for each in METHODS[1:])])
 def test_a_killed_training_ends_alike(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = _net("resnet", 8), _net("mobilenet", 4)
     config = _configured(method)
@@ -186,7 +186,13 @@ def test_a_killed_training_ends_alike(method: str, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("method", "quantization"),
-    [("hints", "lsq"), ("relational", "lsq"), ("hints", "lsq_plus"), ("relational", "pact"), ("hints", "apot")],
+    [
+        *(("hints", "lsq"), ("relational", "pact")),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("relational", "lsq"), ("hints", "lsq_plus"), ("hints", "apot"))
+        ),
+    ],
 )
 def test_step_sizes_are_trained_by_features(method: str, quantization: str) -> None:
     teacher = _net("mobilenet", 8)

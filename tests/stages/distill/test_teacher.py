@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +28,15 @@ def data() -> Data:
     return digits(crop_padding=0)
 
 
-def _student() -> Model:
+@cache
+def _captured() -> Model:
     torch.manual_seed(3)
     return Model.capture(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)), _images())
+
+
+def _student() -> Model:
+    torch.manual_seed(3)
+    return _captured().clone()
 
 
 def _images(samples: int = 4) -> tuple[Tensor]:

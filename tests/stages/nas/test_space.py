@@ -20,7 +20,11 @@ from mil_cli.stages.nas.space import ElasticSpace, depths_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, random_pool, shared_candidate
 from tests.graph.coupling.networks import NETWORKS
 
-NETS = {"resnet": resnet20, "vit": vit, "mobilenet": mobilenet}
+NETS = {
+    "resnet": resnet20,
+    "vit": lambda: vit(depth=3),
+    "mobilenet": lambda: mobilenet(widths=(16, 32), blocks=(1, 3), last=64),
+}
 
 
 @cache

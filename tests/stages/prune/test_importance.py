@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -246,12 +247,17 @@ def test_random_is_the_seeds(coupling: Coupling) -> None:
     assert not any(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@cache
+def captured(build: Any) -> Model:
+    torch.manual_seed(0)
+    options = {"width": 8, "blocks": 1} if build is resnet20 else {"depth": 1, "image_size": 16, "patch": 4}
+    return Model.capture(build(num_classes=3, **options).eval(), (torch.randn(2, 1, 16, 16),))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("build", [resnet20, vit])
 def test_every_method_meets_its_target_on_real_architectures(build: Any, method: str) -> None:
-    torch.manual_seed(0)
-    options = {"width": 8, "blocks": 1} if build is resnet20 else {"depth": 1, "image_size": 16, "patch": 4}
-    net = Model.capture(build(num_classes=3, **options).eval(), (torch.randn(2, 1, 16, 16),))
+    net = captured(build)
     used = context(data=data((1, 16, 16)))
     config = config_type("prune", method)(
         macs=0.6, round_to=1, max_per_layer=0.9, check_samples=4, recalibrate_samples=0

@@ -163,7 +163,9 @@ def test_the_least_important_classes_go_first(model: Model, importance: str) -> 
     assert width.kept(len(width.chunks)) == 2  # max_per_layer
 
 
-@pytest.mark.parametrize("method", ["sensitivity", "evolution", "netadapt"])
+@pytest.mark.parametrize(
+    "method", ["netadapt", *(pytest.param(method, marks=pytest.mark.slow) for method in ("sensitivity", "evolution"))]
+)
 def test_a_latency_is_met_by_its_table(method: str) -> None:
     torch.manual_seed(0)
     # large enough for time to go with widths: of a few microseconds most are calls, whatever is cut

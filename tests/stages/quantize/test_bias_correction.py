@@ -44,10 +44,16 @@ CONFIG = StaticConfig(
 )
 
 
-@pytest.fixture
-def model() -> Model:
+@pytest.fixture(scope="module")
+def captured() -> Model:
     torch.manual_seed(0)
     return Model.capture(Net().eval(), (torch.randn(2, 1, 8, 8),))
+
+
+@pytest.fixture
+def model(captured: Model) -> Model:
+    torch.manual_seed(0)
+    return captured.clone()
 
 
 def context(workspace: Path | None = None) -> Context:

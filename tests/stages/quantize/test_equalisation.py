@@ -37,10 +37,16 @@ class Separable(nn.Module):
         return logits
 
 
-@pytest.fixture
-def model() -> Model:
+@pytest.fixture(scope="module")
+def captured() -> Model:
     torch.manual_seed(0)
     return Model.capture(Separable().eval(), (torch.randn(2, 1, 6, 6),))
+
+
+@pytest.fixture
+def model(captured: Model) -> Model:
+    torch.manual_seed(0)
+    return captured.clone()
 
 
 def folded(model: Model) -> Model:

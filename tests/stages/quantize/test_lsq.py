@@ -225,8 +225,7 @@ class Stateful(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("per_channel", [True, False])
-@pytest.mark.parametrize("low", [{}, {"weight_bits": 8, "activation_bits": 8}])
+@pytest.mark.parametrize(("per_channel", "low"), [(True, {}), (False, {"weight_bits": 8, "activation_bits": 8})])
 def test_a_state_that_was_always_zero_stays_float(per_channel: bool, low: dict[str, int], data: Data) -> None:
     def beside_zeros(split: Split) -> TensorSplit:
         (seen, labels) = (torch.cat(parts) for parts in zip(*split.batches(64), strict=True))
@@ -318,7 +317,9 @@ def test_other_architectures(build: Callable[[], nn.Module], data: Data, tmp_pat
     check_parity(result, path, [((images(data.val),), {})])
 
 
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits"), [(8, 8), pytest.param(4, 8, marks=pytest.mark.slow), (4, 4)]
+)
 def test_the_file_computes_the_same_on_integer_kernels(
     weight_bits: int, activation_bits: int, data: Data, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,15 @@ def data() -> Data:
     return Data(name="words", train=split, val=split, test=split)
 
 
-def capture(kind: type[Language] = Language, **settings: bool) -> Model:
+@cache
+def captured(kind: type[Language], **settings: bool) -> Model:
     torch.manual_seed(0)
     return Model.capture(kind(**settings).eval(), (texts(2),))
+
+
+def capture(kind: type[Language] = Language, **settings: bool) -> Model:
+    """Return a copy of the captured network."""
+    return captured(kind, **settings).clone()
 
 
 def run(config: StageConfig, model: Model, **stages: StageConfig) -> tuple[Model, Context]:
@@ -98,8 +105,14 @@ def quantizers(model: Model) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", [Language, Pooled])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [
+        (8, Language),
+        (4, Pooled),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((4, Language), (8, Pooled))),
+    ],
+)
 def test_a_tied_table_is_in_the_file_once(bits: int, kind: type[Language], tmp_path: Path) -> None:
     net = capture(kind)
     model, used = run(StaticConfig(weight_bits=bits, first_last_bits=bits, bias_correction=False), net)
@@ -194,7 +207,7 @@ def test_tables_are_rounded_to_nearest_which_serves_their_rows_best(config: Any)
     assert bool(((found - exact).abs() <= step / 2 + 1e-6)[inside].all())
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("kind", [LsqConfig, DorefaConfig, ApotConfig])
 def test_rows_that_are_used_learn_and_others_stay(kind: Any, tied: bool, tmp_path: Path) -> None:
     net = capture(Pooled, tied=tied)

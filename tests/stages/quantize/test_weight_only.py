@@ -70,7 +70,7 @@ def rounded(model: Model, **settings: Any) -> tuple[Model, dict[str, object]]:
     return quantize(model, WeightOnlyConfig(**{"weight_observer": "min_max", **settings}), used), used.notes
 
 
-@pytest.mark.parametrize(("bits", "block_size"), [(8, None), (4, 32), (4, None), (3, 128), (2, 64)])
+@pytest.mark.parametrize(("bits", "block_size"), [(8, None), (4, 32), (3, 128), (2, 64)])
 def test_the_file_takes_the_bits_that_were_promised(
     bits: int, block_size: int | None, mixed: Model, tmp_path: Path
 ) -> None:
@@ -153,7 +153,10 @@ def test_embeddings_may_stay_float_and_have_bits_of_their_own(mixed: Model) -> N
     assert notes["kept_float"] == {"0": "embeddings: false"}
 
 
-@pytest.mark.parametrize(("bits", "block_size", "dims"), [(4, 32, 96), (3, None, 96), (8, 32, 96), (4, 64, 100)])
+@pytest.mark.parametrize(
+    ("bits", "block_size", "dims"),
+    [(4, 32, 96), (3, None, 96), pytest.param(8, 32, 96, marks=pytest.mark.slow), (4, 64, 100)],
+)
 def test_tables_are_looked_up_in_integers(bits: Any, block_size: Any, dims: int, tmp_path: Path) -> None:
     """Floats of the whole table would take more memory than the float model; but for blocks that do not fill a row."""
     net = Model.capture(nn.Sequential(nn.Embedding(401, dims), nn.Linear(dims, 8)).eval(), tokens(2))

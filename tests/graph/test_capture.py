@@ -202,7 +202,7 @@ def test_a_batch_that_specialises_becomes_static_with_a_notice() -> None:
     assert model(torch.randn(4, 8)).shape == (4, 8)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("kind", [nn.LSTM, pytest.param(nn.GRU, marks=pytest.mark.slow)])
 def test_recurrent_layers_with_a_dynamic_time(kind: type[nn.Module]) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:

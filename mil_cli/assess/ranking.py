@@ -50,9 +50,7 @@ def tau_b(scores: ArrayLike, truth: ArrayLike) -> float:
     Kendall 1945, "The treatment of ties in ranking problems". NaN where one side has but one value.
     """
     # scipy's takes twenty times as long, for a p-value that no one reads; a bootstrap asks thousands of times
-    orders = [_signs(ranked(side)) for side in (scores, truth)]
-    pairs = [float(np.abs(order).sum()) for order in orders]
-    return float((orders[0] * orders[1]).sum()) / math.sqrt(pairs[0] * pairs[1]) if all(pairs) else math.nan
+    return _normalised(*_tally(ranked(scores), ranked(truth)))
 
 
 def decisive_tau(scores: ArrayLike, truth: ArrayLike, noise: float) -> float:
@@ -75,6 +73,21 @@ def decisive_tau(scores: ArrayLike, truth: ArrayLike, noise: float) -> float:
     if not counted.any():
         return float("nan")
     return float(np.mean(_signs(found)[first, second][counted] * np.sign(apart[counted])))
+
+
+def pooled_tau(scores: ArrayLike, truth: ArrayLike, groups: ArrayLike) -> float:
+    """Return tau-b of the pairs within groups alone, all groups together.
+
+    Scores of several predictors, each with a level of its own, can be compared only where one predictor gave both.
+
+    Args:
+        scores: Shape (architectures,).
+        truth: Shape (architectures,).
+        groups: The number of each one's group, shape (architectures,).
+    """
+    found, wanted, numbers = ranked(scores), ranked(truth), np.asarray(groups)
+    tallies = [_tally(found[numbers == number], wanted[numbers == number]) for number in np.unique(numbers)]
+    return _normalised(*np.sum(tallies, axis=0))
 
 
 def top_tau(scores: ArrayLike, truth: ArrayLike, share: float = 0.1) -> float:
@@ -114,7 +127,7 @@ def regret(scores: ArrayLike, truth: ArrayLike) -> float:
 def interval(figure: Figure, scores: ArrayLike, truth: ArrayLike, *, seed: int, draws: int = DRAWS) -> Interval:
     """Return a figure with the percentile interval of a bootstrap over architectures."""
     found, wanted = ranked(scores), ranked(truth)
-    return _interval(lambda chosen: figure(found[chosen], wanted[chosen]), len(found), seed, draws)
+    return bootstrap(lambda chosen: figure(found[chosen], wanted[chosen]), len(found), seed=seed, draws=draws)
 
 
 def difference(
@@ -122,12 +135,29 @@ def difference(
 ) -> Interval:
     """Return how much more of a figure some scores have than others; a draw takes the same architectures for both."""
     found, other, wanted = ranked(scores), ranked(others), ranked(truth)
-    return _interval(
+    return bootstrap(
         lambda chosen: figure(found[chosen], wanted[chosen]) - figure(other[chosen], wanted[chosen]),
         len(found),
-        seed,
-        draws,
+        seed=seed,
+        draws=draws,
     )
+
+
+def bootstrap(value_of: Callable[[NDArray[np.int64]], float], count: int, *, seed: int, draws: int = DRAWS) -> Interval:
+    """Return a figure with the percentile interval of a bootstrap.
+
+    Args:
+        value_of: The rows that were drawn -> the figure of these; NaN if they have none.
+        count: How many rows there are.
+        seed: Of the draws.
+        draws: How many there are.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = np.array([value_of(generator.integers(count, size=count)) for _ in range(draws)])
+    drawn = drawn[~np.isnan(drawn)]  # a draw that took one architecture alone has no order
+    beyond = (100 - _LEVEL) / 2
+    low, high = np.percentile(drawn, [beyond, 100 - beyond]) if len(drawn) else (np.nan, np.nan)
+    return Interval(value_of(np.arange(count)), float(low), float(high))
 
 
 def noise_ceiling(by_seed: ArrayLike) -> float:
@@ -153,6 +183,16 @@ def _signs(values: Floats) -> Floats:
     return np.subtract(values[:, None] > values, values[:, None] < values, dtype=np.float64)
 
 
+def _tally(scores: Floats, truth: Floats) -> tuple[float, float, float]:
+    """Return agreeing less disagreeing pairs, and the pairs that are no tie in either order (each counted twice)."""
+    order, other = _signs(scores), _signs(truth)
+    return float((order * other).sum()), float(np.abs(order).sum()), float(np.abs(other).sum())
+
+
+def _normalised(agreement: float, pairs: float, other_pairs: float) -> float:
+    return float(agreement / math.sqrt(pairs * other_pairs)) if pairs and other_pairs else math.nan
+
+
 def _chances(values: Floats, count: int) -> Floats:
     """Return each value's chance to be among the highest, where ties at the border are broken at random."""
     border = np.sort(values)[-count]
@@ -160,12 +200,3 @@ def _chances(values: Floats, count: int) -> Floats:
     at_border = values == border
     chance = (count - int(above.sum())) / int(at_border.sum())
     return np.where(above, 1.0, np.where(at_border, chance, 0.0))
-
-
-def _interval(value_of: Callable[[NDArray[np.int64]], float], count: int, seed: int, draws: int) -> Interval:
-    generator = np.random.default_rng(seed)
-    drawn = np.array([value_of(generator.integers(count, size=count)) for _ in range(draws)])
-    drawn = drawn[~np.isnan(drawn)]  # a draw that took one architecture alone has no order
-    beyond = (100 - _LEVEL) / 2
-    low, high = np.percentile(drawn, [beyond, 100 - beyond]) if len(drawn) else (np.nan, np.nan)
-    return Interval(value_of(np.arange(count)), float(low), float(high))

@@ -14,6 +14,7 @@ from mil_cli.assess.ranking import (
     difference,
     interval,
     noise_ceiling,
+    pooled_tau,
     precision_at,
     regret,
     tau_b,
@@ -65,6 +66,22 @@ def test_the_best_are_ranked_among_themselves() -> None:
     assert tau_b(scores, truth) > 0.9
     assert top_tau(scores, truth) == -1
     assert top_tau(truth, truth, share=0.01) == 1  # two at least
+
+
+def test_pairs_of_different_groups_do_not_count() -> None:
+    generator = np.random.default_rng(0)
+    scores, truth = generator.integers(5, size=(2, 24)).astype(float)
+    groups = np.repeat([0, 1, 2], 8)
+    agreeing = decided = other_decided = 0.0
+    for first, second in itertools.combinations(range(24), 2):
+        if groups[first] == groups[second]:
+            signs = np.sign(scores[first] - scores[second]), np.sign(truth[first] - truth[second])
+            agreeing += signs[0] * signs[1]
+            decided, other_decided = decided + abs(signs[0]), other_decided + abs(signs[1])
+    assert pooled_tau(scores, truth, groups) == pytest.approx(agreeing / math.sqrt(decided * other_decided))
+    assert pooled_tau(scores, truth, np.zeros(24)) == pytest.approx(tau_b(scores, truth))
+    assert pooled_tau(truth + 10 * groups, truth, groups) == 1
+    assert math.isnan(pooled_tau(scores, truth, np.arange(24)))
 
 
 def test_precision_is_that_of_ties_broken_at_random() -> None:

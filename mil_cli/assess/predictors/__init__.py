@@ -1,0 +1,1 @@
+"""Predictors of an architecture's quality from numbers that describe it, learned from few trained architectures."""

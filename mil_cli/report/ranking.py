@@ -1,0 +1,96 @@
+"""A ranking of architectures as tables on a terminal, or as plain text in a pipe."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mil_cli.assess.costs import CLOCKS, Spending
+from mil_cli.assess.ranking import Interval
+from mil_cli.assess.selection import Entry, Ranking
+from mil_cli.report import text
+from mil_cli.report.terminal import line, new_table, show
+
+_PARTS = {
+    "scores": "scores",
+    "partial": "partial trainings",
+    "training": "whole trainings",
+    "fit": "predictors",
+}
+
+
+def render_ranking(ranking: Ranking, console: Console, *, shown: int = 20) -> None:
+    """Print a ranking.
+
+    Args:
+        ranking: What is printed.
+        console: Where it is printed.
+        shown: How many architectures, the best first.
+    """
+    show(console, _architectures(ranking, shown))
+    hidden = len(ranking.entries) - shown
+    if hidden > 0:
+        line(console, f"[dim]and {hidden} more[/dim]")
+    name = ranking.settings.predictor.method
+    line(console, f"{name}: tau {_interval(ranking.tau)} on trained architectures that it had not seen")
+    for column, tau in ranking.single.items():
+        line(console, f"{escape(column)} alone: tau {_interval(tau)}")
+    for point in ranking.curve:
+        line(console, f"after {point.trained} trainings: tau {_interval(point.tau)}")
+    if ranking.recommended:
+        line(console, f"train next: {escape(', '.join(entry.id for entry in ranking.recommended))}")
+    show(console, _costs(ranking))
+    if ranking.costs.cpu_of_training_all is not None:
+        line(console, f"training all would take about {text.duration(ranking.costs.cpu_of_training_all)} of processors")
+    for notice in ranking.notices:
+        line(console, f"[yellow]note:[/yellow] {escape(notice)}")
+
+
+def _architectures(ranking: Ranking, shown: int) -> Table:
+    level = text.percent(ranking.settings.level, 0)
+    table = new_table("Architectures", "architecture", "rank", f"rank, {level}", "quality", f"quality, {level}", "from")
+    for entry in ranking.entries[:shown]:
+        table.add_row(
+            escape(entry.id),
+            str(entry.rank),
+            f"{entry.rank_low} to {entry.rank_high}",
+            text.quality(entry.quality),
+            _range(entry),
+            entry.source,
+        )
+    return table
+
+
+def _range(entry: Entry) -> str:
+    if entry.low is None or entry.low == entry.high:
+        return text.NOT_MEASURED
+    return f"{text.quality(entry.low)} to {text.quality(entry.high)}"
+
+
+def _interval(tau: Interval) -> str:
+    return f"{tau.value:.2f} ({tau.low:.2f} to {tau.high:.2f})"
+
+
+def _costs(ranking: Ranking) -> Table:
+    table = new_table("What it cost", "part", "architectures", "processors", "passed", "not known of")
+    for name, spending in ranking.costs.parts.items():
+        if spending.architectures:
+            table.add_row(
+                _PARTS[name],
+                str(spending.architectures),
+                _seconds(spending.cpu),
+                _seconds(spending.wall),
+                _unknown(spending),
+            )
+    total = [text.duration(ranking.costs.total(clock)) for clock in CLOCKS]
+    table.add_row("in all", "", *total, "")
+    return table
+
+
+def _seconds(seconds: float | None) -> str:
+    return text.NOT_MEASURED if seconds is None else text.duration(seconds)
+
+
+def _unknown(spending: Spending) -> str:
+    return str(spending.cpu_unknown) if spending.cpu_unknown else ""

@@ -19,7 +19,7 @@ from mil_cli.assess.table import Table, table_of
 from mil_cli.errors import DataError
 
 Floats = np.ndarray
-CONFIG = RankConfig(predictor=Ridge(), repeats=2, refits=10, draws=100, next=Acquisition(batch=3))
+CONFIG = RankConfig(predictor=Ridge(target="value"), repeats=2, refits=10, draws=100, next=Acquisition(batch=3))
 
 
 def made(seed: int, *, architectures: int = 60, trained: int = 30, noise: float = 0.3) -> tuple[Table, Floats]:

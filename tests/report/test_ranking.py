@@ -27,7 +27,13 @@ def test_order_trust_and_costs_are_printed() -> None:
     ]
     table = table_of([(str(record["id"]), record) for record in records], columns)
     config = RankConfig(
-        predictor=Ridge(), refits=2, repeats=1, draws=100, next=Acquisition(batch=2), curve=(5,), curve_repeats=2
+        predictor=Ridge(target="value"),
+        refits=2,
+        repeats=1,
+        draws=100,
+        next=Acquisition(batch=2),
+        curve=(5,),
+        curve_repeats=2,
     )
     stream = io.StringIO()
     render_ranking(rank_table(table, config), Console(file=stream, width=80), shown=4)
@@ -39,7 +45,7 @@ def test_order_trust_and_costs_are_printed() -> None:
         "and 26 more",
         "ridge: tau 1.00 (1.00 to 1.00)",
         "score alone: tau",
-        "after 5 trainings: tau 1.00",
+        "after 5 trainings: tau",
         "train next: net[28]",
         "whole trainings",
         "15 min 0 s",

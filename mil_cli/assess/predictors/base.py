@@ -13,7 +13,7 @@ class Prediction(NamedTuple):
     """What is thought of architectures, each of shape (architectures,).
 
     Attributes:
-        mean: The expected value; larger is better.
+        mean: The value that is expected; larger is better.
         deviation: The standard deviation that the value of one training has around it.
     """
 

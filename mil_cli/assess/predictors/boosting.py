@@ -6,13 +6,12 @@ from typing import Literal
 
 import numpy as np
 from pydantic import Field
-from scipy.special import ndtri
-from scipy.stats import rankdata
 from sklearn.ensemble import GradientBoostingRegressor  # type: ignore[import-untyped]
 
-from mil_cli.assess.predictors.bagging import Bag, Regression, bag
-from mil_cli.assess.predictors.base import PredictorConfig
+from mil_cli.assess.predictors.bagging import Regression, bag
+from mil_cli.assess.predictors.base import Fitted, PredictorConfig
 from mil_cli.assess.predictors.scaling import Scaling
+from mil_cli.assess.predictors.targets import fitted_to
 from mil_cli.assess.ranking import Floats
 
 
@@ -36,12 +35,13 @@ class Boosting(PredictorConfig):
     subsample: float = Field(0.8, gt=0, le=1)
     members: int = Field(8, ge=2, le=500)
 
-    def fit(self, features: Floats, values: Floats, seed: int) -> Bag:
+    def fit(self, features: Floats, values: Floats, seed: int) -> Fitted:
         """Learn from trained architectures."""
-        return bag(self._fit, features, values, members=self.members, seed=seed)
+        return fitted_to(
+            values, lambda scores: bag(self._regression, features, scores, members=self.members, seed=seed)
+        )
 
-    def _fit(self, features: Floats, values: Floats, seed: int) -> Regression:
-        scores = ndtri((rankdata(values) - 0.5) / len(values))
+    def _regression(self, features: Floats, scores: Floats, seed: int) -> Regression:
         scaling = Scaling.of(features)
         trees = GradientBoostingRegressor(
             n_estimators=self.trees,
@@ -50,5 +50,4 @@ class Boosting(PredictorConfig):
             subsample=self.subsample,
             random_state=seed,
         ).fit(scaling(features), scores)
-        known, first = np.unique(scores, return_index=True)
-        return lambda asked: np.interp(trees.predict(scaling(asked)), known, values[first])
+        return lambda asked: np.asarray(trees.predict(scaling(asked)))

@@ -13,6 +13,7 @@ from mil_cli.assess.predictors.boosting import Boosting
 from mil_cli.assess.predictors.gaussian_process import GaussianProcess
 from mil_cli.assess.predictors.pairwise import Pairwise
 from mil_cli.assess.predictors.ridge import Ridge
+from mil_cli.assess.predictors.targets import fitted_to
 from mil_cli.assess.ranking import Floats
 
 Single: TypeAlias = Annotated[Ridge | Boosting | GaussianProcess | Pairwise, Field(discriminator="method")]
@@ -32,9 +33,11 @@ class Ensemble(PredictorConfig):
     method: Literal["ensemble"] = "ensemble"
     members: tuple[Single, ...] = Field((Ridge(), Boosting(), GaussianProcess(), Pairwise()), min_length=2)
 
-    def fit(self, features: Floats, values: Floats, seed: int) -> FittedEnsemble:
-        """Learn from trained architectures."""
-        return FittedEnsemble(tuple(member.fit(features, values, seed) for member in self.members))
+    def fit(self, features: Floats, values: Floats, seed: int) -> Fitted:
+        """Learn from trained architectures, each member on the scale of normal scores."""
+        return fitted_to(
+            values, lambda scores: FittedEnsemble(tuple(each.fit(features, scores, seed) for each in self.members))
+        )
 
 
 @dataclass(frozen=True, eq=False)

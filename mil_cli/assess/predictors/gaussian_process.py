@@ -16,8 +16,9 @@ from sklearn.gaussian_process.kernels import (  # type: ignore[import-untyped]
     WhiteKernel,
 )
 
-from mil_cli.assess.predictors.base import Prediction, PredictorConfig
+from mil_cli.assess.predictors.base import Fitted, Prediction, PredictorConfig
 from mil_cli.assess.predictors.scaling import Scaling
+from mil_cli.assess.predictors.targets import Target, fitted_to
 from mil_cli.assess.ranking import Floats
 
 
@@ -29,13 +30,19 @@ class GaussianProcess(PredictorConfig):
 
     Attributes:
         restarts: Further starts of the search for these parameters, at random points.
+        target: What is learned: ``rank``, or ``value`` where values are about normal.
     """
 
     method: Literal["gaussian_process"] = "gaussian_process"
     restarts: int = Field(1, ge=0, le=100)
 
-    def fit(self, features: Floats, values: Floats, seed: int) -> FittedProcess:
+    target: Target = "rank"
+
+    def fit(self, features: Floats, values: Floats, seed: int) -> Fitted:
         """Learn from trained architectures."""
+        return fitted_to(values, lambda targets: self._process(features, targets, seed), target=self.target)
+
+    def _process(self, features: Floats, values: Floats, seed: int) -> FittedProcess:
         scaling = Scaling.of(features)
         scaled = scaling(features)
         size = math.sqrt(scaled.shape[1])  # about how far two architectures are apart

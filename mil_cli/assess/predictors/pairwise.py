@@ -10,8 +10,9 @@ from pydantic import Field
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
-from mil_cli.assess.predictors.base import Prediction, PredictorConfig
+from mil_cli.assess.predictors.base import Fitted, Prediction, PredictorConfig
 from mil_cli.assess.predictors.scaling import Scaling
+from mil_cli.assess.predictors.targets import fitted_to
 from mil_cli.assess.ranking import Floats
 
 
@@ -19,8 +20,8 @@ class Pairwise(PredictorConfig):
     """A Bradley-Terry model whose strengths are linear in the features.
 
     Bradley and Terry 1952, "Rank analysis of incomplete block designs: I. The method of paired comparisons". Only the
-    order of the trained architectures is learned; they rank by their mean chance to win against each of these, and a
-    line through the trained ones gives that share of wins the unit of the values.
+    order of the trained architectures is learned; others rank by their mean chance to win against each of these, and
+    a line through the trained ones says what such a share of wins stands for.
 
     Attributes:
         penalty: Of the squared weights, on features of deviation 1; one architecture counts as one, in all its pairs.
@@ -31,12 +32,15 @@ class Pairwise(PredictorConfig):
     penalty: float = Field(0.3, gt=0)
     pairs: int = Field(20_000, ge=10)
 
-    def fit(self, features: Floats, values: Floats, seed: int) -> FittedPairwise:
+    def fit(self, features: Floats, values: Floats, seed: int) -> Fitted:
         """Learn from trained architectures; two of equal value are no pair."""
+        return fitted_to(values, lambda scores: self._model(features, scores, seed))
+
+    def _model(self, features: Floats, scores: Floats, seed: int) -> FittedPairwise:
         scaling = Scaling.of(features)
         scaled = scaling(features)
-        differences = self._differences(scaled, values, seed)
-        counts = np.full(len(differences), len(values) / max(1, len(differences)))
+        differences = self._differences(scaled, scores, seed)
+        counts = np.full(len(differences), len(scores) / max(1, len(differences)))
         weights = bradley_terry(differences, counts, penalty=self.penalty)
         lost = expit(-differences @ weights)
         information = (differences.T * (counts * lost * (1 - lost))) @ differences
@@ -44,13 +48,12 @@ class Pairwise(PredictorConfig):
         covariance = inverse.astype(np.float64)
         strengths = scaled @ weights
         shares = _wins(strengths, strengths)[0]
-        slope = float(np.cov(shares, values)[0, 1] / max(shares.var(ddof=1), np.finfo(float).tiny))
-        level = float(values.mean() - slope * shares.mean())
-        freedom = len(values) - 1 - float(np.trace(information @ covariance))
-        left = values - level - slope * shares
-        return FittedPairwise(
-            scaling, weights, covariance, strengths, level, slope, float(left @ left) / max(freedom, 1.0)
-        )
+        slope = float(np.cov(shares, scores)[0, 1] / max(shares.var(ddof=1), np.finfo(float).tiny))
+        level = float(scores.mean() - slope * shares.mean())
+        freedom = len(scores) - 1 - float(np.trace(information @ covariance))
+        left = scores - level - slope * shares
+        noise = float(left @ left) / max(freedom, 1.0)
+        return FittedPairwise(scaling, weights, covariance, strengths, level, slope, noise)
 
     def _differences(self, scaled: Floats, values: Floats, seed: int) -> Floats:
         """Return the better one's features less the other's, shape (pairs, features)."""
@@ -72,9 +75,9 @@ class FittedPairwise:
         weights: Of a strength, shape (features,).
         covariance: Of the weights, by the curvature of the likelihood, shape (features, features).
         strengths: Those of the trained architectures.
-        level: The value of one that never wins.
+        level: The normal score of one that never wins.
         slope: How much more one has that always wins.
-        noise: Variance of the values around this line.
+        noise: Variance of the normal scores around this line.
     """
 
     scaling: Scaling
@@ -86,7 +89,7 @@ class FittedPairwise:
     noise: float
 
     def predict(self, features: Floats) -> Prediction:
-        """Return the value that the share of wins stands for, and what strength and noise leave open."""
+        """Return the score that the share of wins stands for, and what strength and noise leave open."""
         scaled = self.scaling(features)
         shares, steepness = _wins(scaled @ self.weights, self.strengths)
         unsure = np.sum((scaled @ self.covariance) * scaled, axis=1) * (self.slope * steepness) ** 2

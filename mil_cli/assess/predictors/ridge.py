@@ -9,8 +9,9 @@ import numpy as np
 from pydantic import Field, PositiveFloat
 from sklearn.linear_model import RidgeCV  # type: ignore[import-untyped]
 
-from mil_cli.assess.predictors.base import Prediction, PredictorConfig
+from mil_cli.assess.predictors.base import Fitted, Prediction, PredictorConfig
 from mil_cli.assess.predictors.scaling import Scaling
+from mil_cli.assess.predictors.targets import Target, fitted_to
 from mil_cli.assess.ranking import Floats
 
 
@@ -22,13 +23,19 @@ class Ridge(PredictorConfig):
 
     Attributes:
         penalties: Those that are tried, on features of deviation 1.
+        target: What is learned: ``rank``, or ``value`` where values are about normal and a line fits them.
     """
 
     method: Literal["ridge"] = "ridge"
     penalties: tuple[PositiveFloat, ...] = Field(tuple(10.0**power for power in range(-2, 5)), min_length=1)
 
-    def fit(self, features: Floats, values: Floats, seed: int) -> FittedRidge:
+    target: Target = "rank"
+
+    def fit(self, features: Floats, values: Floats, seed: int) -> Fitted:
         """Learn from trained architectures; nothing is drawn."""
+        return fitted_to(values, lambda targets: self._regression(features, targets), target=self.target)
+
+    def _regression(self, features: Floats, values: Floats) -> FittedRidge:
         scaling = Scaling.of(features)
         scaled = scaling(features)
         regression = RidgeCV(alphas=list(self.penalties)).fit(scaled, values)

@@ -26,13 +26,12 @@ def test_interactions_are_learned_that_no_line_sees(interaction: tuple[Floats, F
     assert abs(tau_b(line.predict(features[100:]).mean, values[100:])) < 0.3
 
 
-def test_each_fit_learns_ranks_and_answers_in_values(interaction: tuple[Floats, Floats]) -> None:
+def test_only_the_order_of_what_was_trained_counts(interaction: tuple[Floats, Floats]) -> None:
     features, values = interaction
-    plain, bent = (Boosting(members=2).fit(features, each, 0) for each in (values, np.exp(5 * values)))
-    for regression, other in zip(plain.regressions, bent.regressions, strict=True):
-        found, same = regression(features), other(features)
-        np.testing.assert_array_equal(np.argsort(found, kind="stable"), np.argsort(same, kind="stable"))
-        assert values.min() <= found.min() < found.max() <= values.max()
+    plain, bent = (
+        Boosting(members=2).fit(features[:100], each, 0) for each in (values[:100], np.exp(5 * values[:100]))
+    )
+    np.testing.assert_array_equal(plain.fitted.predict(features).mean, bent.fitted.predict(features).mean)
 
 
 def test_equal_values_are_one_rank() -> None:

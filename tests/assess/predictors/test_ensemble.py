@@ -13,6 +13,7 @@ from mil_cli.assess.predictors.ensemble import AnyPredictor, Ensemble, FittedEns
 from mil_cli.assess.predictors.gaussian_process import GaussianProcess
 from mil_cli.assess.predictors.pairwise import Pairwise
 from mil_cli.assess.predictors.ridge import Ridge
+from mil_cli.assess.ranking import tau_b
 
 
 @dataclass
@@ -38,9 +39,10 @@ def test_it_fits_its_members() -> None:
     features = generator.normal(size=(50, 3))
     values = features[:, 0] + 0.1 * generator.normal(size=50)
     members = (Ridge(), GaussianProcess(), Pairwise())
-    found = Ensemble(members=members).fit(features, values, 3).predict(features)
-    means = [member.fit(features, values, 3).predict(features).mean for member in members]
-    np.testing.assert_allclose(found.mean, np.mean(means, axis=0))
+    fitted = Ensemble(members=members).fit(features, values, 3)
+    means = [member.fit(features, fitted.targets.scores, 3).predict(features).mean for member in members]
+    np.testing.assert_allclose(fitted.fitted.predict(features).mean, np.mean(means, axis=0))
+    assert tau_b(fitted.predict(features).mean, values) > 0.8
 
 
 def test_settings_name_a_predictor_and_nothing_else() -> None:

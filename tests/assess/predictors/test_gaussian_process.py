@@ -15,7 +15,7 @@ def test_the_posterior_is_the_textbooks() -> None:
     features = generator.normal(size=(25, 3))
     values = 10 + np.sin(features[:, 0]) + features[:, 1] ** 2 + 0.1 * generator.normal(size=25)
     asked = generator.normal(size=(6, 3))
-    fitted = GaussianProcess().fit(features, values, 0)
+    fitted = GaussianProcess(target="value").fit(features, values, 0)
     mean, deviation = fitted.predict(asked)
 
     kernel = fitted.process.kernel_
@@ -38,7 +38,7 @@ def test_the_posterior_is_the_textbooks() -> None:
 def test_it_is_unsure_where_nothing_similar_was_trained() -> None:
     generator = np.random.default_rng(0)
     features = generator.uniform(-1, 1, size=(40, 2))
-    fitted = GaussianProcess().fit(features, np.sin(3 * features[:, 0]), 0)
+    fitted = GaussianProcess(target="value").fit(features, np.sin(3 * features[:, 0]), 0)
     _, deviation = fitted.predict(np.array([[0.0, 0.0], [9.0, 9.0]]))
     assert deviation[1] > 5 * deviation[0]
 

@@ -22,7 +22,7 @@ def test_mean_and_deviation_are_the_posteriors(problem: tuple[Floats, Floats]) -
     features, values = problem
     penalty = 3.0
     asked = np.random.default_rng(1).normal(size=(7, 5))
-    mean, deviation = Ridge(penalties=(penalty,)).fit(features, values, 0).predict(asked)
+    mean, deviation = Ridge(penalties=(penalty,), target="value").fit(features, values, 0).predict(asked)
 
     x, x_asked = ((each - features.mean(axis=0)) / features.std(axis=0) for each in (features, asked))
     kernel = np.linalg.inv(x @ x.T + penalty * np.eye(30))  # the dual form
@@ -38,7 +38,7 @@ def test_mean_and_deviation_are_the_posteriors(problem: tuple[Floats, Floats]) -
 def test_the_penalty_is_the_best_when_each_is_left_out(problem: tuple[Floats, Floats]) -> None:
     features, values = problem
     values = values + np.random.default_rng(2).normal(scale=8, size=30)  # so that a large one is best
-    fitted = Ridge().fit(features, values, 0)
+    fitted = Ridge(target="value").fit(features, values, 0)
     scaled = fitted.scaling(features)
 
     def error(penalty: float) -> float:

@@ -104,7 +104,8 @@ def chance_to_be_among(prediction: Prediction, others: Floats, top: int, *, seed
     noise = np.random.default_rng(seed).normal(size=(_DRAWS, len(prediction.mean)))
     drawn = prediction.mean + prediction.deviation * noise
     everything = np.column_stack([drawn, np.broadcast_to(others, (_DRAWS, len(others)))])
-    border = np.sort(everything, axis=1)[:, -min(top, everything.shape[1])]
+    place = everything.shape[1] - min(top, everything.shape[1])
+    border = np.partition(everything, place, axis=1)[:, place]
     chances: Floats = (drawn >= border[:, None]).mean(axis=0)
     return chances
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 
 import numpy as np
@@ -17,6 +19,7 @@ from mil_cli.assess.rank_table import rank_table
 from mil_cli.assess.selection import RankConfig, as_json
 from mil_cli.assess.table import Table, table_of
 from mil_cli.errors import DataError
+from mil_cli.events import Bar, SilentProgress
 
 Floats = np.ndarray
 CONFIG = RankConfig(predictor=Ridge(target="value"), repeats=2, refits=10, draws=100, next=Acquisition(batch=3))
@@ -133,6 +136,28 @@ def test_programs_get_json_without_nan_and_the_same_each_time() -> None:
     assert found["costs"]["total_cpu"] == found["costs"]["fit"]["cpu"] == 2.0
     imputed = {entry["id"]: entry["imputed"] for entry in found["architectures"] if entry["imputed"]}
     assert imputed == {"net2": ["score"], "net40": ["score"]}
+
+
+class Recorder(SilentProgress):
+    def __init__(self) -> None:
+        self.works: list[tuple[str, int | None]] = []
+
+    @contextmanager
+    def work(self, description: str, total: int | None = None, *, done: int = 0) -> Iterator[Bar]:
+        self.works.append((description, total))
+        with super().work(description, total, done=done) as bar:
+            yield bar
+
+
+def test_progress_is_told() -> None:
+    recorder = Recorder()
+    rank_table(made(0)[0], CONFIG.model_copy(update={"curve": (5,), "curve_repeats": 2}), progress=recorder)
+    assert recorder.works == [
+        ("out of fold", 10),
+        ("learning curve", 2),
+        ("next trainings", 3),
+        ("intervals of ranks", 10),
+    ]
 
 
 def test_what_cannot_be_believed_is_said() -> None:

@@ -10,6 +10,7 @@ from scipy.special import ndtr
 
 from mil_cli.assess.prediction import FEWEST
 from mil_cli.assess.predictors.base import Prediction, Predictor
+from mil_cli.assess.predictors.targets import NormalScores
 from mil_cli.assess.ranking import Floats
 from mil_cli.assess.table import Bools, Ints
 from mil_cli.events import Progress, SilentProgress
@@ -52,6 +53,9 @@ def next_trainings(
 ) -> list[int]:
     """Return the rows to train next, the most wanted first; all that are left if these are fewer than a batch.
 
+    Only the order of what was trained counts: on a scale on which bad trainings lie far below all others, what is known
+    to be bad would be the least certain, and so be wanted.
+
     Args:
         predictor: What is fitted to those that are trained.
         features: Shape (architectures, features).
@@ -61,11 +65,13 @@ def next_trainings(
         excluded: Rows that are not chosen either, such as trainings that collapsed.
         progress: Where it is told.
     """
-    believed = values.copy()
+    trained = np.isfinite(values)
     open_rows = np.isnan(values) if excluded is None else np.isnan(values) & ~excluded
     count = min(acquisition.batch, int(open_rows.sum()))
-    if acquisition.strategy == "random" or np.isfinite(values).sum() < FEWEST:
+    if acquisition.strategy == "random" or trained.sum() < FEWEST:
         return [int(row) for row in np.random.default_rng(seed).permutation(np.flatnonzero(open_rows))[:count]]
+    believed = np.full(len(values), np.nan)
+    believed[trained] = NormalScores.of(values[trained]).scores
     chosen: list[int] = []
     with (progress or SilentProgress()).work("next trainings", count) as bar:
         for _ in range(count):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.special import ndtri
-from scipy.stats import rankdata
 
 from mil_cli.assess.active import next_trainings
 from mil_cli.assess.costs import Clocks, costs_of
@@ -16,13 +15,11 @@ from mil_cli.assess.prediction import (
     learning_curve,
     out_of_fold,
 )
-from mil_cli.assess.predictors.bagging import resampled
+from mil_cli.assess.rank_intervals import rank_intervals, ranks
 from mil_cli.assess.ranking import Floats, Interval, interval, tau_b
 from mil_cli.assess.selection import Entry, RankConfig, Ranking
 from mil_cli.assess.table import Table
 from mil_cli.events import Progress, SilentProgress
-
-_NOISES = 20  # draws of the noise for each refit, which are cheap
 
 
 def rank_table(
@@ -115,8 +112,8 @@ def _entries(
     known, reach = table.known, float(ndtri((1 + config.level) / 2))
     value = np.where(known, table.goodness, np.where(table.trained, -np.inf, mean))
     spread = np.where(known, config.noise, np.where(table.trained, 0.0, deviation))
-    ranks = _ranks(value)
-    low, high = _rank_intervals(table, value, spread, config, progress)
+    order = ranks(value)
+    low, high = rank_intervals(table, config, progress)
     sign = 1 if table.columns.higher_is_better else -1
     places = {row: place for place, row in enumerate(chosen, 1)}
     entries = []
@@ -127,9 +124,9 @@ def _entries(
         entries.append(
             Entry(
                 id=table.ids[row],
-                rank=int(ranks[row]),
-                rank_low=int(low[row]),
-                rank_high=int(high[row]),
+                rank=int(order[row]),
+                rank_low=int(min(low[row], order[row])),
+                rank_high=int(max(high[row], order[row])),
                 quality=None if collapsed else float(sign * value[row]),
                 low=None if collapsed else float(ends[0]),
                 high=None if collapsed else float(ends[1]),
@@ -140,39 +137,3 @@ def _entries(
             )
         )
     return tuple(entries)
-
-
-def _rank_intervals(
-    table: Table, value: Floats, spread: Floats, config: RankConfig, progress: Progress
-) -> tuple[Floats, Floats]:
-    """Return the lower and upper end of each architecture's rank, each of shape (architectures,).
-
-    The predictor is refitted to resampled trainings, so that what it has wrong for many alike moves these together;
-    what its deviations leave beyond that is each architecture's own.
-    """
-    known, asked = table.known, ~table.trained
-    draws = np.random.default_rng(config.seed)
-    refitted = np.zeros((config.refits, len(table)))
-    if asked.any():
-        with progress.work("intervals of ranks", config.refits) as bar:
-            for number in range(config.refits):
-                rows = np.flatnonzero(known)[resampled(int(known.sum()), draws)]
-                fitted = config.predictor.fit(table.inputs[rows], table.goodness[rows], config.seed + number)
-                refitted[number, asked] = fitted.predict(table.inputs[asked]).mean
-                bar.advance()
-    shared = refitted - refitted.mean(axis=0)
-    of_refits = shared.std(axis=0)
-    shared *= np.minimum(1.0, spread / np.maximum(of_refits, np.finfo(np.float64).tiny))
-    own = np.sqrt(np.maximum(0.0, spread**2 - of_refits**2))
-    noise = draws.normal(size=(config.refits, _NOISES, len(table)))
-    drawn = (value + shared[:, None] + own * noise).reshape(-1, len(table))
-    beyond = 50 * (1 - config.level)
-    low, high = np.percentile(_ranks(drawn), [beyond, 100 - beyond], axis=0, method="nearest")
-    ranks = _ranks(value)
-    return np.minimum(low, ranks), np.maximum(high, ranks)
-
-
-def _ranks(values: Floats) -> Floats:
-    """Return 1 for the largest of the last axis, and so on; equal ones have the same."""
-    ranks: Floats = rankdata(-values, method="min", axis=-1)
-    return ranks

@@ -15,6 +15,7 @@ from mil_cli.assess.active import Acquisition
 from mil_cli.assess.columns import Columns
 from mil_cli.assess.costs import Clocks
 from mil_cli.assess.predictors.ridge import Ridge
+from mil_cli.assess.rank_intervals import rank_intervals
 from mil_cli.assess.rank_table import rank_table
 from mil_cli.assess.selection import RankConfig, as_json
 from mil_cli.assess.table import Table, table_of
@@ -58,18 +59,32 @@ def test_trained_ones_have_their_quality_and_others_a_prediction() -> None:
     assert ranking.single["score"].value < -0.2  # the sign is kept
 
 
-def test_ranks_are_in_their_intervals_as_often_as_said() -> None:
+@pytest.mark.parametrize("target", ["rank", "value"])
+def test_ranks_are_in_their_intervals_as_often_as_said(target: str) -> None:
     held, widths = [], []
-    for seed in range(12):
+    config = CONFIG.model_copy(update={"predictor": Ridge(target=target)})
+    for seed in range(8):
         table, quality = made(seed)
         ranks = np.empty(60)
         ranks[np.argsort(-quality)] = np.arange(1, 61)
-        for entry in rank_table(table, CONFIG).entries:
+        for entry in rank_table(table, config).entries:
             if entry.source == "predicted":
                 held.append(entry.rank_low <= ranks[int(entry.id.removeprefix("net"))] <= entry.rank_high)
                 widths.append(entry.rank_high - entry.rank_low)
     assert 0.8 < np.mean(held) < 0.97
-    assert np.mean(widths) < 30
+    assert np.mean(widths) < 24
+
+
+def test_ranks_and_recommendations_do_not_depend_on_the_scale_of_the_quality() -> None:
+    """Bad trainings that lie far below the others neither widen intervals nor are asked for."""
+    table, _ = made(0)
+    bent = Table(table.ids, table.columns, table.inputs, -np.exp(-4 * table.quality), table.trained, {}, table.rows)
+    config = CONFIG.model_copy(update={"predictor": Ridge(), "noise": 0.0})
+    np.testing.assert_array_equal(
+        rank_intervals(table, config, SilentProgress()), rank_intervals(bent, config, SilentProgress())
+    )
+    straight, other = ([entry.id for entry in rank_table(each, config).recommended] for each in (table, bent))
+    assert straight == other
 
 
 def test_noise_between_seeds_widens_what_is_known_of_trained_ones() -> None:

@@ -11,7 +11,7 @@ from scipy.special import ndtri
 from sklearn.model_selection import RepeatedKFold  # type: ignore[import-untyped]
 
 from mil_cli.assess.predictors.base import Fitted, Prediction, Predictor
-from mil_cli.assess.ranking import DRAWS, Floats, Interval, bootstrap, pooled_tau, tau_b
+from mil_cli.assess.ranking import DRAWS, Floats, Interval, bootstrap, pooled_tau, regret, tau_b
 from mil_cli.assess.table import Ints
 from mil_cli.errors import DataError
 from mil_cli.events import Progress, SilentProgress
@@ -170,10 +170,12 @@ class CurvePoint:
     Attributes:
         trained: How many architectures it was fitted to.
         tau: Agreement with the order of the held-out ones: the mean of the repeats, and the range of 95 % of them.
+        regret: How much better the best of the held-out ones is than the one that is ranked first, likewise.
     """
 
     trained: int
     tau: Interval
+    regret: Interval
 
 
 def learning_curve(
@@ -208,19 +210,26 @@ def learning_curve(
     if not possible:
         hint = f"with {count} trained architectures, 2 to {count - held} can be fitted to"
         raise DataError("no point of the learning curve can be had", value=list(sizes), hint=hint)
-    taus = np.empty((repeats, len(possible)))
+    taus, regrets = np.empty((2, repeats, len(possible)))
     with (progress or SilentProgress()).work("learning curve", taus.size) as bar:
         for repeat in range(repeats):
             order = np.random.default_rng([seed, repeat]).permutation(count)
             asked = order[-held:]
             for place, size in enumerate(possible):
                 fitted = predictor.fit(features[order[:size]], values[order[:size]], seed + repeat)
-                taus[repeat, place] = tau_b(fitted.predict(features[asked]).mean, values[asked])
+                scores = fitted.predict(features[asked]).mean
+                taus[repeat, place] = tau_b(scores, values[asked])
+                regrets[repeat, place] = regret(scores, values[asked])
                 bar.advance()
     return [
-        CurvePoint(size, Interval(float(found.mean()), *map(float, np.percentile(found, _CURVE_RANGE))))
-        for size, found in zip(possible, taus.T, strict=True)
+        CurvePoint(size, _over_repeats(found), _over_repeats(missed))
+        for size, found, missed in zip(possible, taus.T, regrets.T, strict=True)
     ]
+
+
+def _over_repeats(figures: Floats) -> Interval:
+    low, high = np.percentile(figures, _CURVE_RANGE)
+    return Interval(float(figures.mean()), float(low), float(high))
 
 
 def _quantile(residuals: Floats, level: float) -> float:

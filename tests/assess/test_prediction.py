@@ -188,6 +188,15 @@ def test_more_trainings_rank_better() -> None:
     assert [point.trained for point in curve] == [4, 12, 80]
     assert curve[0].tau.value < curve[1].tau.value < curve[2].tau.value
     assert all(point.tau.low <= point.tau.value <= point.tau.high for point in curve)
+    assert curve[0].regret.value > curve[2].regret.value >= curve[2].regret.low >= 0
+
+
+def test_the_regret_is_that_of_what_is_ranked_first() -> None:
+    """Of 0 to 19 six are held out each time; one that says the same of all chooses their mean."""
+    numbers = np.arange(20.0)
+    (point,) = learning_curve(Mean(), numbers.reshape(-1, 1), numbers, sizes=(10,), repeats=400, seed=0)
+    expected = 6 * 21 / 7 - 1 - 9.5  # the mean of the largest of six, less the mean of all
+    assert point.regret.value == pytest.approx(expected, abs=0.3)
 
 
 def test_too_few_are_said() -> None:

@@ -20,7 +20,7 @@ from mil_cli.models.source import ModelSource, build_module
 from mil_cli.models.user_code import call_target
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sentence_encoder"
-WIDTH, HIDDEN, HEADS, LAYERS, WORDS = 16, 24, 4, 2, 40
+WIDTH, HIDDEN, HEADS, LAYERS, WORDS = 16, 24, 4, 6, 40
 TOPICS = {"boats": "sail mast anchor harbour wave", "bread": "flour oven crust yeast loaf"}
 LAYER = {
     "attention.self.query": (WIDTH, WIDTH),

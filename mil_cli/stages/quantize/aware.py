@@ -26,7 +26,7 @@ from mil_cli.stages.quantize.placement import Narrow, Placement, Policy, place_a
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.settle import settle, strip
-from mil_cli.stages.quantize.weights import protect_biases
+from mil_cli.stages.quantize.weights import settle_biases
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.objective import StepHook
 
@@ -122,7 +122,7 @@ def train_quantized(
         samples, size = config.batch_norm_samples, config.calibration_batch_size
         trained = recalibrate(trained, context.calibration(samples=samples, batch_size=size, model=trained))
     result = fold_batch_norm(trained)
-    protect_biases(result.graph)
+    settle_biases(result.graph)
     context.note(**rules.facts(), batch_norm=config.batch_norm, **({"bits_before": earlier} if earlier else {}))
     return result
 

@@ -40,7 +40,7 @@ class LsqConfig(AwareConfig):
     """
 
     method: ClassVar[str] = "lsq"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     initialization: Initialization = "mse"
 

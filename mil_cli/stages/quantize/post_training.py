@@ -22,7 +22,7 @@ from mil_cli.stages.quantize.placement import Placement, place_any
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
 from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.smoothing import smooth
-from mil_cli.stages.quantize.weights import WeightObserverName, protect_biases, weight_scale
+from mil_cli.stages.quantize.weights import WeightObserverName, settle_biases, weight_scale
 from mil_cli.stages.targets import Drop
 
 
@@ -84,7 +84,7 @@ class Prepared:
             correct: Whether biases are corrected at once, if they are; else that is left to `correct`.
         """
         insert_quantizers(self.model.graph, self.placement, self.values, self.narrow, self.weights)
-        protect_biases(self.model.graph)
+        settle_biases(self.model.graph)
         if correct:
             self.correct()
         return self.model
@@ -93,7 +93,7 @@ class Prepared:
         """Correct the biases of the model with its quantizers, in place, if they are to be corrected."""
         if self.correction is not None:
             self.correction.apply(self.model)
-            protect_biases(self.model.graph)
+            settle_biases(self.model.graph)
 
 
 def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepared:

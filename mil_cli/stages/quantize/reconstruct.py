@@ -27,7 +27,7 @@ from mil_cli.stages.quantize.post_training import PostTrainingConfig, Prepared
 from mil_cli.stages.quantize.rounding import exponent_at
 from mil_cli.stages.quantize.soft_segment import SoftSegment, kept_or_dropped
 from mil_cli.stages.quantize.units import Unit
-from mil_cli.stages.quantize.weights import protect_biases
+from mil_cli.stages.quantize.weights import settle_biases
 from mil_cli.stages.surroundings import fingerprint_of
 from mil_cli.training.evaluate import fixed_batch
 
@@ -151,7 +151,7 @@ def reconstruct(
             elif done[unit.end]["kept"]:
                 work.write(done[unit.end]["values"])
     if beyond.step_rate:
-        protect_biases(work.model.graph)
+        settle_biases(work.model.graph)
     prepared.correct()
     _note(context, config, units, done)
     return work.model

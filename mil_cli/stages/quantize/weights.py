@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from mil_cli.graph.fold import reads_alone
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, schema_index, set_attribute
 from mil_cli.ops import QUANTIZERS
 from mil_cli.ops.learned_scale import SMALLEST_SCALE
@@ -120,8 +121,13 @@ def scale_for_bias(scale: Tensor, bias: Tensor | None, input_scale: float) -> Te
     return torch.maximum(scale.double(), floor).float()
 
 
-def protect_biases(graph: GraphModule) -> None:
-    """Raise the scales of quantized weights, in place, where `scale_for_bias` asks for it."""
+def settle_biases(graph: GraphModule) -> None:
+    """Make biases what integer kernels hold, in place: int32 in steps of the input's scale times the weight's.
+
+    Scales of weights are raised where `scale_for_bias` asks for it, and biases rounded to whole steps. A step is small,
+    but unrounded biases move one code in a thousand, and so the file's outputs away from the graph's. A bias that
+    several layers read stays.
+    """
     for quantizer in calls(graph):
         weight = get_argument(quantizer, "x") if op_name(quantizer) in QUANTIZERS else None
         if not isinstance(weight, Node) or weight.op != "get_attr":
@@ -134,4 +140,12 @@ def protect_biases(graph: GraphModule) -> None:
             if isinstance(bias, Node) and bias.op == "get_attr" and sources:
                 input_scale = float(get_attribute(graph, str(get_argument(sources[0], "scale").target)))
                 values = get_attribute(graph, str(bias.target))
-                set_attribute(graph, target, scale_for_bias(get_attribute(graph, target), values, input_scale))
+                scale = scale_for_bias(get_attribute(graph, target), values, input_scale)
+                set_attribute(graph, target, scale)
+                if op_name(quantizer) == "quantize_affine" and reads_alone(graph, bias, layer):
+                    _round_bias(values, input_scale * scale.detach().double())
+
+
+def _round_bias(bias: Tensor, step: Tensor) -> None:
+    with torch.no_grad():
+        bias.copy_((bias.double() / step).round_().mul_(step))

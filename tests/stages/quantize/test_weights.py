@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from mil_cli.data.digits import digits
+from mil_cli.export.onnx import export_onnx
+from mil_cli.export.session import OnnxModel
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 from mil_cli.ops.quantize import quantize_affine
 from mil_cli.stages.quantize.ranges import weight_codes
+from mil_cli.stages.quantize.static import StaticConfig
+from mil_cli.stages.quantize.static import quantize as quantize_static
 from mil_cli.stages.quantize.weights import scale_for_bias, weight_scale
+from tests.stages.contexts import make_context, trained_digits
 
 CODES = weight_codes(8, reduce_range=False)
 
@@ -76,3 +85,21 @@ def test_scale_keeps_the_bias_in_32_bits() -> None:
     assert (bias / (raised * 0.02)).abs().max() < 2**31
     assert scale_for_bias(scale, None, 0.02) is scale
     assert scale_for_bias(torch.tensor(1e-12), bias, 0.02).shape == ()
+
+
+def test_the_file_agrees_with_the_graph_since_biases_are_whole_steps(tmp_path: Path) -> None:
+    """Integer kernels hold a bias as int32: what lies between two steps moves one code in a thousand."""
+    data = digits()
+    made = quantize_static(trained_digits(), StaticConfig(), make_context(data)).eval()
+    (images, _), *_ = data.test.batches(len(data.test))
+    layers = [node for node in calls(made.graph) if op_name(node) in ("conv2d", "linear")]
+    for layer in layers:
+        source, weight, bias = layer.args[:3]
+        steps = [get_attribute(made.graph, str(get_argument(each, "scale").target)) for each in (source, weight)]
+        whole = get_attribute(made.graph, str(bias.target)).detach().double() / steps[0].double() / steps[1].double()
+        assert (whole - whole.round()).abs().max() < 1e-2  # float32 has 24 bits for up to 32
+    file = export_onnx(made, tmp_path / "model.onnx").path
+    with torch.no_grad():
+        wanted = made(images)
+    given = OnnxModel(file, made.spec)(images)
+    assert (wanted - given).square().mean().sqrt() < 1e-3 * wanted.std()

@@ -202,8 +202,8 @@ def test_without_quantizers_is_the_float_model(case: Build) -> None:
     assert plain is not None
     assert without_quantizers(plain) is None
     args = made.inputs(4)
-    with torch.no_grad():
-        torch.testing.assert_close(plain(*args), made.module(*args), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():  # biases are whole steps of the integer kernels
+        torch.testing.assert_close(plain(*args), made.module(*args), atol=1e-4, rtol=1e-3)
 
 
 def test_quantizers_that_onnx_cannot_hold_are_refused(make_case: Callable[..., Any], tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_tables_beside_products_with_ranges_found_at_run_time(tied: bool, tmp_pa
 
 
 def test_mixed_counts_a_tied_table_once() -> None:
-    net = capture()
+    net = capture(Pooled)
     narrow = StaticConfig(first_last_bits=2, bias_correction=False)
     model, used = run(MixedConfig(by="narrow", average_bits=5, samples=32), net, narrow=narrow)
     found: Any = used.notes["sensitivities"]

@@ -89,7 +89,7 @@ class Making:
         macs: Smallest and largest multiply-accumulates of those drawn.
         draw: The seed of the draw.
         machines: On what rows were computed.
-        missing: Trainings that are not there yet.
+        trainings: How many there are when all is done.
     """
 
     recipe: Recipe
@@ -101,7 +101,7 @@ class Making:
     macs: tuple[float, float]
     draw: int
     machines: Sequence[str]
-    missing: int
+    trainings: int
 
 
 def card(known: Known, making: Making, name: str) -> str:
@@ -146,9 +146,8 @@ def _contents(known: Known, making: Making) -> list[str]:
             by_architecture[point["architecture"]].append(result["quality"])
     qualities = [value for values in by_architecture.values() for value in values]
     metric = making.task.metric_name
-    lines = [f"{len(known)} trainings of {len({point['architecture'] for point, _ in known})} architectures."]
-    if making.missing:
-        lines.append(f"{making.missing} trainings are not there yet.")
+    there = f"{len(known)} of {making.trainings}" if len(known) < making.trainings else f"{len(known)}"
+    lines = [f"{there} trainings, of {len({point['architecture'] for point, _ in known})} architectures."]
     if qualities:
         lines.append(f"Their {metric} on val lies between {min(qualities):.4f} and {max(qualities):.4f}.")
     if collapsed := sum(result["quality"] is None for _, result in known):
@@ -157,7 +156,7 @@ def _contents(known: Known, making: Making) -> list[str]:
     if repeated:
         deviation = statistics.mean(repeated) ** 0.5
         lines.append(
-            f"The standard deviation over seeds is {deviation:.4f} ({len(repeated)} architectures with several seeds)."
+            f"The standard deviation over seeds is {deviation:.4f} (architectures with several: {len(repeated)})."
         )
     return lines
 

@@ -120,7 +120,7 @@ def _write(
         macs=tuple(arguments.macs),
         draw=arguments.draw,
         machines=rows.computed_on(points),
-        missing=len(points) - len(known),
+        trainings=len(points),
     )
     decisions = [decision.name for decision in space.decisions]
     write_text(arguments.out, table(known, decisions, recipe.trainer.epochs))

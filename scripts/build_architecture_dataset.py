@@ -112,7 +112,7 @@ def _write(
         return False
     making = Making(
         recipe=recipe,
-        recipe_file=arguments.recipe.name,
+        recipe_file=str(arguments.recipe),
         overrides=arguments.set,
         task=build_task(recipe.task, root=recipe.root),
         architectures=arguments.architectures,
@@ -135,12 +135,12 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
     parser.add_argument("--out", type=Path, default=Path("docs/results/architectures.csv"), help="the table")
     parser.add_argument("--architectures", type=_at_least_one, default=120)
-    parser.add_argument("--repeated", type=int, default=30, help="architectures that are trained with all seeds")
+    parser.add_argument("--repeated", type=_at_least_one, default=30, help="architectures that get all seeds")
     parser.add_argument("--seeds", type=_at_least_one, default=3)
     parser.add_argument("--macs", nargs=2, type=float, default=[7e4, 2e6], metavar=("LOW", "HIGH"), help="operations")
     parser.add_argument("--draw", type=int, default=0, metavar="SEED", help="of the architectures that are drawn")
     parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="every N-th training from the I-th")
-    parser.add_argument("--limit", type=int, help="train at most so many now")
+    parser.add_argument("--limit", type=_at_least_one, help="train at most so many now")
     parser.add_argument("--jobs", type=_at_least_one, default=1, help="trainings at a time, each on one thread")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one training")
     parser.add_argument("--seconds", type=float, help="end after so many: what is there by then makes the table")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,14 @@ model: {{_target_: mil_cli.models.small_nets.small_nets, widths: {WIDTHS}, block
 trainer: {{epochs: 2, batch_size: 128}}
 """
 LOW, HIGH = 1500, 6500
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Give other tests the threads that they had: a training sets those of its process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def words(folder: Path, *more: str) -> list[str]:

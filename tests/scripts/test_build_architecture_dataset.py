@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from mil_cli.assess.columns import Columns, Seconds
+from mil_cli.assess.table import read_table
 from mil_cli.data.base import Data
 from mil_cli.data.digits import digits
 from mil_cli.models.small_nets import small_nets
@@ -134,6 +136,7 @@ def test_rows_are_complete_and_the_same_after_an_interruption(tmp_path: Path, mo
             assert float(row[part]) == pytest.approx(float(row[f"{part}_1"]) + float(row[f"{part}_2"]), rel=1e-4)
             assert float(row[f"{part}_2"]) > 0
         assert float(row["train_loss_2"]) < float(row["train_loss_1"])
+    check_reading(out, rows, tuple(one.name for one in space.decisions))
     text = out.with_suffix(".md").read_text()
     assert "4 trainings, of 3 architectures." in text
     assert "(architectures with several: 1)" in text
@@ -147,6 +150,20 @@ def test_rows_are_complete_and_the_same_after_an_interruption(tmp_path: Path, mo
     for before, after in zip(rows, read(out), strict=True):
         assert {**before, **dict.fromkeys(seconds)} == {**after, **dict.fromkeys(seconds)}
     assert out.read_text().splitlines()[:4] == whole.splitlines()[:4]  # those that were kept, seconds included
+
+
+def check_reading(file: Path, rows: list[dict[str, str]], decisions: tuple[str, ...]) -> None:
+    """Check that predictors read the table: seeds are merged, what was spent is added, scores are those of one seed."""
+    seconds = Seconds(training=("training_cpu_seconds", "validation_cpu_seconds"))
+    columns = Columns(features=("macs",), categories=decisions, scores=SCORES, partial=("val_1",), cpu_seconds=seconds)
+    found = read_table(file, columns)
+    assert found.ids == tuple(row["id"] for row in rows[:3])
+    same = [rows[0], rows[3]]
+    assert found.quality[0] == pytest.approx(sum(float(row["quality"]) for row in same) / 2)
+    spent = [float(row[name]) for row in same for name in seconds.training]
+    assert found.spent("training", "cpu")[0] == pytest.approx(sum(spent))
+    score = found.columns.numeric.index("naswot")
+    assert found.inputs[0, score] == float(rows[0]["naswot"])
 
 
 def test_the_test_split_gives_test_quality_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from scipy import stats
 
 import mil_cli
 from mil_cli.recipe.schema import Recipe
+from mil_cli.report.text import duration
 from mil_cli.run.cache import default_location
 from mil_cli.run.environment import computing_environment
 from mil_cli.stages.registry import StageConfig
@@ -106,7 +107,7 @@ def _machine(environment: Mapping[str, Any]) -> str:
     return f"torch {environment['torch']} on {environment['gpu'] or environment['isa']}"
 
 
-def origin_of(recipe: Recipe, script: Path, *more: object) -> str:
+def origin_of(recipe: Recipe, script: Path, *more: object, code: Sequence[str] = _CODE) -> str:
     """Return the fingerprint of what a recipe's chain computes, whatever the seed: settings, and the code behind them.
 
     Settings are those of all stages, since one may run another; code is that of all stages, of the training, and of the
@@ -116,12 +117,13 @@ def origin_of(recipe: Recipe, script: Path, *more: object) -> str:
         recipe: The recipe.
         script: The file of the comparison.
         more: What else the result rests on, JSON-able: the version of a peer.
+        code: Folders of the package with the code that it rests on.
     """
     stages = {name: _settings(config) for name, config in recipe.stages.items()} if recipe.chain else {}
     baseline = None if recipe.baseline is None else _settings(recipe.baseline)
     settings = [recipe.model.model_dump(mode="json"), recipe.data, recipe.task, recipe.trainer.model_dump(mode="json")]
     facts = [list(recipe.chain), stages, baseline, settings]
-    return fingerprint_of([facts, code_of(script), *more])[:_SHOWN]
+    return fingerprint_of([facts, code_of(script, tuple(code)), *more])[:_SHOWN]
 
 
 def _settings(config: StageConfig) -> list[object]:
@@ -129,16 +131,22 @@ def _settings(config: StageConfig) -> list[object]:
 
 
 @cache
-def code_of(script: Path) -> str:
-    """Return the fingerprint of the sources of all stages, the training, and a comparison."""
+def code_of(script: Path, folders: tuple[str, ...] = _CODE) -> str:
+    """Return the fingerprint of the sources in folders of the package, and of a comparison."""
     package = Path(mil_cli.__file__).parent
-    shared = [file for folder in _CODE for file in sorted((package / folder).rglob("*.py"))]
+    shared = [file for folder in folders for file in sorted((package / folder).rglob("*.py"))]
     sources = {file.relative_to(package).as_posix(): file.read_text(encoding="utf-8") for file in shared}
     own = [file.read_text(encoding="utf-8") for file in (Path(__file__), script)]
     return fingerprint_of([sources, own])
 
 
-def compute(work: Compute, phases: Sequence[Sequence[Point]], kept: Path, limits: Limits) -> list[str]:
+def compute(
+    work: Compute,
+    phases: Sequence[Sequence[Point]],
+    kept: Path,
+    limits: Limits,
+    shown: Callable[[Result], str] = json.dumps,
+) -> list[str]:
     """Compute the points that have no row yet, each in a process of its own, and keep their rows as they come.
 
     Args:
@@ -147,6 +155,7 @@ def compute(work: Compute, phases: Sequence[Sequence[Point]], kept: Path, limits
             points rest on is computed once.
         kept: The file of the rows.
         limits: How many at a time, and for how long.
+        shown: What is printed of a result.
 
     Returns:
         Why points failed, one line for each; those for which the time did not suffice are among them.
@@ -156,20 +165,21 @@ def compute(work: Compute, phases: Sequence[Sequence[Point]], kept: Path, limits
     deadline = None if limits.seconds is None else start + limits.seconds
     failures = []
     for number, phase in enumerate(phases, 1):
-        known = Rows(kept)
+        known, begun = Rows(kept), time.monotonic()
         missing = [point for point in phase if point not in known]
         with ThreadPoolExecutor(limits.jobs) as threads:
             running = {threads.submit(_row, work, point, limits, deadline): point for point in missing}
             try:
                 for done, future in enumerate(as_completed(running), 1):
                     point, row = running[future], future.result()
-                    said = f"[{number}/{len(phases)}: {done}/{len(missing)}, {time.monotonic() - start:.0f} s] "
+                    left = duration((time.monotonic() - begun) / done * (len(missing) - done))
+                    said = f"[{number}/{len(phases)}: {done}/{len(missing)}, {left} left] "
                     if "ended" in row:
                         failures.append(f"{_label(point)}: {row['ended']}")
                         print(said + failures[-1], file=sys.stderr, flush=True)
                     else:
                         append_row(kept, {"point": point, **row})
-                        print(f"{said}{_label(point)}: {json.dumps(row['result'])}", file=sys.stderr, flush=True)
+                        print(f"{said}{_label(point)}: {shown(row['result'])}", file=sys.stderr, flush=True)
             except BaseException:  # an interruption: threads would wait for their processes
                 threads.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():

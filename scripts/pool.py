@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -73,6 +74,14 @@ def append_row(file: Path, row: Known) -> None:
     broken = file.exists() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
     with file.open("a", encoding="utf-8") as out:
         out.write(("\n" if broken else "") + json.dumps(row) + "\n")
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Read which part of the work is asked for: ``i/n`` is every n-th piece from the i-th."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"a shard is i/n with i from 1 to n, not {text}")
+    return int(index), int(count)
 
 
 def _listen(receiving: Connection, deadline: float) -> tuple[Known, bool]:

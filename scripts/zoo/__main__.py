@@ -26,7 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from scripts.pool import append_row, read_rows, run
+from scripts.pool import append_row, read_rows, run, shard
 from scripts.zoo import int8_table, table
 from scripts.zoo.table import failures, outcome
 
@@ -117,19 +117,12 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def _shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise argparse.ArgumentTypeError(f"a shard is i/n with i from 1 to n, not {text}")
-    return int(index), int(count)
-
-
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--int8", dest="mode", action="store_const", const=INT8, default=CUT, help="quantize them")
     parser.add_argument("--only", nargs="+", default=[""], metavar="PATTERN", help="models whose name matches")
     parser.add_argument("--again", action="store_true", help="check once more what did not pass")
-    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="every N-th model from the I-th")
+    parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="every N-th model from the I-th")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one model")
     parser.add_argument("--memory", type=int, default=12, help="GiB for one model")
     parser.add_argument("--rows", type=Path, help="results, one line a model")

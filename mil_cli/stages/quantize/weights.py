@@ -18,6 +18,9 @@ from mil_cli.stages.quantize.ranges import CodeRange
 
 WeightObserverName = Literal["min_max", "mse"]
 
+_BY_CHANNEL = frozenset({"quantize_affine", "quantize_levels"})
+"""Quantizers of weights whose codes integer kernels multiply as they are."""
+
 _CANDIDATES = 71
 _AT_ONCE = 2**16
 _LEVELS_SHARE = 0.1
@@ -142,7 +145,7 @@ def settle_biases(graph: GraphModule) -> None:
                 values = get_attribute(graph, str(bias.target))
                 scale = scale_for_bias(get_attribute(graph, target), values, input_scale)
                 set_attribute(graph, target, scale)
-                if op_name(quantizer) == "quantize_affine" and reads_alone(graph, bias, layer):
+                if op_name(quantizer) in _BY_CHANNEL and reads_alone(graph, bias, layer):
                     _round_bias(values, input_scale * scale.detach().double())
 
 

@@ -153,7 +153,8 @@ def _insert_dropouts(graph: Graph, counterpart: dict[Node, Node], extra: Sequenc
         with graph.inserting_after(before):
             inserted = graph.call_function(target, (before, get_argument(node, "p"), False))
         inserted.meta = {key: before.meta[key] for key in ("val", "tensor_meta", "stack_trace") if key in before.meta}
-        inserted.meta |= {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}
+        if "nn_module_stack" in node.meta:
+            inserted.meta["nn_module_stack"] = node.meta["nn_module_stack"]
         for user in list(before.users):
             if user is not inserted:
                 user.replace_input_with(before, inserted)

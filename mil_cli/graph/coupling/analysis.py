@@ -308,13 +308,13 @@ def describe(reason: Reason) -> str:
 
 
 def _frozen_of(propagation: Propagation, recording: Recording) -> Iterator[Frozen]:
+    by_reason: dict[tuple[Node, str], list[int]] = {}
+    for label, reason in propagation.frozen.items():
+        by_reason.setdefault((reason.node, reason.text), []).append(label)
     for key, axes in propagation.labels.items():
         if not recording.is_parameter(key) or len(recording.shapes[key]) < 2:
             continue
         for axis, labels in axes.items():
-            by_reason: dict[tuple[Node, str], list[int]] = {}
-            for label, reason in propagation.frozen.items():
-                by_reason.setdefault((reason.node, reason.text), []).append(label)
             for (node, text), frozen in by_reason.items():
                 entries = int(np.isin(labels, frozen).sum())
                 if entries:

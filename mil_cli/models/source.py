@@ -72,7 +72,7 @@ class ModelSource(BaseModel):
 def build_model(
     source: ModelSource, *, root: Path, example: tuple[tuple[Any, ...], Mapping[str, Any]], seed: int
 ) -> Model:
-    """Build a model, load its weights, and capture it.
+    """Build a model, load its weights, and capture it; a module that holds choices as its largest architecture.
 
     Args:
         source: Where it comes from.
@@ -90,7 +90,9 @@ def build_model(
 
     if source.pt2 is not None:
         return Model.load(resolve_path(source.pt2, root))
-    module = build_module(source, root=root, seed=seed)
+    from mil_cli.spaces.largest import largest
+
+    module = largest(build_module(source, root=root, seed=seed))
     return Model.capture(
         module,
         example[0],

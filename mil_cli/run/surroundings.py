@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from mil_cli.device.host import resolve
 from mil_cli.errors import DataError, ModelError, RecipeError
 from mil_cli.files import sha256_of_file
 from mil_cli.graph.model import Model
-from mil_cli.models.source import ModelSource, build_model
+from mil_cli.models.source import ModelSource, build_model, build_module
 from mil_cli.models.user_code import user_code_fingerprint
+from mil_cli.spaces import DesignedSpace
 from mil_cli.stages.surroundings import Surroundings, derive_seed, fingerprint_of
 from mil_cli.task.source import build_task
 
@@ -47,11 +49,15 @@ def build_surroundings(recipe: Recipe) -> Surroundings:
         load_source=sources.load,
         source_fingerprint=sources.fingerprint,
         load_data=_OtherData(recipe.root).load,
+        load_space=partial(_space_of, recipe),
+        space_fingerprint=lambda: fingerprint_of(
+            [sources.fingerprint(recipe.model.model_dump(mode="json")), recipe.seed]
+        ),
     )
 
 
 def source_model(recipe: Recipe, surroundings: Surroundings) -> Model:
-    """Build and capture the recipe's own model.
+    """Build and capture the recipe's own model; of a space, its largest architecture.
 
     Raises:
         ModelError: It cannot be built, its checkpoint does not fit, or it cannot be captured.
@@ -62,6 +68,17 @@ def source_model(recipe: Recipe, surroundings: Surroundings) -> Model:
 def _build(source: ModelSource, recipe: Recipe, data: Data, task: Task, *, purpose: str) -> Model:
     example = task.inputs(next(iter(data.train.batches(EXAMPLE_BATCH))))
     return build_model(source, root=recipe.root, example=example, seed=derive_seed(recipe.seed, purpose))
+
+
+def _space_of(recipe: Recipe) -> DesignedSpace:
+    """Return the space that a recipe's model is, with the weights that its own model begins with.
+
+    Raises:
+        ModelError: It cannot be built, or holds no choice.
+    """
+    if recipe.model.target is None:
+        raise ModelError("a .pt2 file holds one net, without choices", value=str(recipe.model.pt2))
+    return DesignedSpace(build_module(recipe.model, root=recipe.root, seed=derive_seed(recipe.seed, "model")))
 
 
 class _OtherData:

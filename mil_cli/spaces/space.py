@@ -99,7 +99,12 @@ class DesignedSpace:
     @cached_property
     def largest(self) -> Architecture:
         """The largest sizes, the most blocks, the operators with the most parameters."""
-        return self._settle(lambda number: self._by_size(number)[-1])
+        return self.at(self.largest_choices)
+
+    @cached_property
+    def largest_choices(self) -> tuple[int, ...]:
+        """The index of the largest choice of every decision, whether or not it acts in the largest architecture."""
+        return tuple(self._by_size(number)[-1] for number in range(len(self.decisions)))
 
     def sample(self, generator: torch.Generator) -> Architecture:
         """Draw an architecture: each decision that acts is drawn by itself, all its choices equally likely."""

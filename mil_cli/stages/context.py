@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mil_cli.data.base import batch_length, repeated
-from mil_cli.errors import DataError, RecipeError, StageError, did_you_mean
+from mil_cli.errors import DataError, ModelError, RecipeError, StageError, did_you_mean
 from mil_cli.events import Progress
 from mil_cli.measure.latency import measure_latency
 from mil_cli.stages.registry import StageConfig, config_type, function_of
@@ -29,6 +29,7 @@ from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import Quality, evaluate, fixed_batch
 from mil_cli.training.loop import FitResult, fit
 from mil_cli.training.objective import Binding, StepHook
+from mil_cli.training.trainee import T
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.measure.process import Feeds
     from mil_cli.measure.types import Latency
+    from mil_cli.spaces import DesignedSpace
     from mil_cli.task.base import Task
 
 
@@ -125,6 +127,23 @@ class Context:
         self._record("seed")
         return derive_seed(self._surroundings.seed, self.name)
 
+    def space(self) -> DesignedSpace:
+        """Return the space that the recipe's own model is, with its first weights; a new one each time.
+
+        Raises:
+            StageError: The model holds no choice.
+        """
+        self._record("space")
+        try:
+            return self._surroundings.load_space()
+        except ModelError as problem:
+            raise StageError(
+                f"stage '{self.name}' searches a space that the model holds, and {problem.what}",
+                where="model",
+                **({"value": problem.value} if problem.has_value else {}),
+                hint="write choices into the model (mil_cli.spaces), or search inside it as it is by nas/elastic",
+            ) from None
+
     @property
     def original(self) -> Model:
         """The uncompressed model; not to be changed.
@@ -183,16 +202,16 @@ class Context:
 
     def train(
         self,
-        model: Model,
+        model: T,
         *,
         settings: TrainerConfig,
         doing: str,
         slot: str = "fit",
-        bind: Binding | None = None,
+        bind: Binding[T] | None = None,
         taps: Sequence[str] = (),
         companions: nn.Module | None = None,
         data: Data | None = None,
-    ) -> FitResult:
+    ) -> FitResult[T]:
         """Train a copy of `model` by the one training loop, resumably.
 
         Args:
@@ -215,7 +234,7 @@ class Context:
             settings=settings,
             seed=self.seed,
             bind=bind,
-            before_step=self._before_step,
+            before_step=cast("StepHook[T] | None", self._before_step),
             taps=taps,
             companions=companions,
             steps=self._steps,
@@ -224,7 +243,7 @@ class Context:
             description=f"{self.name}: {doing}",
         )
 
-    def fit(self, model: Model, *, settings: TrainerConfig, doing: str, **options: Any) -> Model:
+    def fit(self, model: T, *, settings: TrainerConfig, doing: str, **options: Any) -> T:
         """Train as `train` does, with its `options`, and note the history for the report; return the model."""
         result = self.train(model, settings=settings, doing=doing, **options)
         self.note(history=result.history, stopped=result.stopped)
@@ -317,7 +336,7 @@ class Context:
         finally:
             self._prefix = outer
 
-    def evaluate(self, model: Model, *, limit: int | None = None) -> Quality:
+    def evaluate(self, model: Callable[..., Any], *, limit: int | None = None) -> Quality:
         """Return the quality of `model` on `limit` samples of `val`, always the same ones; all by default."""
         return evaluate(model, task=self.task, split=self.data.val, split_name="val", limit=limit)
 

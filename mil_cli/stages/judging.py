@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,11 +33,11 @@ def with_fresh_statistics(model: Model, context: Context, *, samples: int) -> Mo
     return recalibrate(model, context.calibration(samples=samples, batch_size=_BATCH, model=model))
 
 
-def quality_or_worst(model: Model, context: Context, *, samples: int) -> float:
+def quality_or_worst(model: Callable[..., Any], context: Context, *, samples: int) -> float:
     """Return a model's quality on some of val; the worst there is, an infinity, if its outputs are not finite.
 
     Args:
-        model: The model.
+        model: The model, or a module in evaluation mode.
         context: Gives task and val.
         samples: How many samples of val at most.
     """

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast
 
+from mil_cli.errors import ModelError
 from mil_cli.measure.latency import LATENCY_VERSION
 from mil_cli.stages.registry import StageConfig
 from mil_cli.training.config import TrainerConfig
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mil_cli.data.base import Data, Split
     from mil_cli.device.profile import DeviceProfile
     from mil_cli.graph.model import Model
+    from mil_cli.spaces import DesignedSpace
     from mil_cli.task.base import Task
 
 
@@ -48,6 +50,10 @@ def _no_other_data(settings: object) -> Data:
     raise KeyError(f"no data other than the recipe's: {settings!r}")
 
 
+def _no_space() -> DesignedSpace:
+    raise ModelError("there is no recipe whose model could hold choices")
+
+
 def _whole(split: Split) -> Split:
     return split
 
@@ -68,6 +74,8 @@ class Surroundings:
         source_fingerprint: Fingerprint of such a source: its settings and the content of its files.
         original: The uncompressed model where it is stored; absent while it is itself being made.
         load_data: Builds data other than the recipe's, from settings as those of its section ``data``.
+        load_space: Builds the space that the recipe's own model is, with its first weights.
+        space_fingerprint: Fingerprint of that: the model's settings, the content of its files, the seed of its weights.
         shorten: What a dry run makes of a split that a stage makes itself; a real run leaves it as it is.
     """
 
@@ -82,6 +90,8 @@ class Surroundings:
     source_fingerprint: Callable[[object], str]
     original: StoredModel | None = None
     load_data: Callable[[object], Data] = _no_other_data
+    load_space: Callable[[], DesignedSpace] = _no_space
+    space_fingerprint: Callable[[], str] = str
     shorten: Callable[[Split], Split] = _whole
 
     def fingerprint(self, read: str) -> str:
@@ -111,6 +121,8 @@ class Surroundings:
                 return "none" if self.original is None else self.original.fingerprint
             case "latency_protocol":
                 return str(LATENCY_VERSION)
+            case "space":
+                return self.space_fingerprint()
             case "source":
                 return self.source_fingerprint(json.loads(name))
             case "other_data":

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_argument
@@ -53,6 +54,29 @@ def recalibrate(model: Model, calls: Iterable[tuple[Sequence[Any], Mapping[str, 
         set_argument(node, "momentum", momentum)
     result.graph.recompile()
     return result
+
+
+def recalibrate_module(module: nn.Module, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]) -> None:
+    """Give the batch norms of a module in evaluation mode the statistics of some data, as `recalibrate` does; in place.
+
+    Args:
+        module: The module.
+        calls: Inputs as (args, kwargs), without augmentation.
+    """
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    with torch.no_grad():
+        for args, kwargs in calls:
+            module(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def norms_with_statistics(model: Model) -> list[Node]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-_SCHEDULES = ("onecycle", "cosine", "constant")
+_SCHEDULES = ("onecycle", "cosine", "exponential", "constant")
 
 
 class TrainerConfig(BaseModel):
@@ -19,9 +19,9 @@ class TrainerConfig(BaseModel):
         optimizer: ``_target_`` of a torch optimizer and its arguments. One-dimensional parameters (biases, norms) get
             no weight decay.
         learning_rate: Overrides the optimizer's ``lr``: one key to sweep over.
-        scheduler: ``name`` (onecycle, cosine, constant) with ``warmup`` (share of all steps) and ``final`` (share of
-            the learning rate that is left at the end); or ``_target_`` of a torch scheduler, with ``interval`` (epoch
-            or step).
+        scheduler: ``name`` (onecycle, cosine, exponential, constant) with ``warmup`` (share of all steps) and ``final``
+            (share of the learning rate that is left at the end); or ``_target_`` of a torch scheduler, with
+            ``interval`` (epoch or step).
         precision: As lightning-fabric names it; ``32-true``, ``bf16-mixed`` (slow on CPUs without it) or ``16-mixed``.
         gradient_clip: Largest norm of all gradients together; None: not clipped.
         ema: Decay of an exponential moving average of the weights, which then is what training gives; None: off.

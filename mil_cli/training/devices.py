@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning_fabric import Fabric
 from torch import nn
-from torch.fx import GraphModule
 
 from mil_cli.errors import RecipeError
 from mil_cli.training.config import TrainerConfig
@@ -18,7 +17,7 @@ from mil_cli.training.config import TrainerConfig
 class Network(nn.Module):
     """A model's graph as the module that lightning-fabric and DDP want."""
 
-    def __init__(self, graph: GraphModule) -> None:
+    def __init__(self, graph: nn.Module) -> None:
         super().__init__()
         self.graph = graph
 

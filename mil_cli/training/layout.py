@@ -9,11 +9,10 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mil_cli.data.base import Batch
-from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import calls, op_name
+from mil_cli.training.trainee import Trainee
 
 
-def use_channels_last(model: Model, *, wanted: bool | Literal["auto"]) -> bool:
+def use_channels_last(model: Trainee, *, wanted: bool | Literal["auto"]) -> bool:
     """Bring a model's weights into channels_last if that is wanted and works.
 
     Args:
@@ -31,7 +30,7 @@ def use_channels_last(model: Model, *, wanted: bool | Literal["auto"]) -> bool:
         return True
     leaves = [leaf for leaf in tree_leaves(model.samples) if isinstance(leaf, torch.Tensor)]
     has_images = any(leaf.ndim == 4 and leaf.is_floating_point() for leaf in leaves)
-    if not has_images or not any(op_name(node) == "conv2d" for node in calls(model.graph)):
+    if not has_images or not any(parameter.ndim == 4 for parameter in model.parameters()):
         return False
     was_training = model.training
     model.eval()
@@ -51,7 +50,7 @@ def use_channels_last(model: Model, *, wanted: bool | Literal["auto"]) -> bool:
     return works
 
 
-def to_contiguous(model: Model) -> None:
+def to_contiguous(model: Trainee) -> None:
     """Bring a model's weights back into the default layout, in place."""
     for tensor in [*model.graph.parameters(), *model.graph.buffers()]:
         tensor.data = tensor.data.contiguous()
@@ -78,7 +77,7 @@ def place(batch: Batch, *, device: torch.device, channels_last: bool) -> Batch:
     return tuple(move(value) for value in batch)
 
 
-def _to_channels_last(model: Model) -> None:
+def _to_channels_last(model: Trainee) -> None:
     for tensor in [*model.graph.parameters(), *model.graph.buffers()]:
         if tensor.ndim == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)

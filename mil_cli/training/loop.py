@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Generic, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -28,10 +28,11 @@ from mil_cli.training.checkpoint import CheckpointSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.devices import Network, build_fabric, run_in_precision
 from mil_cli.training.ema import MovingAverage
-from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate, fixed_batch, too_few_samples
+from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate, too_few_samples
 from mil_cli.training.layout import place, to_contiguous, use_channels_last
 from mil_cli.training.objective import Binding, Objective, Running, StepHook
 from mil_cli.training.optimizers import build_optimizer, build_scheduler
+from mil_cli.training.trainee import T
 
 _STATE_VERSION = 2
 _GUARD_STEPS = 100
@@ -41,7 +42,7 @@ _SAVE_SHARE = 50  # a checkpoint is written at most so often that writing takes 
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitResult:
+class FitResult(Generic[T]):
     """What training gave.
 
     Attributes:
@@ -52,22 +53,22 @@ class FitResult:
         seconds: How long the steps and evaluations took, those before an interruption included.
     """
 
-    model: Model
+    model: T
     history: list[dict[str, Any]]
     stopped: str | None
     seconds: float
 
 
 def fit(
-    model: Model,
+    model: T,
     *,
     task: Task,
     data: Data,
     settings: TrainerConfig,
     seed: int,
     objective: Objective | None = None,
-    bind: Binding | None = None,
-    before_step: StepHook | None = None,
+    bind: Binding[T] | None = None,
+    before_step: StepHook[T] | None = None,
     taps: Sequence[str] = (),
     companions: nn.Module | None = None,
     steps: int | None = None,
@@ -75,7 +76,7 @@ def fit(
     progress: Progress | None = None,
     description: str = "training",
     clock: Callable[[], float] = time.monotonic,
-) -> FitResult:
+) -> FitResult[T]:
     """Train a copy of a model.
 
     The same model, data, settings and seed give the same weights to the bit on the same machine with as many threads,
@@ -150,17 +151,17 @@ class _Position:
     seconds: float = 0.0
 
 
-class _Loop:
+class _Loop(Generic[T]):
     def __init__(
         self,
         *,
-        model: Model,
+        model: T,
         task: Task,
         data: Data,
         settings: TrainerConfig,
         seed: int,
-        bind: Binding,
-        before_step: StepHook | None,
+        bind: Binding[T],
+        before_step: StepHook[T] | None,
         taps: Sequence[str],
         companions: nn.Module,
         steps: int | None,
@@ -196,7 +197,7 @@ class _Loop:
         self._model.graph.to(fabric.device)
         self._tapped: Mapping[str, torch.Tensor] = {}
         self._taps = bool(taps)
-        graph = tap(self._model, taps).graph() if taps else self._model.graph
+        graph = tap(cast("Model", self._model), taps).graph() if taps else self._model.graph
         self._network, self._optimizer = fabric.setup(Network(graph), optimizer)
         # On one device in full precision Fabric's wrappers do nothing but cost time, which small models feel.
         self._plain = fabric.world_size == 1 and settings.precision == "32-true"
@@ -223,7 +224,7 @@ class _Loop:
             )
         )
 
-    def run(self) -> FitResult:
+    def run(self) -> FitResult[T]:
         self._resume()
         total = self._settings.epochs * self._steps
         position = self._position
@@ -374,7 +375,7 @@ class _Loop:
             " trainer.gradient_clip: 1.0"
         )
 
-    def _finish(self) -> FitResult:
+    def _finish(self) -> FitResult[T]:
         position = self._position
         if position.diverged and self._best_state is None:
             self._load_weights(self._initial)
@@ -502,7 +503,7 @@ class _Loop:
 
     def _choose_batch_size(self) -> int:
         size = self._settings.batch_size
-        fixed = fixed_batch(self._model)
+        fixed = self._model.spec.fixed_batch
         if fixed is not None and fixed != size:
             self._progress.notice(f"the model takes batches of {fixed} only: training uses that instead of {size}")
             size = fixed
@@ -521,7 +522,7 @@ class _Loop:
             DataError: It is; there are no more samples.
         """
         wanted = self._batch_size // self._fabric.world_size
-        if not self._drop_last and batch_length(batch) < wanted and fixed_batch(self._model) is not None:
+        if not self._drop_last and batch_length(batch) < wanted and self._model.spec.fixed_batch is not None:
             raise too_few_samples(self._batch_size, "train", len(self._data.train))
 
     def _note(self) -> str:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias
 
 import torch
 
 from mil_cli.data.base import Batch
-from mil_cli.graph.model import Model
+from mil_cli.training.trainee import T
 
 Objective: TypeAlias = Callable[[Any, Batch], torch.Tensor]
 """(outputs, batch) -> the scalar to minimise."""
 
 
 @dataclass(frozen=True)
-class Running:
+class Running(Generic[T]):
     """A training under way, as an objective sees it that is bound to it.
 
     Attributes:
@@ -30,7 +30,7 @@ class Running:
         channels_last: Whether images are laid out so.
     """
 
-    model: Model
+    model: T
     steps: Callable[[], int]
     total_steps: int
     forward: Callable[..., Any]
@@ -39,8 +39,8 @@ class Running:
     channels_last: bool
 
 
-StepHook: TypeAlias = Callable[[Model, int, int], None]
+StepHook: TypeAlias = Callable[[T, int, int], None]
 """Called with the model in training, the number of steps taken, and that of the whole training."""
 
-Binding: TypeAlias = Callable[[Running], Objective]
+Binding: TypeAlias = Callable[[Running[T]], Objective]
 """Makes an objective that needs more than outputs and batch."""

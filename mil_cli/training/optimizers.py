@@ -17,8 +17,10 @@ from mil_cli.models.user_code import call_target
 from mil_cli.training.config import TrainerConfig
 
 _ONECYCLE_START = 1 / 25
-_WARMUP = {"onecycle": 0.25, "cosine": 0.0, "constant": 0.0}
-_FINAL = {"onecycle": 1e-4, "cosine": 0.0, "constant": 1.0}
+_WARMUP = {"onecycle": 0.25, "cosine": 0.0, "exponential": 0.0, "constant": 0.0}
+_FINAL = {"onecycle": 1e-4, "cosine": 0.0, "exponential": 0.05, "constant": 1.0}
+_EXPONENTIAL_END = 0.01
+"""What a factor that falls exponentially would come to at the end, if it did not stay at its `final` before."""
 
 
 def build_optimizer(settings: TrainerConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
@@ -98,7 +100,8 @@ def schedule(config: Mapping[str, Any], *, total_steps: int) -> Callable[[int], 
     Args:
         config: ``name``; ``warmup``, the share of all steps in which the factor rises; ``final``, the factor at the
             end. onecycle (Smith and Topin 2018) rises along a cosine from 1/25 over a quarter of the steps and falls
-            along a cosine to 1/10,000; cosine and constant rise linearly, over none by default.
+            along a cosine to 1/10,000; the others rise linearly, over none by default. exponential (Yu et al. 2020,
+            "BigNAS") falls by the same share in each step and stays at `final`, 1/20 by default, once it is there.
         total_steps: Steps of the whole training.
     """
     name = config["name"]
@@ -123,6 +126,8 @@ def _factor(step: int, *, kind: str, warmup: float, final: float, total: int) ->
     if kind == "constant":
         return 1.0
     share = (step - warmup) / (total - warmup) if total > warmup else 1.0
+    if kind == "exponential":
+        return float(max(final, _EXPONENTIAL_END**share))
     return _cosine(1.0, final, share)
 
 

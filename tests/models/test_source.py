@@ -114,3 +114,14 @@ def test_modules_of_several_kinds_are_taken() -> None:
     assert isinstance(
         build_module(ModelSource.model_validate({"_target_": "torch.nn.Identity"}), root=Path(), seed=0), nn.Module
     )
+
+
+def test_a_space_is_captured_as_its_largest_net_with_the_weights_that_it_has() -> None:
+    source = ModelSource.model_validate(
+        {"_target_": "mil_cli.models.small_nets.small_nets", "widths": [[4, 8], [8, 16]], "blocks": [1, 1]}
+    )
+    example: tuple[tuple[Any, ...], dict[str, Any]] = ((torch.zeros(4, 1, 8, 8),), {})
+    model = build_model(source, root=Path(), example=example, seed=3)
+    shared = build_module(source, root=Path(), seed=3)
+    assert next(weight.shape[0] for name, weight in model.named_parameters()) == 8
+    torch.testing.assert_close(model.state_dict()["head.weight"], shared.state_dict()["head.weight"], rtol=0, atol=0)

@@ -14,6 +14,7 @@ from mil_cli.data.base import Data
 from mil_cli.device.host import resolve
 from mil_cli.errors import DataError, RecipeError, StageError
 from mil_cli.events import SilentProgress
+from mil_cli.spaces import DesignedSpace
 from mil_cli.stages import context as module
 from mil_cli.stages import surroundings as surroundings_module
 from mil_cli.stages.context import Context
@@ -61,6 +62,8 @@ def surroundings(**changes: Any) -> Surroundings:
         "load_source": lambda source: f"model of {source}",
         "source_fingerprint": lambda source: f"content of {source}",
         "load_data": lambda settings: Data(name="other", train=Split("images"), val=Split("-"), test=Split("-")),
+        "load_space": lambda: "space",
+        "space_fingerprint": lambda: "module",
     }
     return Surroundings(**{**base, **changes})
 
@@ -78,6 +81,7 @@ READS = {
     "goal/size": lambda context: context.goal("size"),
     "seed": lambda context: context.generator(),
     'source/"teacher.pt2"': lambda context: context.source("teacher.pt2"),
+    "space": lambda context: context.space(),
     'other_data/{"_target_": "images"}': lambda context: context.other_data({"_target_": "images"}).train,
 }
 
@@ -99,6 +103,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "goal/size": {"goals": {"size": {"max": 200.0}}},
     "seed": {"seed": 1},
     'source/"teacher.pt2"': {"source_fingerprint": lambda source: "other content"},
+    "space": {"space_fingerprint": lambda: "other module"},
     'other_data/{"_target_": "images"}': {
         "load_data": lambda settings: Data(name="other", train=Split("changed"), val=Split("-"), test=Split("-"))
     },
@@ -214,3 +219,10 @@ def test_a_checkpoint_is_written_after_the_trace_it_depends_on(tmp_path: Path) -
 def test_calibration_gives_about_as_many_samples_as_asked() -> None:
     drawn = [args[0] for args, _ in context(surroundings()).calibration(samples=5, batch_size=2)]
     assert sum(len(part) for part in drawn) == 6
+
+
+def test_a_model_without_choices_is_no_space() -> None:
+    reader = context(replace(surroundings(), load_space=lambda: DesignedSpace(torch.nn.Linear(2, 2))))
+    with pytest.raises(StageError, match=r"stage 'cut' searches a space .* nothing to choose") as problem:
+        reader.space()
+    assert "nas/elastic" in str(problem.value)

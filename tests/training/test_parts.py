@@ -122,6 +122,13 @@ class TestSchedule:
         assert [round(constant(step), 9) for step in range(8)] == [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1]
         assert schedule({"name": "onecycle"}, total_steps=1)(0) == pytest.approx(0.04)
 
+    def test_exponential_falls_by_a_share_and_then_stays(self) -> None:
+        factor = schedule({"name": "exponential"}, total_steps=101)
+        values = [factor(step) for step in range(101)]
+        assert values[:65] == pytest.approx([0.01 ** (step / 100) for step in range(65)])
+        assert set(values[66:]) == {0.05}
+        assert schedule({"name": "exponential", "final": 0.2, "warmup": 0.1}, total_steps=11)(10) == 0.2
+
     def test_it_steers_the_optimizer(self) -> None:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
         settings = TrainerConfig(scheduler={"name": "cosine"})

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import ndtr
 
 from mil_cli.assess.prediction import FEWEST
-from mil_cli.assess.predictors.base import Prediction, Predictor
+from mil_cli.assess.predictors.base import Fitted, Prediction, Predictor
 from mil_cli.assess.predictors.targets import NormalScores
 from mil_cli.assess.ranking import Floats
 from mil_cli.assess.table import Bools, Ints
@@ -26,16 +26,21 @@ class Acquisition(BaseModel):
         strategy: ``expected_improvement`` over the best so far (Jones et al. 1998, "Efficient global optimization of
             expensive black-box functions"); ``upper_bound``: mean plus deviations (Srinivas et al. 2010, "Gaussian
             process optimization in the bandit setting"); ``rank_uncertainty``: those of which it is least sure whether
-            they belong to the best `top`, so that these are told apart; ``random``: the baseline.
+            they belong to the best `top`, so that these are told apart; ``thompson``: the best of what the predictor
+            may believe, drawn anew for each, and apart for each architecture (Thompson 1933, "On the likelihood that
+            one unknown probability exceeds another"; White et al. 2021, "BANANAS"); ``random``: the baseline.
         batch: How many are trained at a time. Each is chosen as if those before it had reached what is expected of
-            them (Ginsbourger et al. 2010, "Kriging is well-suited to parallelize optimization").
+            them (Ginsbourger et al. 2010, "Kriging is well-suited to parallelize optimization"), for which a predictor
+            is fitted each time; by ``thompson``, whose draws differ anyway, it is fitted once.
         exploration: Deviations that ``upper_bound`` adds.
         top: How many of the best ``rank_uncertainty`` is about.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    strategy: Literal["expected_improvement", "upper_bound", "rank_uncertainty", "random"] = "expected_improvement"
+    strategy: Literal["expected_improvement", "upper_bound", "rank_uncertainty", "thompson", "random"] = (
+        "expected_improvement"
+    )
     batch: int = Field(5, ge=1)
     exploration: float = Field(1.0, ge=0)
     top: int = Field(10, ge=1)
@@ -72,6 +77,8 @@ def next_trainings(
         return [int(row) for row in np.random.default_rng(seed).permutation(np.flatnonzero(open_rows))[:count]]
     believed = np.full(len(values), np.nan)
     believed[trained] = NormalScores.of(values[trained]).scores
+    if acquisition.strategy == "thompson" and count:
+        return _drawn(predictor.fit(features[trained], believed[trained], seed), features, open_rows, count, seed)
     chosen: list[int] = []
     with (progress or SilentProgress()).work("next trainings", count) as bar:
         for _ in range(count):
@@ -144,6 +151,19 @@ def replay(
         values[order] = truth[order]
         order += next_trainings(predictor, features, values, acquisition, seed=seed + len(order))
     return np.array(order[:trainings])
+
+
+def _drawn(fitted: Fitted, features: Floats, open_rows: Bools, count: int, seed: int) -> list[int]:
+    """Return for each of some draws the row that is best in it, of those that were not before."""
+    left = np.flatnonzero(open_rows)
+    prediction = fitted.predict(features[left])
+    generator = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for _ in range(count):
+        drawn = generator.normal(prediction.mean, prediction.deviation)
+        drawn[np.isin(left, chosen)] = -np.inf
+        chosen.append(int(left[np.argmax(drawn)]))
+    return chosen
 
 
 def _wanted(prediction: Prediction, known: Floats, acquisition: Acquisition, seed: int) -> Floats:

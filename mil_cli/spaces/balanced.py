@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import zip_longest
+from typing import Protocol, TypeVar
 
 import torch
 
 from mil_cli.errors import ModelError
 from mil_cli.spaces.architecture import Architecture
-from mil_cli.spaces.forms import Form
 from mil_cli.spaces.space import DesignedSpace
+
+Drawn = TypeVar("Drawn")
+
+
+class Drawable(Protocol[Drawn]):
+    """A space of which candidates can be drawn and compared, such as a `DesignedSpace`."""
+
+    def sample(self, generator: torch.Generator, /) -> Drawn:
+        """Draw a candidate."""
+        ...
+
+    def form(self, architecture: Drawn, /) -> Hashable:
+        """Return what is equal for candidates that are the same net."""
+        ...
 
 
 def sample_balanced(
@@ -48,21 +62,36 @@ def sample_balanced(
     """
     if not low < high:
         raise ModelError("the largest cost must be above the smallest", value=(low, high))
-    kept: list[list[Architecture]] = [[] for _ in range(strata)]
-    seen: set[Form] = set()
-    for _ in range(tries * count):
-        if all(len(stratum) * strata >= count for stratum in kept):
-            break
-        architecture = space.sample(generator)
-        place = math.floor((cost(architecture) - low) / (high - low) * strata)
-        form = space.form(architecture)
-        if 0 <= place < strata and form not in seen:
-            seen.add(form)
-            kept[place].append(architecture)
-    in_turn = [one for round_ in zip_longest(*kept) for one in round_ if one is not None]
+    in_turn = draw_balanced(space, cost, generator, count=count, low=low, high=high, strata=strata, tries=tries)
     if len(in_turn) < count:
         raise ModelError(
             f"{len(in_turn)} different architectures between {low:,.6g} and {high:,.6g} were met, {count} are wanted",
             hint="ask for fewer, or widen the range",
         )
+    return in_turn
+
+
+def draw_balanced(
+    space: Drawable[Drawn],
+    cost: Callable[[Drawn], float],
+    generator: torch.Generator,
+    *,
+    count: int,
+    low: float,
+    high: float,
+    strata: int = 8,
+    tries: int = 50,
+) -> list[Drawn]:
+    """Return what `sample_balanced` does, or fewer where fewer are met; its arguments are the same."""
+    kept: list[list[Drawn]] = [[] for _ in range(strata)]
+    seen: set[Hashable] = set()
+    for _ in range(tries * count):
+        if all(len(stratum) * strata >= count for stratum in kept):
+            break
+        architecture = space.sample(generator)
+        place = math.floor((cost(architecture) - low) / (high - low) * strata)
+        if 0 <= place < strata and (form := space.form(architecture)) not in seen:
+            seen.add(form)
+            kept[place].append(architecture)
+    in_turn = [one for round_ in zip_longest(*kept) for one in round_ if one is not None]
     return in_turn[:count]

@@ -8,31 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 Candidate = tuple[int, ...]
-"""What a search chooses: by axis of its space, the index of a choice."""
+"""What a search inside a model chooses: by axis of its space, the index of a choice."""
+
+Bred = TypeVar("Bred")
+"""A candidate of any kind: a `Candidate`, or an architecture of a designed space."""
 
 
-class Breedable(Protocol):
+class Breedable(Protocol[Bred]):
     """A space whose candidates can be drawn, changed and crossed."""
 
     @property
-    def smallest(self) -> Candidate:
+    def smallest(self) -> Bred:
         """The candidate that costs least."""
         ...
 
-    def sample(self, generator: torch.Generator) -> Candidate:
+    def sample(self, generator: torch.Generator, /) -> Bred:
         """Draw a candidate."""
         ...
 
-    def mutate(self, candidate: Candidate, generator: torch.Generator, *, probability: float) -> Candidate:
+    def mutate(self, candidate: Bred, generator: torch.Generator, /, *, probability: float) -> Bred:
         """Return a candidate with some axes drawn anew, each with the probability given, at least one."""
         ...
 
-    def cross(self, first: Candidate, second: Candidate, generator: torch.Generator) -> Candidate:
+    def cross(self, first: Bred, second: Bred, generator: torch.Generator, /) -> Bred:
         """Return a candidate that has each axis from one of two."""
         ...
 
@@ -63,7 +66,7 @@ class Scored:
 
 
 def evolve(
-    space: Breedable,
+    space: Breedable[Candidate],
     *,
     cost: Callable[[Candidate], float],
     bound: float,
@@ -80,7 +83,7 @@ def evolve(
 
     Real et al. 2019, "Regularized Evolution for Image Classifier Architecture Search", for the loop; as in Cai et al.
     2020, "Once-for-All", children are mutations and crossings of the best quarter, and only candidates within the
-    bound are scored.
+    bound are scored. (`mil_cli.stages.nas.search.evolution` is the one in which the oldest dies.)
 
     Args:
         space: The space.
@@ -142,7 +145,7 @@ class _Breeder:
     """
 
     def __init__(
-        self, space: Breedable, cost: Callable[[Candidate], float], bound: float, generator: torch.Generator
+        self, space: Breedable[Candidate], cost: Callable[[Candidate], float], bound: float, generator: torch.Generator
     ) -> None:
         self._space = space
         self._cost = cost

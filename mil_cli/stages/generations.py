@@ -41,7 +41,7 @@ class Generations:
 
     def best(
         self,
-        space: Breedable,
+        space: Breedable[Candidate],
         fitting: Fitting,
         bound: float,
         *,

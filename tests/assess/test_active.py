@@ -19,7 +19,7 @@ from mil_cli.assess.predictors.ridge import Ridge
 from mil_cli.assess.ranking import precision_at
 
 Floats = np.ndarray
-STRATEGIES = ("expected_improvement", "upper_bound", "rank_uncertainty", "random")
+STRATEGIES = ("expected_improvement", "upper_bound", "rank_uncertainty", "thompson", "random")
 
 
 def landscape(seed: int, count: int = 100) -> tuple[Floats, Floats]:
@@ -119,7 +119,7 @@ def test_at_random_the_best_is_found_after_half_of_all_trainings() -> None:
     assert np.mean(counts) == pytest.approx(at_random(100, 40), abs=2)
 
 
-@pytest.mark.parametrize("strategy", ["expected_improvement", "upper_bound"])
+@pytest.mark.parametrize("strategy", ["expected_improvement", "upper_bound", "thompson"])
 def test_the_best_is_found_after_fewer_trainings_than_at_random(strategy: str) -> None:
     counts = [trainings_to_the_best(Ridge(), landscape(seed), strategy, seed=seed, most=40) for seed in range(6)]
     assert at_most(counts) < at_random(100, 40) - 5

@@ -12,6 +12,8 @@ from mil_cli.errors import ModelError
 from mil_cli.models.user_code import call_target
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mil_cli.graph.model import Model
 
 
@@ -87,12 +89,28 @@ def build_model(
         ArchiveError: The `.pt2` file is missing, damaged or unsafe.
     """
     from mil_cli.graph.model import Model
+    from mil_cli.spaces.largest import largest
 
     if source.pt2 is not None:
         return Model.load(resolve_path(source.pt2, root))
-    from mil_cli.spaces.largest import largest
+    return capture_module(source, largest(build_module(source, root=root, seed=seed)), example=example)
 
-    module = largest(build_module(source, root=root, seed=seed))
+
+def capture_module(
+    source: ModelSource, module: nn.Module, *, example: tuple[tuple[Any, ...], Mapping[str, Any]]
+) -> Model:
+    """Capture a module that a source gave, or one that takes its place, with the source's names and dynamic axes.
+
+    Args:
+        source: Where it comes from.
+        module: The module.
+        example: Positional and keyword arguments, of a batch of 2 samples or more.
+
+    Raises:
+        CaptureError: `torch.export` cannot capture the module.
+    """
+    from mil_cli.graph.model import Model
+
     return Model.capture(
         module,
         example[0],

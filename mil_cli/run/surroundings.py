@@ -13,7 +13,7 @@ from mil_cli.device.host import resolve
 from mil_cli.errors import DataError, ModelError, RecipeError
 from mil_cli.files import sha256_of_file
 from mil_cli.graph.model import Model
-from mil_cli.models.source import ModelSource, build_model, build_module
+from mil_cli.models.source import ModelSource, build_model, build_module, capture_module
 from mil_cli.models.user_code import user_code_fingerprint
 from mil_cli.spaces import DesignedSpace
 from mil_cli.stages.surroundings import Surroundings, derive_seed, fingerprint_of
@@ -50,6 +50,7 @@ def build_surroundings(recipe: Recipe) -> Surroundings:
         source_fingerprint=sources.fingerprint,
         load_data=_OtherData(recipe.root).load,
         load_space=partial(_space_of, recipe),
+        capture=lambda module: capture_module(recipe.model, module, example=_example(data, task)),
         space_fingerprint=lambda: fingerprint_of(
             [sources.fingerprint(recipe.model.model_dump(mode="json")), recipe.seed]
         ),
@@ -66,8 +67,12 @@ def source_model(recipe: Recipe, surroundings: Surroundings) -> Model:
 
 
 def _build(source: ModelSource, recipe: Recipe, data: Data, task: Task, *, purpose: str) -> Model:
-    example = task.inputs(next(iter(data.train.batches(EXAMPLE_BATCH))))
+    example = _example(data, task)
     return build_model(source, root=recipe.root, example=example, seed=derive_seed(recipe.seed, purpose))
+
+
+def _example(data: Data, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return task.inputs(next(iter(data.train.batches(EXAMPLE_BATCH))))
 
 
 def _space_of(recipe: Recipe) -> DesignedSpace:

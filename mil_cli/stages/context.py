@@ -144,6 +144,15 @@ class Context:
                 hint="write choices into the model (mil_cli.spaces), or search inside it as it is by nas/elastic",
             ) from None
 
+    def capture(self, module: nn.Module) -> Model:
+        """Return a module of the recipe's space as a model, in evaluation mode, captured as the recipe's own is.
+
+        Raises:
+            CaptureError: It cannot be captured.
+        """
+        self._record("space")
+        return self._surroundings.capture(module)
+
     @property
     def original(self) -> Model:
         """The uncompressed model; not to be changed.

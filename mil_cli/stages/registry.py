@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 METHODS: dict[tuple[str, str], str] = {
     ("train", "supervised"): "mil_cli.stages.train.supervised",
     ("nas", "elastic"): "mil_cli.stages.nas.elastic",
+    ("nas", "spos"): "mil_cli.stages.nas.spos",
+    ("nas", "fairnas"): "mil_cli.stages.nas.fairnas",
+    ("nas", "bignas"): "mil_cli.stages.nas.bignas",
+    ("nas", "ofa"): "mil_cli.stages.nas.ofa",
     ("prune", "magnitude"): "mil_cli.stages.prune.magnitude",
     ("prune", "taylor"): "mil_cli.stages.prune.taylor",
     ("prune", "fpgm"): "mil_cli.stages.prune.fpgm",

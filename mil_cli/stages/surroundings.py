@@ -15,6 +15,8 @@ from mil_cli.stages.registry import StageConfig
 from mil_cli.training.config import TrainerConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mil_cli.data.base import Data, Split
     from mil_cli.device.profile import DeviceProfile
     from mil_cli.graph.model import Model
@@ -54,6 +56,10 @@ def _no_space() -> DesignedSpace:
     raise ModelError("there is no recipe whose model could hold choices")
 
 
+def _no_capture(module: nn.Module) -> Model:
+    raise ModelError("there is no recipe whose model this could replace", value=type(module).__name__)
+
+
 def _whole(split: Split) -> Split:
     return split
 
@@ -75,6 +81,7 @@ class Surroundings:
         original: The uncompressed model where it is stored; absent while it is itself being made.
         load_data: Builds data other than the recipe's, from settings as those of its section ``data``.
         load_space: Builds the space that the recipe's own model is, with its first weights.
+        capture: Captures a module that takes the place of the recipe's own.
         space_fingerprint: Fingerprint of that: the model's settings, the content of its files, the seed of its weights.
         shorten: What a dry run makes of a split that a stage makes itself; a real run leaves it as it is.
     """
@@ -91,6 +98,7 @@ class Surroundings:
     original: StoredModel | None = None
     load_data: Callable[[object], Data] = _no_other_data
     load_space: Callable[[], DesignedSpace] = _no_space
+    capture: Callable[[nn.Module], Model] = _no_capture
     space_fingerprint: Callable[[], str] = str
     shorten: Callable[[Split], Split] = _whole
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mil_cli.errors import RecipeErrors
 from mil_cli.recipe.load import build_recipe, load_recipe
@@ -120,6 +120,8 @@ def test_every_method_has_a_file_that_shows_every_field_with_its_default(family:
     assert set(content) == set(fields)
     for name, value in content.items():
         default = fields[name].get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            value = type(default).model_validate(value)
         assert value == (list(default) if isinstance(default, tuple) else default), name
 
 

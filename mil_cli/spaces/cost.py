@@ -1,9 +1,10 @@
-"""Counts what architectures cost, without building them."""
+"""Counts what architectures cost, and what work they do, without building them."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,9 +22,11 @@ from mil_cli.spaces.decisions import join
 from mil_cli.spaces.layers import Elastic
 from mil_cli.spaces.space import DesignedSpace
 
+_MACS, _ELEMENTS, _CALLS = "macs", "elements", "calls"
+
 
 class CostCounter:
-    """Counts the multiply-accumulates and the parameters of the architectures of a space.
+    """Counts the multiply-accumulates, the parameters and the work of the architectures of a space.
 
     The module runs on shapes alone, on a copy without weights; so its `forward` may not depend on values. What an
     operator, a block or a layer costs is remembered, so that few of them run for another architecture.
@@ -40,10 +43,10 @@ class CostCounter:
         self._call = pytree.tree_map_only(
             Tensor, lambda one: one.detach().to("meta"), (tuple(args), dict(kwargs or {}))
         )
-        self._macs = _MacCounter()
+        self._counted = _WorkCounter()
         for path, module in _remembered(self._shapes.module).items():
             holders = [decision.holder for decision in self._shapes.decisions if decision.touches(path)]
-            _remember(module, holders, self._macs)
+            _remember(module, holders, self._counted)
 
     def macs(self, architecture: Architecture) -> int:
         """Return the multiply-accumulates of one sample: convolutions, linear layers, matrix products, attention.
@@ -51,10 +54,25 @@ class CostCounter:
         Raises:
             ModelError: The module does not run on the sample, or its `forward` depends on values.
         """
+        return sum(count for (_, what), count in self._run(architecture).items() if what == _MACS)
+
+    def work(self, architecture: Architecture) -> dict[str, int]:
+        """Return the work of one sample by its kind, from which a runtime's latency can be predicted.
+
+        Dense, pointwise and grouped convolutions, products and all else each have ``macs``, ``elements`` that they read
+        and write beside weights, and ``calls``, such as ``pointwise.elements``. What a runtime leaves out, a batch norm
+        that is folded or another view of the same numbers, is no work.
+
+        Raises:
+            ModelError: As `macs` does.
+        """
+        return {f"{kind}.{what}": count for (kind, what), count in sorted(self._run(architecture).items())}
+
+    def _run(self, architecture: Architecture) -> Counter[tuple[str, str]]:
         args, kwargs = self._call
-        before = self._macs.total
+        counted = self._counted.work = Counter()
         try:
-            with self._shapes.active(architecture), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self._macs:
+            with self._shapes.active(architecture), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self._counted:
                 self._shapes.module(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as problem:
             raise ModelError(
@@ -62,7 +80,7 @@ class CostCounter:
                 value=str(architecture),
                 hint="all operators of a Choice must take the same shapes and give the same shapes",
             ) from problem
-        return self._macs.total - before
+        return counted
 
     def params(self, architecture: Architecture) -> int:
         """Return how many numbers the parameters of the built architecture hold; those tied count once."""
@@ -75,19 +93,49 @@ class CostCounter:
         return sum(math.prod(shape) for _, shape in counted)
 
 
-class _MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the multiply-accumulates of what runs in it, by torch's own formulas."""
+class _WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the work of what runs in it, multiply-accumulates by torch's own formulas."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.work: Counter[tuple[str, str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result) // 2
+        kind = _kind(func, args)
+        if kind is not None:
+            formula = flop_registry.get(func.overloadpacket)
+            if formula is not None:
+                self.work[kind, _MACS] += formula(*args, **(kwargs or {}), out_val=result) // 2
+            elements = _elements(kind, func, args) + sum(_sizes(result))
+            self.work[kind, _ELEMENTS] += elements
+            self.work[kind, _CALLS] += elements > 0
         return result
+
+
+def _kind(func: Any, args: Sequence[Any]) -> str | None:
+    """Return what kind of work an operator is; None for what a runtime leaves out."""
+    name = func.overloadpacket.__name__
+    if name == "convolution":
+        weight, groups = args[1], args[8]
+        pointwise = math.prod(weight.shape[2:]) == 1
+        return "grouped" if groups > 1 else "pointwise" if pointwise else "dense"
+    if func.overloadpacket in flop_registry:
+        return "product"
+    return None if func.is_view or "batch_norm" in name or name in _FREE else "other"
+
+
+_FREE = frozenset({"clone", "detach", "_to_copy", "native_dropout", "alias"})
+
+
+def _elements(kind: str, func: Any, args: Sequence[Any]) -> int:
+    """Return how many numbers an operator reads, of a layer those that are no weights."""
+    read = args[1:2] if func.overloadpacket.__name__ == "addmm" else args[:1] if kind != "other" else args
+    return sum(_sizes(read))
+
+
+def _sizes(values: Any) -> list[int]:
+    return [one.numel() for one in pytree.tree_leaves(values) if isinstance(one, Tensor)]
 
 
 def _remembered(module: nn.Module) -> dict[str, nn.Module]:
@@ -101,22 +149,26 @@ def _remembered(module: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _remember(module: nn.Module, holders: Sequence[Any], counter: _MacCounter) -> None:
+def _remember(module: nn.Module, holders: Sequence[Any], counter: _WorkCounter) -> None:
     """Make a module on shapes give what it gave before, where inputs have the same shapes and the same is active."""
     forward: Callable[..., Any] = module.forward
-    known: dict[Any, tuple[int, Any]] = {}
+    known: dict[Any, tuple[Counter[tuple[str, str]], Any]] = {}
 
     def remembering(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs))
         shapes = tuple((one.shape, one.dtype) if isinstance(one, Tensor) else one for one in leaves)
         key = (tuple(holder.chosen for holder in holders), shapes, tree)
         if key not in known:
-            before = counter.total
-            result = forward(*args, **kwargs)
-            known[key] = (counter.total - before, result)
+            outside, counter.work = counter.work, Counter()
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                outside.update(counter.work)
+                inside, counter.work = counter.work, outside
+            known[key] = (inside, result)
             return result
-        macs, result = known[key]
-        counter.total += macs
+        inside, result = known[key]
+        counter.work.update(inside)
         return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
     module.forward = remembering

@@ -78,3 +78,36 @@ def test_operators_that_do_not_fit_are_told() -> None:
     assert counter.macs(space.architecture({"0": "fits"})) == 12 + 8
     with pytest.raises(ModelError, match="does not run on the shapes"):
         counter.macs(space.architecture({"0": "wide"}))
+
+
+@pytest.mark.parametrize("make", SPACES.values(), ids=SPACES)
+def test_work_has_all_operations_and_is_that_of_an_architecture_alone(
+    make: Callable[[], tuple[DesignedSpace, Tensor]],
+) -> None:
+    space, x = make()
+    used = CostCounter(space, (x[:1],))
+    for one in [*samples(space, 20), *samples(space, 5)]:
+        work = used.work(one)
+        assert sum(count for kind, count in work.items() if kind.endswith(".macs")) == used.macs(one)
+    for one in samples(space, 5):
+        assert used.work(one) == CostCounter(space, (x[:1],)).work(one)
+
+
+def test_work_counted_by_hand() -> None:
+    layers = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, padding=1, groups=6),
+        nn.Conv2d(6, 4, 1),
+        nn.Flatten(),
+        nn.Linear(4 * 25, 3),
+    )
+    space = DesignedSpace(nn.Sequential(layers, Choice({"skip": nn.Identity(), "sigmoid": nn.Sigmoid()})))
+    assert CostCounter(space, (torch.zeros(1, 2, 5, 5),)).work(space.architecture({"1": "sigmoid"})) == {
+        **{"dense.macs": 25 * 2 * 6 * 9, "dense.elements": 25 * (2 + 6), "dense.calls": 1},
+        **{"grouped.macs": 25 * 6 * 9, "grouped.elements": 25 * (6 + 6), "grouped.calls": 1},
+        **{"pointwise.macs": 25 * 6 * 4, "pointwise.elements": 25 * (6 + 4), "pointwise.calls": 1},
+        **{"product.macs": 300, "product.elements": 103, "product.calls": 1},
+        **{"other.elements": 2 * 150 + 2 * 3, "other.calls": 2},
+    }

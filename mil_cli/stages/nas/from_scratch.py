@@ -1,0 +1,119 @@
+"""Architecture search without a supernet: each candidate is trained by itself, from fresh weights, for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from mil_cli.data.base import Data
+from mil_cli.graph.model import Model
+from mil_cli.spaces import Architecture, DesignedSpace
+from mil_cli.stages.nas.limits import LimitedConfig, search_limited
+from mil_cli.stages.registry import stage
+from mil_cli.task.base import Task
+from mil_cli.training.config import TrainerConfig
+from mil_cli.training.evaluate import NotFiniteError, evaluate
+from mil_cli.training.loop import fit
+
+if TYPE_CHECKING:
+    from mil_cli.stages.context import Context
+
+
+class FromScratchConfig(LimitedConfig):
+    """Settings of ``nas/from_scratch``.
+
+    Attributes:
+        trainer: Overrides of the recipe's trainer settings for the training of a candidate; ``epochs`` is what the
+            whole effort is: ``halving`` gives most candidates a part of them.
+        search_samples: Samples of val that a candidate is judged on.
+        recover: Key of a train or distill stage of the recipe that trains the winner, from fresh weights; None trains
+            it by the recipe's trainer.
+        recover_trainer: Trainer settings for that, over that stage's own.
+    """
+
+    method: ClassVar[str] = "from_scratch"
+    never_after: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("train", "nas", "prune", "distill", "quantize"),
+        "it starts from the choices of the recipe's own model, and what came before would be lost",
+    )
+
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    search_samples: int = Field(5000, ge=1)
+    recover: str | None = None
+    recover_trainer: dict[str, Any] = Field(default_factory=dict)
+
+
+@stage(FromScratchConfig)
+def from_scratch(model: Model, config: FromScratchConfig, context: Context) -> Model:
+    """Return the architecture that is best within the bounds when each is trained by itself, and train that.
+
+    The search of Zoph and Le 2017, "Neural Architecture Search with Reinforcement Learning", by other strategies: dear,
+    and free of what shared weights get wrong. Each candidate gets the same weights' seed, order and augmentation.
+
+    Args:
+        model: The space's largest architecture; not changed.
+        config: The settings.
+        context: Gives the space, data, trainer, fine-tuning and checkpoints.
+
+    Returns:
+        The trained winner, in evaluation mode.
+
+    Raises:
+        StageError: The recipe's model holds no choice, or no architecture is within the bounds.
+    """
+    space = context.space()
+    trained = TrainedAlone(
+        space=space,
+        call=model.samples,
+        task=context.task,
+        data=Data(name=context.data.name, train=context.data.train, val=context.data.val, test=context.data.val),
+        settings=context.trainer(config.trainer),
+        samples=config.search_samples,
+        seed=context.seed,
+    )
+    limited = search_limited(space, model, config, score=trained, build=trained.fresh, context=context)
+    context.note(candidates=space.size, **limited.facts())
+    winner = trained.fresh(limited.found.best.candidate)
+    return context.finetune(winner, stage=config.recover, name="winner", trainer=config.recover_trainer)
+
+
+@dataclass(frozen=True)
+class TrainedAlone:
+    """Scores an architecture by training it; it can be sent to another process.
+
+    Attributes:
+        space: The space.
+        call: Positional and named inputs that an architecture is captured with.
+        task: Gives inputs, loss and metric.
+        data: What it is trained and judged on; ``test`` is not there.
+        settings: How it is trained; all epochs are the whole effort.
+        samples: Samples of val that it is judged on.
+        seed: Of weights, order and augmentation.
+    """
+
+    space: DesignedSpace
+    call: tuple[tuple[Any, ...], Mapping[str, Any]]
+    task: Task
+    data: Data
+    settings: TrainerConfig
+    samples: int
+    seed: int
+
+    def fresh(self, architecture: Architecture) -> Model:
+        """Return an architecture with fresh weights, captured."""
+        args, kwargs = self.call
+        return Model.capture(self.space.build(architecture, seed=self.seed).eval(), args, kwargs)
+
+    def __call__(self, architecture: Architecture, fidelity: float) -> float:
+        """Return its quality on val; NaN if its outputs are not finite."""
+        epochs = max(1, round(fidelity * self.settings.epochs))
+        settings = self.settings.model_copy(update={"epochs": epochs, "evaluate_every": epochs})
+        result = fit(self.fresh(architecture), task=self.task, data=self.data, settings=settings, seed=self.seed)
+        limit = min(self.samples, len(self.data.val))
+        try:
+            return evaluate(result.model, task=self.task, split=self.data.val, split_name="val", limit=limit).value
+        except NotFiniteError:
+            return float("nan")

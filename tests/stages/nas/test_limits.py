@@ -1,0 +1,70 @@
+"""Searches under several bounds: shares, a latency that is predicted too low and corrected, what is impossible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from mil_cli.errors import StageError
+from mil_cli.stages import measured as measured_file
+from mil_cli.stages.nas.limits import Limited, LimitedConfig, search_limited
+from mil_cli.stages.nas.search.evolution import Evolution
+from tests.stages.nas.spaces import build, space_context
+from tests.stages.nas.test_latency import COUNTER, SPACE, pretend, true_seconds
+
+WHOLE = build(SPACE.largest)
+
+
+class Config(LimitedConfig):
+    method: ClassVar[str] = "limited"
+
+
+def run(workspace: Path | None = None, build: Any = build, **settings: Any) -> Limited:
+    """Search for the architecture with most operations."""
+    search = Evolution(evaluations=32, population=12, batch=4)
+    return search_limited(
+        SPACE,
+        WHOLE,
+        Config(search=search, **settings),
+        score=lambda architecture, fidelity: float(COUNTER.macs(architecture)),
+        build=build,
+        context=space_context(workspace),
+    )
+
+
+def test_shares_are_of_the_largest_architecture_and_several_bounds_hold() -> None:
+    limited = run(macs=0.5, params=0.4)
+    assert limited.bounds.most == {"macs": 0.5 * WHOLE.macs(), "params": 0.4 * WHOLE.num_params()}
+    built = build(limited.found.best.candidate)
+    assert built.macs() == limited.found.best.costs["macs"] <= 0.5 * WHOLE.macs()
+    assert built.num_params() == limited.found.best.costs["params"] <= 0.4 * WHOLE.num_params()
+    assert limited.facts()["architecture"] == limited.found.best.candidate.to_json()
+
+
+def test_what_even_the_smallest_does_not_keep_is_told() -> None:
+    with pytest.raises(StageError, match="the smallest architecture has") as caught:
+        run(params=10 / WHOLE.num_params())
+    assert caught.value.where == "stages.nas.params"
+
+
+def test_the_winner_keeps_its_latency_when_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is predicted is too low by a factor, but for the largest architecture."""
+    pretend(monkeypatch)
+    ratios: list[float] = []
+
+    def ratio(one: Any, original: object, context: object) -> float:
+        ratios.append(1.15 * true_seconds(one) / true_seconds(SPACE.largest))
+        return ratios[-1]
+
+    monkeypatch.setattr(measured_file, "latency_ratio", ratio)
+    limited = run(tmp_path, build=lambda one: one, latency=0.7, latency_samples=12)
+    goal = 0.7 * true_seconds(SPACE.largest)
+    assert ratios[0] > 0.7  # by prediction alone it would have been missed
+    assert 0.85 * goal < 1.15 * true_seconds(limited.found.best.candidate) <= goal
+    assert limited.seconds == pytest.approx(1.15 * true_seconds(limited.found.best.candidate))
+    measured = len(ratios)
+    again = run(tmp_path, build=lambda one: one, latency=0.7, latency_samples=12)
+    assert again.found == limited.found
+    assert len(ratios) == measured

@@ -35,10 +35,6 @@ class FromScratchConfig(LimitedConfig):
     """
 
     method: ClassVar[str] = "from_scratch"
-    never_after: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("train", "nas", "prune", "distill", "quantize"),
-        "it starts from the choices of the recipe's own model, and what came before would be lost",
-    )
 
     trainer: dict[str, Any] = Field(default_factory=dict)
     search_samples: int = Field(5000, ge=1)
@@ -74,9 +70,13 @@ def from_scratch(model: Model, config: FromScratchConfig, context: Context) -> M
         samples=config.search_samples,
         seed=context.seed,
     )
-    limited = search_limited(space, model, config, score=trained, build=trained.fresh, context=context)
+
+    def build(architecture: Architecture) -> Model:
+        return context.capture(space.build(architecture, seed=context.seed))
+
+    limited = search_limited(space, model, config, score=trained, build=build, context=context)
     context.note(candidates=space.size, **limited.facts())
-    winner = trained.fresh(limited.found.best.candidate)
+    winner = build(limited.found.best.candidate)
     return context.finetune(winner, stage=config.recover, name="winner", trainer=config.recover_trainer)
 
 
@@ -102,16 +102,13 @@ class TrainedAlone:
     samples: int
     seed: int
 
-    def fresh(self, architecture: Architecture) -> Model:
-        """Return an architecture with fresh weights, captured."""
-        args, kwargs = self.call
-        return Model.capture(self.space.build(architecture, seed=self.seed).eval(), args, kwargs)
-
     def __call__(self, architecture: Architecture, fidelity: float) -> float:
         """Return its quality on val; NaN if its outputs are not finite."""
+        args, kwargs = self.call
+        model = Model.capture(self.space.build(architecture, seed=self.seed), args, kwargs)
         epochs = max(1, round(fidelity * self.settings.epochs))
         settings = self.settings.model_copy(update={"epochs": epochs, "evaluate_every": epochs})
-        result = fit(self.fresh(architecture), task=self.task, data=self.data, settings=settings, seed=self.seed)
+        result = fit(model, task=self.task, data=self.data, settings=settings, seed=self.seed)
         limit = min(self.samples, len(self.data.val))
         try:
             return evaluate(result.model, task=self.task, split=self.data.val, split_name="val", limit=limit).value

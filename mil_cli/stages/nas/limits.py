@@ -44,6 +44,10 @@ class LimitedConfig(StageConfig):
     """
 
     family: ClassVar[str] = "nas"
+    never_after: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("train", "nas", "prune", "distill", "quantize"),
+        "it starts from the choices of the recipe's own model, and what came before would be lost",
+    )
 
     macs: Target | None = None
     params: Target | None = None
@@ -75,7 +79,7 @@ class Limited:
         return {
             "architecture": best.candidate.to_json(),
             "search_quality": best.quality,
-            **best.costs,
+            **{name: cost if name == "latency" else int(cost) for name, cost in best.costs.items()},
             "bounds": self.bounds.most,
             "scored": len(searched),
             "front": [{"quality": trial.quality, **trial.costs} for trial in self.found.front(self.bounds.names[:1])],
@@ -106,12 +110,8 @@ def search_limited(
     Raises:
         StageError: Even the smallest architecture is above a bound, or none was found that has a finite quality.
     """
-    counter = CostCounter(space, *model.batch_input(1))
-    where = f"stages.{context.name}"
-    kept = [
-        _bound(space, "macs", counter.macs, config, where, whole=model.macs()),
-        _bound(space, "params", counter.params, config, where, whole=model.num_params()),
-    ]
+    counter, where = CostCounter(space, *model.batch_input(1)), f"stages.{context.name}"
+    kept = _countable(space, counter, config, where)
     if config.latency is None:
         bounds = Bounds(kept)
         return Limited(search(space, config.search, bounds=bounds, score=score, context=context), bounds, None, None)
@@ -133,6 +133,28 @@ def search_limited(
     )
     (found, bounds), seconds = correction.search(choices)
     return Limited(found, bounds, latency, seconds)
+
+
+def check_limits(space: DesignedSpace, model: Model, config: LimitedConfig, context: Context) -> None:
+    """Check those bounds that need no measurement, before anything long.
+
+    Args:
+        space: The space.
+        model: An architecture of it, captured.
+        config: The bounds.
+        context: Names the stage.
+
+    Raises:
+        StageError: Even the smallest architecture is above a bound.
+    """
+    _countable(space, CostCounter(space, *model.batch_input(1)), config, f"stages.{context.name}")
+
+
+def _countable(
+    space: DesignedSpace, counter: CostCounter, config: LimitedConfig, where: str
+) -> list[Bound[Architecture]]:
+    costs: dict[str, Callable[[Architecture], float]] = {"macs": counter.macs, "params": counter.params}
+    return [_bound(space, name, cost, config, where, whole=cost(space.largest)) for name, cost in costs.items()]
 
 
 @dataclass

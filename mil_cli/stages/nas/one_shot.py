@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from mil_cli.errors import StageError
-from mil_cli.spaces import CostCounter
 from mil_cli.stages.judging import quality_or_worst
-from mil_cli.stages.nas.search.bounds import Bound, Bounds
-from mil_cli.stages.nas.search.driver import search
-from mil_cli.stages.nas.search.evolution import Evolution
-from mil_cli.stages.nas.search.registry import Search
+from mil_cli.stages.nas.limits import LimitedConfig, check_limits, search_limited
 from mil_cli.stages.nas.shared import SharedModule
-from mil_cli.stages.registry import StageConfig
-from mil_cli.stages.targets import Target
 from mil_cli.training.batch_norm import recalibrate_module
-from mil_cli.units import parse_kept
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mil_cli.graph.model import Model
-    from mil_cli.spaces import Architecture, DesignedSpace
+    from mil_cli.spaces import Architecture
     from mil_cli.stages.context import Context
     from mil_cli.training.objective import Binding
 
 _CALIBRATION_BATCH = 64
 
 
-class OneShotConfig(StageConfig):
-    """Settings that all one-shot searches have.
+class OneShotConfig(LimitedConfig):
+    """Settings that all one-shot searches have, beside the bounds.
 
     Attributes:
-        macs: Multiply-accumulates that the winner may have, as a ratio of the largest architecture's (``0.3``, ``30%``)
-            or a count (``6M``).
-        params: Parameters that it may have, likewise. Without either, the best architecture is searched for whatever
-            it costs.
-        search: How architectures are chosen to be judged.
         trainer: Overrides of the recipe's trainer settings, for the shared weights.
         search_samples: Samples of val that an architecture is judged on.
         recalibrate_samples: Training samples from which its batch norms take their statistics.
@@ -51,15 +37,6 @@ class OneShotConfig(StageConfig):
         recover_trainer: Trainer settings for that, over that stage's own.
     """
 
-    family: ClassVar[str] = "nas"
-    never_after: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("train", "nas", "prune", "distill", "quantize"),
-        "it starts from the choices of the recipe's own model, and what came before would be lost",
-    )
-
-    macs: Target | None = None
-    params: Target | None = None
-    search: Search = Field(default_factory=Evolution)
     trainer: dict[str, Any] = Field(default_factory=dict)
     search_samples: int = Field(5000, ge=1)
     recalibrate_samples: int = Field(1024, ge=0)
@@ -88,57 +65,22 @@ def search_shared(model: Model, config: OneShotConfig, context: Context) -> Mode
     Raises:
         StageError: No architecture is within the bounds, or none gives finite outputs.
     """
-    bounds = bounds_of(context.space(), model, config, context)
+    check_limits(context.space(), model, config, context)
     shared = config.shared(model, context)
     judge = Judge(shared, config, context)
-    found = search(shared.space, config.search, bounds=bounds, score=lambda one, effort: judge(one), context=context)
-    best = found.best
-    context.note(
-        architecture=best.candidate.to_json(),
-        search_quality=best.quality,
-        **{name: int(cost) for name, cost in best.costs.items()},
-        bounds=bounds.most,
-        candidates=shared.space.size,
-        scored=len(found.trials),
-        front=[{"quality": one.quality, **one.costs} for one in found.front(bounds.names[:1])],
+
+    def build(architecture: Architecture) -> Model:
+        return context.capture(shared.space.build(architecture, seed=context.seed))
+
+    limited = search_limited(
+        shared.space, model, config, score=lambda one, effort: judge(one), build=build, context=context
     )
-    winner = judge.module(best.candidate) if config.inherit else shared.space.build(best.candidate, seed=context.seed)
-    chosen = context.capture(winner)
+    best = limited.found.best.candidate
+    context.note(candidates=shared.space.size, **limited.facts())
+    chosen = context.capture(judge.module(best)) if config.inherit else build(best)
     if config.recover is None:
         return chosen
     return context.finetune(chosen, stage=config.recover, name="winner", trainer=config.recover_trainer)
-
-
-def bounds_of(space: DesignedSpace, model: Model, config: OneShotConfig, context: Context) -> Bounds[Architecture]:
-    """Return what an architecture may cost.
-
-    Args:
-        space: The space.
-        model: An architecture of it, captured.
-        config: Gives the targets, as shares of the largest architecture's or as counts.
-        context: Names the stage.
-
-    Raises:
-        StageError: Even the smallest architecture is above a bound.
-    """
-    args, kwargs = model.batch_input(1)
-    counter = CostCounter(space, args, kwargs)
-    costs: dict[str, Callable[[Architecture], int]] = {"macs": counter.macs, "params": counter.params}
-    bounds = []
-    for name, cost in costs.items():
-        target = getattr(config, name)
-        whole = cost(space.largest)
-        most = math.inf if target is None else parse_kept(target).resolve(whole)
-        least = cost(space.smallest)
-        if least > most:
-            raise StageError(
-                f"the smallest architecture has {least:,} {name}, the largest {whole:,}",
-                where=f"stages.{context.name}.{name}",
-                value=target,
-                hint="keep more, or put smaller choices into the model",
-            )
-        bounds.append(Bound(name, cost, most))
-    return Bounds(bounds)
 
 
 def train_shared(

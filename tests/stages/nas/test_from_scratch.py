@@ -13,10 +13,9 @@ from mil_cli.stages.nas.from_scratch import FromScratchConfig, from_scratch
 from mil_cli.stages.nas.search.driver import _Running
 from mil_cli.stages.registry import config_type
 from tests.stages.contexts import Kill, make_context
-from tests.stages.nas.spaces import build, digit_space, space_context
+from tests.stages.nas.designed import context, incoming, space
 
-SPACE = digit_space()
-WHOLE = build(SPACE.largest)
+WHOLE = incoming()
 QUICK: dict[str, Any] = {
     "macs": 0.7,
     "search": {"strategy": "halving", "evaluations": 2, "eta": 2, "rungs": 2},
@@ -30,18 +29,18 @@ def test_it_is_registered() -> None:
 
 
 def test_the_winner_keeps_the_bound_and_learnt(tmp_path: Path) -> None:
-    used = space_context(tmp_path)
+    used = context(tmp_path)
     config = FromScratchConfig(**{**QUICK, "recover_trainer": {"epochs": 4, "batch_size": 32}})
     winner = from_scratch(WHOLE, config, used)
     assert winner.macs() == used.notes["macs"] <= 0.7 * WHOLE.macs()  # type: ignore[operator]
     assert used.evaluate(winner).value > 0.4
     assert used.notes["scored"] == 3  # two candidates for one epoch, the better one for both
-    assert SPACE.architecture(used.notes["architecture"]) is not None  # type: ignore[arg-type]
+    assert space().architecture(used.notes["architecture"]) is not None  # type: ignore[arg-type]
 
 
 def test_going_on_after_a_kill_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = FromScratchConfig(**QUICK)
-    whole = from_scratch(WHOLE, config, space_context(tmp_path / "whole"))
+    whole = from_scratch(WHOLE, config, context(tmp_path / "whole"))
     add = _Running.add
 
     def killed(self: _Running[Any], quality: float, *, seconds: float) -> None:
@@ -52,8 +51,8 @@ def test_going_on_after_a_kill_ends_alike(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patched:
         patched.setattr(_Running, "add", killed)
         with pytest.raises(Kill):
-            from_scratch(WHOLE, config, space_context(tmp_path / "killed"))
-    resumed = from_scratch(WHOLE, config, space_context(tmp_path / "killed"))
+            from_scratch(WHOLE, config, context(tmp_path / "killed"))
+    resumed = from_scratch(WHOLE, config, context(tmp_path / "killed"))
     assert resumed.fingerprint() == whole.fingerprint()
 
 
@@ -61,7 +60,7 @@ def test_going_on_after_a_kill_ends_alike(tmp_path: Path, monkeypatch: pytest.Mo
 def test_candidates_trained_in_several_processes_are_the_same() -> None:
     notes = []
     for jobs in (1, 2):
-        used = space_context()
+        used = context()
         from_scratch(WHOLE, FromScratchConfig(**{**QUICK, "search": {**QUICK["search"], "jobs": jobs}}), used)
         notes.append({name: used.notes[name] for name in ("front", "architecture", "search_quality")})
     assert notes[0] == notes[1]

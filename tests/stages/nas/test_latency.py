@@ -14,7 +14,7 @@ from mil_cli.spaces import Architecture, CostCounter
 from mil_cli.stages.nas import latency as latency_file
 from mil_cli.stages.nas.latency import PredictedLatency, WorkRegression
 from tests.stages.contexts import Kill
-from tests.stages.nas.spaces import build, digit_space, space_context
+from tests.stages.nas.designed import context, incoming, space
 
 
 def test_what_work_takes_is_found_and_none_takes_less_than_no_time() -> None:
@@ -31,7 +31,7 @@ def test_what_work_takes_is_found_and_none_takes_less_than_no_time() -> None:
     np.testing.assert_allclose(disturbed.predict(work).deviation / disturbed.predict(work).mean, disturbed.error)
 
 
-SPACE = digit_space()
+SPACE = space()
 COUNTER = CostCounter(SPACE, (torch.zeros(1, 1, 8, 8),))
 
 
@@ -44,12 +44,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[Architecture]:
     """Let measured seconds be a sum over work; returns what is measured."""
     measured: list[Architecture] = []
 
-    def ratios(models: list[Architecture], reference: Model, context: object) -> list[float]:
+    def ratios(models: list[Architecture], reference: Model, _: object) -> list[float]:
         measured.extend(models)
         return [true_seconds(one) / true_seconds(SPACE.largest) for one in models]
 
     monkeypatch.setattr(latency_file, "latency_ratios", ratios)
-    monkeypatch.setattr(latency_file, "latency_seconds", lambda model, context: true_seconds(SPACE.largest))
+    monkeypatch.setattr(latency_file, "latency_seconds", lambda model, _: true_seconds(SPACE.largest))
     return measured
 
 
@@ -59,7 +59,7 @@ def _predictor(workspace: Path, samples: int = 20) -> PredictedLatency:
         COUNTER,
         build=lambda one: one,  # type: ignore[arg-type, return-value]
         original=None,  # type: ignore[arg-type]
-        context=space_context(workspace),
+        context=context(workspace),
         samples=samples,
     )
 
@@ -99,6 +99,13 @@ def test_going_on_after_a_kill_measures_only_what_is_missing(tmp_path: Path, mon
 
 @pytest.mark.slow
 def test_held_out_architectures_are_near_what_they_take_here(tmp_path: Path) -> None:
-    original, context = build(SPACE.largest), space_context(tmp_path)
-    predictor = PredictedLatency(SPACE, COUNTER, build=build, original=original, context=context, samples=24)
+    around = context(tmp_path)
+    predictor = PredictedLatency(
+        SPACE,
+        COUNTER,
+        build=lambda one: around.capture(SPACE.build(one)),
+        original=incoming(),
+        context=around,
+        samples=24,
+    )
     assert predictor.describe()["median_error"] < 0.2  # a busy machine

@@ -11,17 +11,17 @@ from mil_cli.errors import StageError
 from mil_cli.stages import measured as measured_file
 from mil_cli.stages.nas.limits import Limited, LimitedConfig, search_limited
 from mil_cli.stages.nas.search.evolution import Evolution
-from tests.stages.nas.spaces import build, space_context
+from tests.stages.nas.designed import context, incoming
 from tests.stages.nas.test_latency import COUNTER, SPACE, pretend, true_seconds
 
-WHOLE = build(SPACE.largest)
+WHOLE = incoming()
 
 
 class Config(LimitedConfig):
     method: ClassVar[str] = "limited"
 
 
-def run(workspace: Path | None = None, build: Any = build, **settings: Any) -> Limited:
+def run(workspace: Path | None = None, build: Any = None, **settings: Any) -> Limited:
     """Search for the architecture with most operations."""
     search = Evolution(evaluations=32, population=12, batch=4)
     return search_limited(
@@ -30,14 +30,14 @@ def run(workspace: Path | None = None, build: Any = build, **settings: Any) -> L
         Config(search=search, **settings),
         score=lambda architecture, fidelity: float(COUNTER.macs(architecture)),
         build=build,
-        context=space_context(workspace),
+        context=context(workspace, name="nas"),
     )
 
 
 def test_shares_are_of_the_largest_architecture_and_several_bounds_hold() -> None:
     limited = run(macs=0.5, params=0.4)
     assert limited.bounds.most == {"macs": 0.5 * WHOLE.macs(), "params": 0.4 * WHOLE.num_params()}
-    built = build(limited.found.best.candidate)
+    built = context().capture(SPACE.build(limited.found.best.candidate))
     assert built.macs() == limited.found.best.costs["macs"] <= 0.5 * WHOLE.macs()
     assert built.num_params() == limited.found.best.costs["params"] <= 0.4 * WHOLE.num_params()
     assert limited.facts()["architecture"] == limited.found.best.candidate.to_json()
@@ -54,7 +54,7 @@ def test_the_winner_keeps_its_latency_when_it_is_measured(tmp_path: Path, monkey
     pretend(monkeypatch)
     ratios: list[float] = []
 
-    def ratio(one: Any, original: object, context: object) -> float:
+    def ratio(one: Any, original: object, _: object) -> float:
         ratios.append(1.15 * true_seconds(one) / true_seconds(SPACE.largest))
         return ratios[-1]
 

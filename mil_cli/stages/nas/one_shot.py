@@ -6,10 +6,11 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mil_cli.stages.judging import quality_or_worst
 from mil_cli.stages.nas.limits import LimitedConfig, check_limits, search_limited
+from mil_cli.stages.nas.search.registry import Search
 from mil_cli.stages.nas.shared import SharedModule
 from mil_cli.training.batch_norm import recalibrate_module
 
@@ -44,6 +45,15 @@ class OneShotConfig(LimitedConfig):
     recover: str | None = None
     recover_trainer: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("search")
+    @classmethod
+    def _one_process(cls, search: Search) -> Search:
+        if search.jobs > 1:
+            raise ValueError(
+                f"jobs is {search.jobs}: the process that has the shared weights judges all; leave it at 1"
+            )
+        return search
+
     @abstractmethod
     def shared(self, model: Model, context: Context) -> SharedModule:
         """Return the trained weights of the recipe's space.
@@ -72,9 +82,7 @@ def search_shared(model: Model, config: OneShotConfig, context: Context) -> Mode
     def build(architecture: Architecture) -> Model:
         return context.capture(shared.space.build(architecture, seed=context.seed))
 
-    limited = search_limited(
-        shared.space, model, config, score=lambda one, effort: judge(one), build=build, context=context
-    )
+    limited = search_limited(shared.space, model, config, score=judge, build=build, context=context)
     best = limited.found.best.candidate
     context.note(candidates=shared.space.size, **limited.facts())
     chosen = context.capture(judge.module(best)) if config.inherit else build(best)
@@ -134,6 +142,7 @@ class Judge:
             recalibrate_module(module, self._calls)
         return module
 
-    def __call__(self, architecture: Architecture) -> float:
-        """Return its quality on val; the worst there is if its outputs are not finite."""
-        return quality_or_worst(self.module(architecture), self._context, samples=self._config.search_samples)
+    def __call__(self, architecture: Architecture, effort: float = 1.0) -> float:
+        """Return its quality on a share of the samples of val; the worst there is if its outputs are not finite."""
+        samples = max(1, round(effort * self._config.search_samples))
+        return quality_or_worst(self.module(architecture), self._context, samples=samples)

@@ -53,7 +53,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[Architecture]:
     return measured
 
 
-def _predictor(workspace: Path, samples: int = 20) -> PredictedLatency:
+def _predictor(workspace: Path, samples: int = 12) -> PredictedLatency:
     return PredictedLatency(
         SPACE,
         COUNTER,
@@ -67,14 +67,14 @@ def _predictor(workspace: Path, samples: int = 20) -> PredictedLatency:
 def test_architectures_that_were_not_measured_are_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = pretend(monkeypatch)
     predictor = _predictor(tmp_path)
-    assert len(set(measured)) == len(measured) == 20
+    assert len(set(measured)) == len(measured) == 12
     assert {SPACE.smallest, SPACE.largest} <= set(measured)
     generator = torch.Generator().manual_seed(5)
-    for _ in range(20):
+    for _ in range(8):
         one = SPACE.sample(generator)
         assert predictor(one) == pytest.approx(true_seconds(one), rel=1e-3)
     facts = predictor.describe()
-    assert facts["measured"] == 20
+    assert facts["measured"] == 12
     assert facts["error_of_90_percent"] < 0.01
 
 
@@ -85,7 +85,7 @@ def test_going_on_after_a_kill_measures_only_what_is_missing(tmp_path: Path, mon
     ratios = latency_file.latency_ratios
 
     def failing(models: Any, *rest: Any) -> list[float]:
-        if len(measured) == 16:
+        if len(measured) == 8:
             raise Kill
         return ratios(models, *rest)
 
@@ -94,7 +94,7 @@ def test_going_on_after_a_kill_measures_only_what_is_missing(tmp_path: Path, mon
         with pytest.raises(Kill):
             _predictor(tmp_path / "killed")
     assert _predictor(tmp_path / "killed").describe() == whole
-    assert len(set(measured)) == len(measured) == 20
+    assert len(set(measured)) == len(measured) == 12
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
@@ -55,6 +56,11 @@ def test_a_winner_with_fresh_weights_is_trained_by_another_stage() -> None:
     found = _run("spos", around, recover="alone")
     assert around.evaluate(found).value > 0.5
     assert around.evaluate(_run("spos", context())).value < 0.3  # as the weights were drawn
+
+
+def test_several_processes_are_refused() -> None:
+    with pytest.raises(ValidationError, match="leave it at 1"):
+        config_type("nas", "spos").model_validate({"search": {"strategy": "random", "jobs": 2}})
 
 
 def test_a_bound_below_the_smallest_net_is_told_before_anything_is_trained() -> None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _TOGETHER = 8
 """Architectures that are timed side by side in one process, and then kept in the checkpoint."""
 
+_DRAWS = 10
+"""Most draws for each of them; ranges of operations that are seldom met are made up for by others."""
+
 _FOLDS, _REPEATS = 5, 4
 
 _SHOWN = 0.9
@@ -156,5 +159,5 @@ def _drawn(space: DesignedSpace, counter: CostCounter, context: Context, count: 
     if not low < high:
         return space.unique(ends)
     generator = context.generator("latency")
-    between = draw_balanced(space, counter.macs, generator, count=count, low=low, high=high)
+    between = draw_balanced(space, counter.macs, generator, count=count, low=low, high=high, tries=_DRAWS)
     return space.unique([*ends, *between])[:count]

@@ -75,7 +75,7 @@ def test_architectures_that_were_not_measured_are_predicted(tmp_path: Path, monk
         assert predictor(one) == pytest.approx(true_seconds(one), rel=1e-3)
     facts = predictor.describe()
     assert facts["measured"] == 12
-    assert facts["error_of_90_percent"] < 0.01
+    assert facts["error_of_90_percent"] < 0.05
 
 
 def test_going_on_after_a_kill_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

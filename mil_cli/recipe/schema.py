@@ -47,6 +47,8 @@ class Recipe(BaseModel):
         chain: Stage keys in the order in which they run.
         stages: Settings of every stage by key; those outside the chain serve as fine-tuners.
         measure: How figures are taken.
+        rank: How the architectures of the model, a space, are ranked: a `SpaceRanking`, whose module takes seconds to
+            import and is read for recipes with this section only.
         resolved: The composed recipe as plain values, for the report and the run's `recipe.yaml`.
     """
 
@@ -66,4 +68,5 @@ class Recipe(BaseModel):
     chain: tuple[str, ...]
     stages: dict[str, StageConfig]
     measure: MeasureConfig = MeasureConfig()
+    rank: BaseModel | None = None
     resolved: dict[str, Any]

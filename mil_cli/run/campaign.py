@@ -235,7 +235,7 @@ def _drawn(place: Workplace, settings: SpaceRanking, *, seed: int) -> list[Candi
     if settings.macs is not None:
         low, high = settings.macs
     else:
-        low, high = costs.macs(place.space.smallest), math.nextafter(costs.macs(place.space.largest), math.inf)
+        low, high = costs.macs(place.space.smallest), costs.macs(place.space.largest) + 1
     drawn = sample_balanced(
         place.space,
         lambda one: max(1, costs.macs(one)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,7 @@ class Kept:
 
 def origin_of(recipe: Recipe, place: Workplace) -> str:
     """Return the fingerprint of all that results rest on, but for architecture, seed and part."""
-    source = inspect.getsource(architectures) + inspect.getsource(inspect.getmodule(compute) or architectures)
+    source = "".join(inspect.getsource(module) for module in (architectures, sys.modules[__name__]))
     return fingerprint_of(
         {
             "model": recipe.model.model_dump(mode="json"),

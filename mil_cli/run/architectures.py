@@ -18,6 +18,7 @@ from mil_cli.data.base import Batch, Data, Split
 from mil_cli.data.shortened import Shortened
 from mil_cli.data.source import build_data
 from mil_cli.errors import ModelError
+from mil_cli.events import Progress
 from mil_cli.graph.model import Model
 from mil_cli.models.source import build_module
 from mil_cli.run.surroundings import EXAMPLE_BATCH
@@ -140,7 +141,15 @@ class Workplace:
             for name, one in found.items()
         }
 
-    def train(self, model: Model, settings: TrainerConfig, *, seed: int, samples: int | None = None) -> Training:
+    def train(
+        self,
+        model: Model,
+        settings: TrainerConfig,
+        *,
+        seed: int,
+        samples: int | None = None,
+        progress: Progress | None = None,
+    ) -> Training:
         """Train a copy of an architecture.
 
         Args:
@@ -148,11 +157,12 @@ class Workplace:
             settings: How; every epoch is evaluated.
             seed: Of the order and the augmentation.
             samples: Samples of each epoch; None: all.
+            progress: Where to report.
         """
         train = self.data.train if samples is None else Shortened(self.data.train, samples)
         timed_train, timed_val = _Timed(train, []), _Timed(self.data.val, [])
         timed = replace(self.data, train=timed_train, val=timed_val)
-        result = fit(model, task=self.task, data=timed, settings=settings, seed=seed)
+        result = fit(model, task=self.task, data=timed, settings=settings, seed=seed, progress=progress)
         spans = _spans(timed_train.began, timed_val.began, Clocks.now())
         epochs: list[dict[str, Any]] = []
         for entry, (training, validation) in zip(result.history, spans, strict=True):

@@ -173,7 +173,7 @@ class Campaign:
             else:
                 bar.advance()
         names = {one.architecture: one.name for one in candidates}
-        for job, results in compute_all(self.recipe, jobs, processes=self.settings.jobs):
+        for job, results in compute_all(self.recipe, jobs, processes=self.settings.jobs, progress=self.progress):
             for part, result in zip(job.parts, results, strict=True):
                 self.kept.store(job, part, result)
                 self.results.setdefault(part.name, {})[names[job.architecture]] = result

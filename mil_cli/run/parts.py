@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mil_cli.assess.curves import Curve, early_stopped, extrapolate, sum_of_losses
 from mil_cli.errors import MilError, ModelError
+from mil_cli.events import Progress
 from mil_cli.files import sha256_of_file
 from mil_cli.models.user_code import importable, user_code_fingerprint
 from mil_cli.run import architectures
@@ -69,8 +70,13 @@ class Job:
     seed: int
 
 
-def compute(recipe: Recipe, job: Job) -> list[Result]:
+def compute(recipe: Recipe, job: Job, *, progress: Progress | None = None) -> list[Result]:
     """Return what each part of a job gave, on one thread.
+
+    Args:
+        recipe: Its model is the space.
+        job: The job.
+        progress: Where trainings are reported.
 
     Raises:
         MilError: The architecture cannot be built, captured, scored or trained.
@@ -78,21 +84,23 @@ def compute(recipe: Recipe, job: Job) -> list[Result]:
     began = Clocks.now()
     try:
         with one_thread(), importable(recipe.root):
-            return _results(Workplace.of(recipe), job, began)
+            return _results(Workplace.of(recipe), job, began, progress)
     except MilError as problem:
         named = f"architecture {job.architecture}"
         problem.where = named if problem.where is None else f"{problem.where}, of {named}"
         raise
 
 
-def _results(place: Workplace, job: Job, began: Clocks) -> list[Result]:
+def _results(place: Workplace, job: Job, began: Clocks, progress: Progress | None) -> list[Result]:
     """Compute the parts; the first one's seconds are also those of data, module and capture."""
     model = place.capture(place.build(job.architecture, seed=job.seed))
     before = began.until(Clocks.now())
     names = [part.name for part in job.parts if part.trainer is None]
     scores = place.scores(model, names, seed=job.seed) if names else {}
     results = [
-        scores[part.name] if part.trainer is None else _trained(place, model, part, part.trainer, seed=job.seed)
+        scores[part.name]
+        if part.trainer is None
+        else _trained(place, model, part, part.trainer, seed=job.seed, progress=progress)
         for part in job.parts
     ]
     for clock, seconds in before.items():
@@ -100,9 +108,11 @@ def _results(place: Workplace, job: Job, began: Clocks) -> list[Result]:
     return results
 
 
-def _trained(place: Workplace, model: Model, part: Part, trainer: TrainerConfig, *, seed: int) -> Result:
+def _trained(
+    place: Workplace, model: Model, part: Part, trainer: TrainerConfig, *, seed: int, progress: Progress | None
+) -> Result:
     began = Clocks.now()
-    training = place.train(model, trainer, seed=seed, samples=part.samples)
+    training = place.train(model, trainer, seed=seed, samples=part.samples, progress=progress)
     if part.foretells is None:
         found: Result = {"quality": training.quality}
     else:
@@ -170,19 +180,22 @@ def origin_of(recipe: Recipe, place: Workplace) -> str:
     )
 
 
-def compute_all(recipe: Recipe, jobs: Sequence[Job], *, processes: int) -> Iterator[tuple[Job, list[Result]]]:
+def compute_all(
+    recipe: Recipe, jobs: Sequence[Job], *, processes: int, progress: Progress
+) -> Iterator[tuple[Job, list[Result]]]:
     """Compute jobs, each on one thread, and give the results as they come.
 
     Args:
         recipe: Its model is the space.
         jobs: The jobs.
         processes: How many run at the same time; 1: in this process.
+        progress: Where trainings in this process are reported.
 
     Raises:
         MilError: A job cannot be done, or a process was ended from outside.
     """
     if processes == 1 or len(jobs) < 2:
-        yield from ((job, compute(recipe, job)) for job in jobs)
+        yield from ((job, compute(recipe, job, progress=progress)) for job in jobs)
         return
     from joblib import Parallel, delayed, parallel_config  # type: ignore[import-untyped]
     from joblib.externals.loky.process_executor import TerminatedWorkerError  # type: ignore[import-untyped]

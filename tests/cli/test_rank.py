@@ -64,6 +64,7 @@ rank:
   draws: 100
 """
 
+
 @pytest.fixture
 def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Write a recipe with a space beside it, go into its folder, and return the recipe."""
@@ -85,11 +86,11 @@ def interrupted_after(jobs: int) -> Callable[..., list[Result]]:
     done: list[Job] = []
     compute = parts.compute
 
-    def computing(recipe: Any, job: Job) -> list[Result]:
+    def computing(recipe: Any, job: Job, **options: Any) -> list[Result]:
         if len(done) == jobs:
             raise KeyboardInterrupt
         done.append(job)
-        return compute(recipe, job)
+        return compute(recipe, job, **options)
 
     return computing
 
@@ -105,7 +106,7 @@ def test_an_interrupted_ranking_goes_on_and_is_complete(
         monkeypatch.setenv("MIL_CACHE", str(space.parent / "mil-cache"))
     computed: list[Job] = []
     compute = parts.compute
-    monkeypatch.setattr(parts, "compute", lambda recipe, job: computed.append(job) or compute(recipe, job))
+    monkeypatch.setattr(parts, "compute", lambda recipe, job, **_: computed.append(job) or compute(recipe, job))
     assert main(["rank", str(space), "--json", "copy.json"]) == 0
     assert len(computed) == 7 + 6 - 3 - 8
     (run,) = (folder for folder in (space.parent / "runs/nets").iterdir() if not folder.is_symlink())
@@ -252,9 +253,9 @@ def test_a_killed_ranking_goes_on_to_the_same(space: Path, monkeypatch: pytest.M
     command = [sys.executable, "-m", "mil_cli", "rank", str(space), "rank.jobs=2", "--out", "killed"]
     for known in (1, 9):
         process = subprocess.Popen(command, env={**os.environ, "MIL_CACHE": str(cache)})
-        deadline = time.monotonic() + 600
-        while len(list(cache.glob("entries/*"))) < known and time.monotonic() < deadline:
+        while len(list(cache.glob("entries/*"))) < known and process.poll() is None:
             time.sleep(0.05)
+        assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
     monkeypatch.setenv("MIL_CACHE", str(cache))

@@ -26,7 +26,8 @@ from mil_cli.files import write_text
 from mil_cli.models.user_code import importable
 from mil_cli.recipe.load import load_recipe
 from mil_cli.recipe.schema import Recipe
-from mil_cli.run.architectures import space_of
+from mil_cli.run import architectures
+from mil_cli.run.surroundings import space_of
 from mil_cli.spaces import Architecture, CostCounter, DesignedSpace, sample_balanced
 from mil_cli.stages.surroundings import fingerprint_of
 from mil_cli.task.source import build_task
@@ -36,7 +37,7 @@ from scripts.architecture_table import Making, card, table
 from scripts.comparison import Limits, Point, Result, Rows, compute, origin_of
 from scripts.pool import shard
 
-_CODE = ("assess/scores", "data", "spaces", "training", "run")
+_CODE = ("assess/scores", "data", "spaces", "training")
 _PRELOAD = ("scripts.architecture_points", "torch.export", "torchmetrics.classification")
 _ID_LENGTH = 10
 """Hexadecimal digits of an architecture's name."""
@@ -90,8 +91,8 @@ def _points(names: Sequence[str], origin: str, arguments: argparse.Namespace) ->
 
 
 def _origin(recipe: Recipe, space: DesignedSpace) -> str:
-    definition = inspect.getsource(sys.modules[type(space.module).__module__])
-    return origin_of(recipe, Path(architecture_points.__file__), definition, code=_CODE)
+    sources = [inspect.getsource(module) for module in (sys.modules[type(space.module).__module__], architectures)]
+    return origin_of(recipe, Path(architecture_points.__file__), *sources, code=_CODE)
 
 
 def _shown(result: Result) -> str:

@@ -15,7 +15,7 @@ from mil_cli.models.source import ModelSource, resolve_path
 from mil_cli.recipe.compose import check_path, compose
 from mil_cli.recipe.goals import Goals
 from mil_cli.recipe.problems import validate
-from mil_cli.recipe.schema import MeasureConfig, Recipe
+from mil_cli.recipe.schema import NAME, MeasureConfig, Recipe
 from mil_cli.stages.registry import StageConfig, check_order, config_type
 from mil_cli.training.config import TrainerConfig
 
@@ -43,6 +43,7 @@ class _Outline(BaseModel):
 class _TableOutline(_Outline):
     """The top level of a recipe that ranks a table, which may leave out all that a model needs."""
 
+    name: str | None = Field(None, min_length=1, pattern=NAME)
     model: dict[str, Any] = {}
     data: dict[str, Any] = {}
     task: dict[str, Any] = {}

@@ -12,6 +12,9 @@ from mil_cli.recipe.goals import Goals
 from mil_cli.stages.registry import StageConfig
 from mil_cli.training.config import TrainerConfig
 
+NAME = r"^[^/\\\x00]+$"
+"""What a recipe may be called: it names a folder."""
+
 
 class MeasureConfig(BaseModel):
     """How figures are taken.
@@ -54,7 +57,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    name: str = Field(min_length=1, pattern=r"^[^/\\\x00]+$")
+    name: str = Field(min_length=1, pattern=NAME)
     path: Path
     root: Path
     seed: int = Field(0, ge=0, lt=2**63)

@@ -17,11 +17,10 @@ from mil_cli.assess.scores.registry import score
 from mil_cli.data.base import Batch, Data, Split
 from mil_cli.data.shortened import Shortened
 from mil_cli.data.source import build_data
-from mil_cli.errors import ModelError
 from mil_cli.events import Progress
 from mil_cli.graph.model import Model
-from mil_cli.models.source import build_module
-from mil_cli.run.surroundings import EXAMPLE_BATCH
+from mil_cli.models.source import ModelSource, capture_module
+from mil_cli.run.surroundings import example_of, space_of
 from mil_cli.spaces import DesignedSpace
 from mil_cli.spaces.architecture import Chosen
 from mil_cli.task.base import Task
@@ -97,12 +96,14 @@ class Workplace:
 
     Attributes:
         space: What the recipe's model is.
+        source: Where it comes from.
         data: Its data.
         task: Its task.
         example: Positional and keyword arguments of the model.
     """
 
     space: DesignedSpace
+    source: ModelSource
     data: Data
     task: Task
     example: tuple[tuple[Any, ...], dict[str, Any]]
@@ -115,7 +116,7 @@ class Workplace:
             MilError: Data or model cannot be built, or the model holds no choice.
         """
         data, task = build_data(recipe.data, root=recipe.root), build_task(recipe.task, root=recipe.root)
-        return cls(space_of(recipe), data, task, task.inputs(next(iter(data.train.batches(EXAMPLE_BATCH)))))
+        return cls(space_of(recipe), recipe.model, data, task, example_of(data, task))
 
     def build(self, choices: Mapping[str, Chosen], *, seed: int) -> nn.Module:
         """Return an architecture with fresh weights."""
@@ -123,8 +124,7 @@ class Workplace:
 
     def capture(self, module: nn.Module) -> Model:
         """Return the graph of an architecture."""
-        args, kwargs = self.example
-        return Model.capture(module, args, kwargs)
+        return capture_module(self.source, module, example=self.example)
 
     def scores(self, model: Model, names: Sequence[str], *, seed: int) -> dict[str, dict[str, float]]:
         """Return ``value``, ``wall_seconds`` and ``cpu_seconds`` of each score.
@@ -177,18 +177,6 @@ class Workplace:
             return last
         best = max if self.task.higher_is_better else min
         return float(best(epoch["val"] for epoch in epochs if "val" in epoch))
-
-
-def space_of(recipe: Recipe) -> DesignedSpace:
-    """Return the space that a recipe's model is.
-
-    Raises:
-        ModelError: The model cannot be built, or holds no choice.
-    """
-    if recipe.model.target is None:
-        hint = "give model._target_, a function that builds a module with choices of mil_cli.spaces"
-        raise ModelError("a .pt2 file holds one architecture, nothing to choose from", where="model.pt2", hint=hint)
-    return DesignedSpace(build_module(recipe.model, root=recipe.root, seed=0))
 
 
 @contextmanager

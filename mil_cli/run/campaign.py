@@ -21,7 +21,8 @@ from mil_cli.recipe.rank import SpaceRanking
 from mil_cli.run.architectures import Clocks, Workplace
 from mil_cli.run.cache import Cache
 from mil_cli.run.parts import FEWEST_EPOCHS, Job, Kept, Part, Result, compute_all, origin_of
-from mil_cli.spaces import Architecture, CostCounter, sample_balanced
+from mil_cli.spaces import Architecture, CostCounter
+from mil_cli.spaces.balanced import draw_balanced
 from mil_cli.stages.surroundings import fingerprint_of
 from mil_cli.training.config import TrainerConfig
 
@@ -236,16 +237,21 @@ def _drawn(place: Workplace, settings: SpaceRanking, *, seed: int) -> list[Candi
         low, high = settings.macs
     else:
         low, high = costs.macs(place.space.smallest), costs.macs(place.space.largest) + 1
-    drawn = sample_balanced(
+    drawn = draw_balanced(
         place.space,
-        lambda one: max(1, costs.macs(one)),
+        lambda one: math.log(max(1, costs.macs(one))),
         torch.Generator().manual_seed(seed),
         count=settings.architectures,
-        low=max(1.0, low),
-        high=high,
-        logarithmic=True,
-        where="rank.architectures" if settings.macs is None else "rank.macs",
+        low=math.log(max(1, low)),
+        high=math.log(high),
     )
+    if len(drawn) < settings.architectures:
+        raise ModelError(
+            f"{len(drawn)} different architectures of {low:,.0f} to {high:,.0f} operations were met",
+            where="rank.architectures" if settings.macs is None else "rank.macs",
+            value=settings.architectures if settings.macs is None else settings.macs,
+            hint=f"ask for at most {len(drawn)}, or widen the range" if drawn else "widen the range",
+        )
     return [
         Candidate(
             fingerprint_of(one.to_json())[:_ID_LENGTH], one, {"macs": costs.macs(one), "params": costs.params(one)}

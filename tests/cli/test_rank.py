@@ -183,8 +183,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fewer samples than a batch": (("rank.partial.samples=63",), ("rank.partial.samples", "at least 64")),
     "no whole curves": (("trainer.evaluate_every=2",), ("trainer.evaluate_every", "whole curves")),
     "range upside down": (("+rank.macs=[2k, 1k]",), ("rank.macs", "the smaller number first")),
-    "range with too few": (("+rank.macs=[1k, 1.1k]",), ("rank.macs: 0 different architectures", "widen the range")),
-    "space with too few": (("rank.architectures=9",), ("rank.architectures: 8 different", "ask for fewer")),
+    "range with too few": (
+        ("+rank.macs=[1k, 1.1k]",),
+        ("rank.macs: 0 different architectures of 1,000 to", "widen"),
+    ),
+    "space with too few": (("rank.architectures=9",), ("rank.architectures: 8 different", "at most 8")),
     "no choices": (
         ("model={_target_: mil_cli.models.convnet.convnet}",),
         ("nothing to choose from", "mil_cli.spaces", "nas/elastic"),

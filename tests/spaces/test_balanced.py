@@ -42,20 +42,3 @@ def test_what_is_seldom_met_is_made_up_for() -> None:
     space = DesignedSpace(small_nets())
     chosen = sample_balanced(space, lambda one: 0.1, torch.Generator(), count=7, low=0, high=1, strata=4, tries=3)
     assert len(chosen) == 7
-
-
-def test_strata_may_have_equal_lengths_in_the_logarithm() -> None:
-    space = DesignedSpace(small_nets())
-    cost = CostCounter(space, (torch.zeros(1, 1, 28, 28),)).macs
-    low, high = 80_000, 1_280_000
-
-    def draw(logarithmic: bool) -> list[int]:
-        generator = torch.Generator().manual_seed(0)
-        options = {"count": 16, "low": low, "high": high, "strata": 4, "logarithmic": logarithmic}
-        return [cost(one) for one in sample_balanced(space, cost, generator, **options)]
-
-    def in_octaves(costs: list[int]) -> list[int]:
-        return [sum(low * 2**octave <= one < low * 2 ** (octave + 1) for one in costs) for octave in range(4)]
-
-    assert in_octaves(draw(logarithmic=True)) == [4] * 4
-    assert in_octaves(draw(logarithmic=False))[0] < 4

@@ -100,6 +100,8 @@ class Workplace:
         data: Its data.
         task: Its task.
         example: Positional and keyword arguments of the model.
+        progress: Where trainings are reported.
+        description: What progress calls each.
     """
 
     space: DesignedSpace
@@ -107,16 +109,23 @@ class Workplace:
     data: Data
     task: Task
     example: tuple[tuple[Any, ...], dict[str, Any]]
+    progress: Progress | None = None
+    description: str = "training"
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Workplace:
+    def of(cls, recipe: Recipe, progress: Progress | None = None, description: str = "training") -> Workplace:
         """Build all of it; the recipe's folder must be importable.
+
+        Args:
+            recipe: Its model is a space.
+            progress: Where trainings are reported.
+            description: What progress calls each.
 
         Raises:
             MilError: Data or model cannot be built, or the model holds no choice.
         """
         data, task = build_data(recipe.data, root=recipe.root), build_task(recipe.task, root=recipe.root)
-        return cls(space_of(recipe), recipe.model, data, task, example_of(data, task))
+        return cls(space_of(recipe), recipe.model, data, task, example_of(data, task), progress, description)
 
     def build(self, choices: Mapping[str, Chosen], *, seed: int) -> nn.Module:
         """Return an architecture with fresh weights."""
@@ -148,7 +157,6 @@ class Workplace:
         *,
         seed: int,
         samples: int | None = None,
-        progress: Progress | None = None,
     ) -> Training:
         """Train a copy of an architecture.
 
@@ -157,12 +165,19 @@ class Workplace:
             settings: How; every epoch is evaluated.
             seed: Of the order and the augmentation.
             samples: Samples of each epoch; None: all.
-            progress: Where to report.
         """
         train = self.data.train if samples is None else Shortened(self.data.train, samples)
         timed_train, timed_val = _Timed(train, []), _Timed(self.data.val, [])
         timed = replace(self.data, train=timed_train, val=timed_val)
-        result = fit(model, task=self.task, data=timed, settings=settings, seed=seed, progress=progress)
+        result = fit(
+            model,
+            task=self.task,
+            data=timed,
+            settings=settings,
+            seed=seed,
+            progress=self.progress,
+            description=self.description,
+        )
         spans = _spans(timed_train.began, timed_val.began, Clocks.now())
         epochs: list[dict[str, Any]] = []
         for entry, (training, validation) in zip(result.history, spans, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -233,13 +234,14 @@ class Campaign:
 def _drawn(place: Workplace, settings: SpaceRanking, *, seed: int) -> list[Candidate]:
     args, kwargs = place.task.inputs(next(iter(place.data.train.batches(1))))
     costs = CostCounter(place.space, args, kwargs)
+    macs = functools.cache(costs.macs)  # of a small space the same ones are drawn again and again
     if settings.macs is not None:
         low, high = settings.macs
     else:
-        low, high = costs.macs(place.space.smallest), costs.macs(place.space.largest) + 1
+        low, high = macs(place.space.smallest), macs(place.space.largest) + 1
     drawn = draw_balanced(
         place.space,
-        lambda one: math.log(max(1, costs.macs(one))),
+        lambda one: math.log(max(1, macs(one))),
         torch.Generator().manual_seed(seed),
         count=settings.architectures,
         low=math.log(max(1, low)),
@@ -253,9 +255,7 @@ def _drawn(place: Workplace, settings: SpaceRanking, *, seed: int) -> list[Candi
             hint=f"ask for at most {len(drawn)}, or widen the range" if drawn else "widen the range",
         )
     return [
-        Candidate(
-            fingerprint_of(one.to_json())[:_ID_LENGTH], one, {"macs": costs.macs(one), "params": costs.params(one)}
-        )
+        Candidate(fingerprint_of(one.to_json())[:_ID_LENGTH], one, {"macs": macs(one), "params": costs.params(one)})
         for one in drawn
     ]
 

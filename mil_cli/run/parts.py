@@ -70,13 +70,16 @@ class Job:
     seed: int
 
 
-def compute(recipe: Recipe, job: Job, *, progress: Progress | None = None) -> list[Result]:
+def compute(
+    recipe: Recipe, job: Job, *, progress: Progress | None = None, description: str = "training"
+) -> list[Result]:
     """Return what each part of a job gave, on one thread.
 
     Args:
         recipe: Its model is the space.
         job: The job.
         progress: Where trainings are reported.
+        description: What progress calls each.
 
     Raises:
         MilError: The architecture cannot be built, captured, scored or trained.
@@ -84,23 +87,21 @@ def compute(recipe: Recipe, job: Job, *, progress: Progress | None = None) -> li
     began = Clocks.now()
     try:
         with one_thread(), importable(recipe.root):
-            return _results(Workplace.of(recipe), job, began, progress)
+            return _results(Workplace.of(recipe, progress, description), job, began)
     except MilError as problem:
         named = f"architecture {job.architecture}"
         problem.where = named if problem.where is None else f"{problem.where}, of {named}"
         raise
 
 
-def _results(place: Workplace, job: Job, began: Clocks, progress: Progress | None) -> list[Result]:
+def _results(place: Workplace, job: Job, began: Clocks) -> list[Result]:
     """Compute the parts; the first one's seconds are also those of data, module and capture."""
     model = place.capture(place.build(job.architecture, seed=job.seed))
     before = began.until(Clocks.now())
     names = [part.name for part in job.parts if part.trainer is None]
     scores = place.scores(model, names, seed=job.seed) if names else {}
     results = [
-        scores[part.name]
-        if part.trainer is None
-        else _trained(place, model, part, part.trainer, seed=job.seed, progress=progress)
+        scores[part.name] if part.trainer is None else _trained(place, model, part, part.trainer, seed=job.seed)
         for part in job.parts
     ]
     for clock, seconds in before.items():
@@ -108,19 +109,17 @@ def _results(place: Workplace, job: Job, began: Clocks, progress: Progress | Non
     return results
 
 
-def _trained(
-    place: Workplace, model: Model, part: Part, trainer: TrainerConfig, *, seed: int, progress: Progress | None
-) -> Result:
+def _trained(place: Workplace, model: Model, part: Part, trainer: TrainerConfig, *, seed: int) -> Result:
     began = Clocks.now()
-    training = place.train(model, trainer, seed=seed, samples=part.samples, progress=progress)
+    training = place.train(model, trainer, seed=seed, samples=part.samples)
     if part.foretells is None:
         found: Result = {"quality": training.quality}
     else:
-        found = _foretold(training, part.foretells, higher_is_better=place.task.higher_is_better)
+        found = foretold(training, part.foretells, higher_is_better=place.task.higher_is_better)
     return {**found, **began.until(Clocks.now())}
 
 
-def _foretold(training: Training, epochs: int, *, higher_is_better: bool) -> Result:
+def foretold(training: Training, epochs: int, *, higher_is_better: bool) -> Result:
     """Return what a partial training says, larger where an architecture is thought better; nothing if it collapsed."""
     if training.quality is None:
         return {}
@@ -195,7 +194,8 @@ def compute_all(
         MilError: A job cannot be done, or a process was ended from outside.
     """
     if processes == 1 or len(jobs) < 2:
-        yield from ((job, compute(recipe, job, progress=progress)) for job in jobs)
+        for number, job in enumerate(jobs, 1):
+            yield job, compute(recipe, job, progress=progress, description=f"training {number} of {len(jobs)}")
         return
     from joblib import Parallel, delayed, parallel_config  # type: ignore[import-untyped]
     from joblib.externals.loky.process_executor import TerminatedWorkerError  # type: ignore[import-untyped]

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mil_cli.assess.scores.registry import SIZES
 from mil_cli.recipe.schema import Recipe
+from mil_cli.run.architectures import SCORED_SAMPLES
 from mil_cli.run.environment import versions
 from mil_cli.task.base import Task
-from scripts.architecture_points import SCORED_SAMPLES, SCORED_SEED, SCORES, SIZES
+from scripts.architecture_points import SCORED_SEED, SCORES
 from scripts.comparison import Point, Result
 
 _CLOCKS = ("cpu_seconds", "wall_seconds")

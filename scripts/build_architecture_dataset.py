@@ -26,11 +26,13 @@ from mil_cli.files import write_text
 from mil_cli.models.user_code import importable
 from mil_cli.recipe.load import load_recipe
 from mil_cli.recipe.schema import Recipe
+from mil_cli.run import architectures
+from mil_cli.run.surroundings import space_of
 from mil_cli.spaces import Architecture, CostCounter, DesignedSpace, sample_balanced
 from mil_cli.stages.surroundings import fingerprint_of
 from mil_cli.task.source import build_task
 from scripts import architecture_points
-from scripts.architecture_points import SCORED_SEED, space_of, train_point
+from scripts.architecture_points import SCORED_SEED, train_point
 from scripts.architecture_table import Making, card, table
 from scripts.comparison import Limits, Point, Result, Rows, compute, origin_of
 from scripts.pool import shard
@@ -53,14 +55,14 @@ def main(words: Sequence[str] | None = None) -> int:
         points = _points(list(drawn), _origin(recipe, space), arguments)
     kept = arguments.out.with_suffix(".jsonl")
     index, count = arguments.shard
-    known = Rows(kept)
+    known = Rows(kept, trusted=arguments.trust_rows)
     missing = [point for point in points[index - 1 :: count] if point not in known][: arguments.limit]
     limits = Limits(jobs=arguments.jobs, timeout=arguments.timeout, seconds=arguments.seconds, preload=_PRELOAD)
     work = partial(train_point, recipe, {name: one.to_json() for name, one in drawn.items()})
     failures = [] if arguments.known_only else compute(work, [missing], kept, limits, shown=_shown)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
-    written = _write(arguments, recipe, space, points, Rows(kept))
+    written = _write(arguments, recipe, space, points, Rows(kept, trusted=arguments.trust_rows))
     return 0 if written and not failures else 1
 
 
@@ -89,8 +91,8 @@ def _points(names: Sequence[str], origin: str, arguments: argparse.Namespace) ->
 
 
 def _origin(recipe: Recipe, space: DesignedSpace) -> str:
-    definition = inspect.getsource(sys.modules[type(space.module).__module__])
-    return origin_of(recipe, Path(architecture_points.__file__), definition, code=_CODE)
+    sources = [inspect.getsource(module) for module in (sys.modules[type(space.module).__module__], architectures)]
+    return origin_of(recipe, Path(architecture_points.__file__), *sources, code=_CODE)
 
 
 def _shown(result: Result) -> str:
@@ -145,6 +147,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one training")
     parser.add_argument("--seconds", type=float, help="end after so many: what is there by then makes the table")
     parser.add_argument("--known-only", action="store_true", help="train nothing: the table of what is there")
+    parser.add_argument("--trust-rows", action="store_true", help="take rows of other code and settings too")
     arguments = parser.parse_args(words)
     if not 0 < arguments.macs[0] < arguments.macs[1]:
         parser.error("--macs takes two numbers above 0, the smaller one first")

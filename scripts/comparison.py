@@ -74,28 +74,30 @@ class Rows:
 
     Args:
         file: One JSON object a line, as `compute` writes them.
+        trusted: Whether rows of other code and settings are taken too.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._rows = {fingerprint_of(row["point"]): row for row in read_rows(file)}
+    def __init__(self, file: Path, *, trusted: bool = False) -> None:
+        self._key = _without_origin if trusted else fingerprint_of
+        self._rows = {self._key(row["point"]): row for row in read_rows(file)}
 
     def __contains__(self, point: Point) -> bool:
-        return fingerprint_of(point) in self._rows
+        return self._key(point) in self._rows
 
     def result(self, point: Point) -> Result | None:
         """Return what a point gave, or None if it has no row."""
-        row = self._rows.get(fingerprint_of(point))
+        row = self._rows.get(self._key(point))
         return None if row is None else row["result"]
 
     def stale(self, points: Iterable[Point]) -> int:
         """Return how many rows are of these points but of other code or settings."""
         names = {_without_origin(point) for point in points}
-        current = {fingerprint_of(point) for point in points}
+        current = {self._key(point) for point in points}
         return sum(_without_origin(row["point"]) in names for key, row in self._rows.items() if key not in current)
 
     def computed_on(self, points: Iterable[Point]) -> list[str]:
         """Return on what the rows of these points were computed, each kind of machine once."""
-        found = [self._rows.get(fingerprint_of(point)) for point in points]
+        found = [self._rows.get(self._key(point)) for point in points]
         return sorted({_machine(row["environment"]) for row in found if row is not None})
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mil_cli.assess.active import Acquisition
 from mil_cli.assess.costs import Costs
@@ -17,11 +17,11 @@ from mil_cli.assess.ranking import Interval
 VERSION = 1
 
 
-class RankConfig(BaseModel):
-    """How a table is ranked.
+class RankMethod(BaseModel):
+    """How a table is ranked, but for the seed.
 
     Attributes:
-        predictor: What predicts the quality of architectures that were not trained.
+        predictor: What predicts the quality of architectures that were not trained; its name alone takes it as it is.
         folds: Parts of the trained architectures, each predicted from the others.
         repeats: How often they are parted anew.
         level: Share of qualities and ranks that intervals are to hold.
@@ -31,7 +31,6 @@ class RankConfig(BaseModel):
         draws: Resamples of the architectures, for the intervals of tau.
         curve: Numbers of trained architectures at which the predictor is judged, for a learning curve.
         curve_repeats: How often each is judged.
-        seed: Of all that is drawn.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +45,20 @@ class RankConfig(BaseModel):
     next: Acquisition = Acquisition()
     curve: tuple[int, ...] = ()
     curve_repeats: int = Field(10, ge=2)
+
+    @field_validator("predictor", mode="before")
+    @classmethod
+    def _predictor_by_name(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+
+class RankConfig(RankMethod):
+    """How a table is ranked.
+
+    Attributes:
+        seed: Of all that is drawn.
+    """
+
     seed: int = Field(0, ge=0)
 
 

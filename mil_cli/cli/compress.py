@@ -51,10 +51,5 @@ def compress(
     if not result.report:
         return 0  # a process of torchrun's that helped to train; the first one reports
     write_html(result.report, result.directory / "report.html")
-    render(result.report, console.results(), directory=_from_here(result.directory))
+    render(result.report, console.results(), directory=console.from_here(result.directory))
     return 0 if result.goals_met else 3
-
-
-def _from_here(path: Path) -> Path:
-    """Return the path as it is typed from the present folder."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

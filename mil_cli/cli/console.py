@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -20,3 +21,8 @@ def messages() -> Console:
     """Return a console on stderr."""
     width = None if sys.stderr.isatty() else WIDE
     return Console(file=sys.stderr, width=width, highlight=False, stderr=True)
+
+
+def from_here(path: Path) -> Path:
+    """Return a path as it is typed from the present folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

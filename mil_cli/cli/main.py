@@ -19,6 +19,7 @@ from mil_cli.cli.init import init
 from mil_cli.cli.inspect import inspect
 from mil_cli.cli.list import list_
 from mil_cli.cli.measure import measure
+from mil_cli.cli.rank import rank
 from mil_cli.cli.report import report
 from mil_cli.errors import MilError
 
@@ -39,6 +40,7 @@ app.command()(inspect)
 app.command("list")(list_)
 app.command()(cache)
 app.command()(report)
+app.command()(rank)
 app.command()(init)
 app.command()(doctor)
 

@@ -15,7 +15,7 @@ from mil_cli.models.source import ModelSource, resolve_path
 from mil_cli.recipe.compose import check_path, compose
 from mil_cli.recipe.goals import Goals
 from mil_cli.recipe.problems import validate
-from mil_cli.recipe.schema import MeasureConfig, Recipe
+from mil_cli.recipe.schema import NAME, MeasureConfig, Recipe
 from mil_cli.stages.registry import StageConfig, check_order, config_type
 from mil_cli.training.config import TrainerConfig
 
@@ -37,6 +37,19 @@ class _Outline(BaseModel):
     chain: list[str]
     stages: dict[str, dict[str, Any]]
     measure: dict[str, Any] = {}
+    rank: dict[str, Any] | None = None
+
+
+class _TableOutline(_Outline):
+    """The top level of a recipe that ranks a table, which may leave out all that a model needs."""
+
+    name: str | None = Field(None, min_length=1, pattern=NAME)
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    task: dict[str, Any] = {}
+    device: dict[str, Any] = {}
+    chain: list[str] = []
+    stages: dict[str, dict[str, Any]] = {}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -61,9 +74,13 @@ def build_recipe(content: Mapping[str, Any], *, path: Path) -> Recipe:
         path: The recipe's file; its folder becomes the recipe's root.
 
     Raises:
+        RecipeError: The recipe ranks a table, and has no model.
         RecipeErrors: Every problem, each with its dotted key, the value and the next step.
     """
     path = check_path(path)
+    if isinstance(content.get("rank"), Mapping) and "table" in content["rank"]:
+        hint = f"rank the table by: mil rank {path}"
+        raise RecipeError("the recipe ranks a table, it has no model", where="rank.table", hint=hint)
     problems: list[MilError] = []
     outline = _outline(content, problems)
     model = validate(ModelSource, outline["model"], where="model", problems=problems) if outline["model"] else None
@@ -72,6 +89,11 @@ def build_recipe(content: Mapping[str, Any], *, path: Path) -> Recipe:
     trainer = validate(TrainerConfig, outline["trainer"], where="trainer", problems=problems)
     goals = validate(Goals, outline["goals"], where="goals", problems=problems)
     measure = validate(MeasureConfig, outline["measure"], where="measure", problems=problems)
+    rank = None
+    if outline["rank"] is not None:
+        from mil_cli.recipe.rank import space_ranking
+
+        rank = space_ranking(outline["rank"], trainer, problems=problems)
     if outline["device"]:
         validate(DeviceProfile, filled(outline["device"], detect()), where="device", problems=problems)
     for part in ("data", "task"):
@@ -91,7 +113,8 @@ def build_recipe(content: Mapping[str, Any], *, path: Path) -> Recipe:
     trained = {"baseline": baseline, **{f"stages.{key}": stage for key, stage in stages.items()}}
     _check_trainer_overrides(trained, trainer, problems)
     _check_recovery(stages, outline["stages"], problems)
-    _check_chain(outline["chain"], outline["stages"], stages, problems)
+    if outline["rank"] is None or outline["chain"]:
+        _check_chain(outline["chain"], outline["stages"], stages, problems)
 
     if not problems:
         recipe = validate(
@@ -111,6 +134,7 @@ def build_recipe(content: Mapping[str, Any], *, path: Path) -> Recipe:
                 "chain": outline["chain"],
                 "stages": stages,
                 "measure": measure,
+                "rank": rank,
                 "resolved": dict(content),
             },
             problems=problems,
@@ -118,6 +142,11 @@ def build_recipe(content: Mapping[str, Any], *, path: Path) -> Recipe:
         if recipe is not None:
             return recipe
     raise RecipeErrors(problems, where=str(path))
+
+
+def table_outline(content: Mapping[str, Any], problems: list[MilError]) -> _TableOutline | None:
+    """Validate the top level of a recipe that ranks a table; what is wrong is added to `problems`."""
+    return validate(_TableOutline, content, problems=problems)
 
 
 _WHOLE = {
@@ -154,6 +183,7 @@ def _outline(content: Mapping[str, Any], problems: list[MilError]) -> dict[str, 
         "chain": None,
         "stages": {},
         "measure": {},
+        "rank": None,
     }
     parts.update({key: content[key] for key in parts if key in content and key not in bad})
     parts["goals"] = parts["goals"] or {}

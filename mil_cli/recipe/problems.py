@@ -104,6 +104,11 @@ def _problem(
         expected = str(finding.get("ctx", {}).get("expected", ""))
         choices = [choice.strip(" '\"") for part in expected.split(" or ") for choice in part.split(",")]
         return RecipeError(f"must be one of {expected}", where=key, value=value, hint=did_you_mean(str(value), choices))
+    if kind == "union_tag_invalid":
+        context = finding["ctx"]
+        name, tags = context["discriminator"].strip("'"), context["expected_tags"]
+        hint = did_you_mean(context["tag"], [tag.strip(" '") for tag in tags.split(",")])
+        return RecipeError(f"must be one of {tags}", where=f"{key}.{name}", value=context["tag"], hint=hint)
     what = message.replace("Input should be", "must be").replace("String should", "must")
     hint = _HINTS.get(kind) or f"change {key}; it {what}"
     return RecipeError(what, where=key, value=value, hint=hint)

@@ -12,6 +12,9 @@ from mil_cli.recipe.goals import Goals
 from mil_cli.stages.registry import StageConfig
 from mil_cli.training.config import TrainerConfig
 
+NAME = r"^[^/\\\x00]+$"
+"""What a recipe may be called: it names a folder."""
+
 
 class MeasureConfig(BaseModel):
     """How figures are taken.
@@ -47,12 +50,14 @@ class Recipe(BaseModel):
         chain: Stage keys in the order in which they run.
         stages: Settings of every stage by key; those outside the chain serve as fine-tuners.
         measure: How figures are taken.
+        rank: How the architectures of the model, a space, are ranked: a `SpaceRanking`, whose module takes seconds to
+            import and is read for recipes with this section only.
         resolved: The composed recipe as plain values, for the report and the run's `recipe.yaml`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    name: str = Field(min_length=1, pattern=r"^[^/\\\x00]+$")
+    name: str = Field(min_length=1, pattern=NAME)
     path: Path
     root: Path
     seed: int = Field(0, ge=0, lt=2**63)
@@ -66,4 +71,5 @@ class Recipe(BaseModel):
     chain: tuple[str, ...]
     stages: dict[str, StageConfig]
     measure: MeasureConfig = MeasureConfig()
+    rank: BaseModel | None = None
     resolved: dict[str, Any]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -10,7 +13,7 @@ from mil_cli.assess.costs import CLOCKS, Spending
 from mil_cli.assess.ranking import Interval
 from mil_cli.assess.selection import Entry, Ranking
 from mil_cli.report import text
-from mil_cli.report.terminal import line, new_table, show
+from mil_cli.report.terminal import line, list_files, new_table, show
 
 _PARTS = {
     "scores": "scores",
@@ -20,18 +23,38 @@ _PARTS = {
 }
 
 
-def render_ranking(ranking: Ranking, console: Console, *, shown: int = 20) -> None:
+FILES = {
+    "ranking.json": "this ranking for programs",
+    "architectures.csv": "all that is known of each architecture; columns.json says what its columns are",
+}
+"""What the folder of a ranking holds for its user."""
+
+
+def render_ranking(
+    ranking: Ranking,
+    console: Console,
+    *,
+    shown: int = 20,
+    choices: Mapping[str, Mapping[str, str | int]] | None = None,
+    directory: Path | None = None,
+) -> None:
     """Print a ranking.
 
     Args:
         ranking: What is printed.
         console: Where it is printed.
         shown: How many architectures, the best first.
+        choices: What was chosen in each, by its name; that of the first is printed.
+        directory: The run's folder; its files are listed if it is given.
     """
     show(console, _architectures(ranking, shown))
     hidden = len(ranking.entries) - shown
     if hidden > 0:
         line(console, f"[dim]and {hidden} more[/dim]")
+    first = ranking.entries[0].id
+    if choices is not None and first in choices:
+        chosen = " ".join(f"{name}={choice}" for name, choice in choices[first].items())
+        line(console, f"{escape(first)} is {escape(chosen)}")
     name = ranking.settings.predictor.method
     line(console, f"{name}: tau {_interval(ranking.tau)} on trained architectures that it had not seen")
     for column, tau in ranking.single.items():
@@ -45,6 +68,8 @@ def render_ranking(ranking: Ranking, console: Console, *, shown: int = 20) -> No
         line(console, f"training all would take about {text.duration(ranking.costs.cpu_of_training_all)} of processors")
     for notice in ranking.notices:
         line(console, f"[yellow]note:[/yellow] {escape(notice)}")
+    if directory is not None:
+        list_files(console, directory, FILES)
 
 
 def _architectures(ranking: Ranking, shown: int) -> Table:

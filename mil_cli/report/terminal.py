@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich import box
@@ -54,10 +55,15 @@ def render(report: Report, console: Console, *, directory: Path | None = None) -
     for notice in report.get("notices") or []:
         line(console, f"[yellow]note:[/yellow] {escape(str(notice))}")
     if directory is not None:
-        line(console, "")
-        for name, what in FILES.items():
-            if (directory / name).exists():
-                line(console, f"{escape(str(directory / name))}  [dim]{what}[/dim]")
+        list_files(console, directory, FILES)
+
+
+def list_files(console: Console, directory: Path, files: Mapping[str, str]) -> None:
+    """Print which of some files a folder holds, and what each is."""
+    line(console, "")
+    for name, what in files.items():
+        if (directory / name).exists():
+            line(console, f"{escape(str(directory / name))}  [dim]{what}[/dim]")
 
 
 def line(console: Console, markup: str) -> None:

@@ -13,6 +13,7 @@ from mil_cli.run.locks import try_lock
 
 RECIPE = "recipe.yaml"
 REPORT = "report.json"
+RANKING = "ranking.json"
 
 
 class RunDirectory:
@@ -81,11 +82,12 @@ class RunDirectory:
 
 
 def _unfinished(parent: Path, resolved: str) -> RunDirectory | None:
-    """Return the newest folder of a run of the same recipe that ended without a report, if there is one."""
+    """Return the newest folder of a run of the same recipe that ended without a result, if there is one."""
     if not parent.is_dir():
         return None
     for folder in sorted(parent.iterdir(), reverse=True):
-        if folder.is_symlink() or not folder.is_dir() or (folder / REPORT).exists():
+        finished = any((folder / name).exists() for name in (REPORT, RANKING))
+        if folder.is_symlink() or not folder.is_dir() or finished:
             continue
         recipe = folder / RECIPE
         if not recipe.is_file() or recipe.read_text(encoding="utf-8") != resolved:

@@ -21,7 +21,7 @@ from mil_cli.models.user_code import importable
 from mil_cli.run.cache import Cache
 from mil_cli.run.execute import StageResult
 from mil_cli.run.goals import check_measurable
-from mil_cli.run.runner import run_chain
+from mil_cli.run.runner import check_chain, run_chain
 from mil_cli.run.surroundings import build_surroundings
 from mil_cli.training.evaluate import whole_batches
 
@@ -133,6 +133,7 @@ def plan_recipe(recipe: Recipe, *, progress: Progress, clock: Callable[[], float
     Raises:
         MilError: What would have stopped the run.
     """
+    check_chain(recipe)
     with importable(recipe.root):
         return _plan(recipe, progress, clock)
 

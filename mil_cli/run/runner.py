@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mil_cli.errors import MilError
+from mil_cli.errors import MilError, RecipeError
 from mil_cli.events import Progress, SilentProgress
 from mil_cli.files import write_json
 from mil_cli.models.user_code import importable
@@ -65,6 +65,17 @@ class Chain:
     def final(self) -> StoredModel:
         """The last stage's model."""
         return self.results[-1].model if self.results else self.original
+
+
+def check_chain(recipe: Recipe) -> None:
+    """Refuse a recipe without a chain, which only ranks.
+
+    Raises:
+        RecipeError: It has none.
+    """
+    if not recipe.chain:
+        hint = f"rank its architectures by: mil rank {recipe.path}; or write a chain"
+        raise RecipeError("there is nothing to compress: the chain is empty", where="chain", hint=hint)
 
 
 def run_chain(
@@ -132,6 +143,7 @@ def run_recipe(
     Raises:
         MilError: Something that the user can mend; what was reached is saved, the same command goes on.
     """
+    check_chain(recipe)
     own = place()
     location = own.cache_location(cache_location or default_location())
     if not own.leads:

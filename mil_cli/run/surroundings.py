@@ -49,8 +49,8 @@ def build_surroundings(recipe: Recipe) -> Surroundings:
         load_source=sources.load,
         source_fingerprint=sources.fingerprint,
         load_data=_OtherData(recipe.root).load,
-        load_space=partial(_space_of, recipe),
-        capture=lambda module: capture_module(recipe.model, module, example=_example(data, task)),
+        load_space=partial(space_of, recipe),
+        capture=lambda module: capture_module(recipe.model, module, example=example_of(data, task)),
         space_fingerprint=lambda: fingerprint_of(
             [sources.fingerprint(recipe.model.model_dump(mode="json")), recipe.seed]
         ),
@@ -67,22 +67,24 @@ def source_model(recipe: Recipe, surroundings: Surroundings) -> Model:
 
 
 def _build(source: ModelSource, recipe: Recipe, data: Data, task: Task, *, purpose: str) -> Model:
-    example = _example(data, task)
+    example = example_of(data, task)
     return build_model(source, root=recipe.root, example=example, seed=derive_seed(recipe.seed, purpose))
 
 
-def _example(data: Data, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_of(data: Data, task: Task) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments of a recipe's model, that it is captured with."""
     return task.inputs(next(iter(data.train.batches(EXAMPLE_BATCH))))
 
 
-def _space_of(recipe: Recipe) -> DesignedSpace:
+def space_of(recipe: Recipe) -> DesignedSpace:
     """Return the space that a recipe's model is, with the weights that its own model begins with.
 
     Raises:
         ModelError: It cannot be built, or holds no choice.
     """
     if recipe.model.target is None:
-        raise ModelError("a .pt2 file holds one net, without choices", value=str(recipe.model.pt2))
+        hint = "give model._target_, a function that builds a module with choices of mil_cli.spaces"
+        raise ModelError("a .pt2 file holds one net, without choices", value=str(recipe.model.pt2), hint=hint)
     return DesignedSpace(build_module(recipe.model, root=recipe.root, seed=derive_seed(recipe.seed, "model")))
 
 

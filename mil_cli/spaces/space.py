@@ -38,11 +38,8 @@ class DesignedSpace:
         self.module = module
         self.decisions = find_decisions(module)
         if not self.decisions:
-            raise ModelError(
-                "the module has nothing to choose from",
-                value=type(module).__name__,
-                hint="put a Choice, Repeat, Width or Kernel of mil_cli.spaces into it",
-            )
+            hint = "put a Choice, Repeat, Width or Kernel of mil_cli.spaces into it, or take nas/elastic as it is"
+            raise ModelError("the module has nothing to choose from", value=type(module).__name__, hint=hint)
         self._order = decision_order(self.decisions)
         self._numbers = {decision.name: number for number, decision in enumerate(self.decisions)}
         self._forms = Forms(module, self.decisions)

@@ -102,7 +102,7 @@ def test_content_that_is_built_in_memory(write: Write) -> None:
 @pytest.mark.parametrize("file", sorted(recipes_folder().rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(file: Path) -> None:
     recipe = load_recipe(file)
-    assert recipe.goals.asked()
+    assert recipe.goals.asked() or recipe.rank is not None
 
 
 def content_of(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from mil_cli.data.base import Data
 from mil_cli.data.digits import digits
 from mil_cli.models.small_nets import small_nets
 from mil_cli.recipe.load import load_recipe
+from mil_cli.run import architectures
 from mil_cli.run.environment import computing_environment
 from mil_cli.spaces import CostCounter, DesignedSpace
-from scripts import architecture_points, build_architecture_dataset
+from scripts import build_architecture_dataset
 from scripts.architecture_points import SCORES, train_point
 from scripts.architecture_table import table
 from scripts.build_architecture_dataset import main
@@ -47,14 +48,6 @@ model: {{_target_: mil_cli.models.small_nets.small_nets, widths: {WIDTHS}, block
 trainer: {{epochs: 2, batch_size: 128}}
 """
 LOW, HIGH = 1500, 6500
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Give other tests the threads that they had: a training sets those of its process."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -143,6 +136,14 @@ def test_rows_are_complete_and_the_same_after_an_interruption(tmp_path: Path, mo
 
     *first, last = kept.read_text().splitlines()
     kept.write_text("\n".join([*first, last[:100]]))  # killed while it wrote
+    rows_of_other_code = [{**row, "point": {**row["point"], "of": "other"}} for row in read_rows(kept)]
+    other = tmp_path / "other.jsonl"
+    for row in rows_of_other_code:
+        append_row(other, row)
+    joined = ("--known-only", "--out", str(other.with_suffix(".csv")))
+    assert main(words(tmp_path, *joined)) == 1
+    assert main(words(tmp_path, *joined, "--trust-rows")) == 0
+    assert read(other.with_suffix(".csv")) == rows[:3]
     assert main(words(tmp_path, "--known-only")) == 0
     assert "3 of 4 trainings, of 3 architectures." in out.with_suffix(".md").read_text()
     assert main(words(tmp_path)) == 0
@@ -177,7 +178,7 @@ def test_the_test_split_gives_test_quality_and_nothing_else(tmp_path: Path, monk
         data = digits()
         return replace(data, test=data.val)
 
-    monkeypatch.setattr(architecture_points, "build_data", other_test)
+    monkeypatch.setattr(architectures, "build_data", other_test)
     other = train_point(recipe, drawn, point)
     assert other["test_quality"] == other["quality"] != result["test_quality"]
     assert without_seconds({**other, "test_quality": result["test_quality"]}) == without_seconds(result)

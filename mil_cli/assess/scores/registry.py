@@ -54,6 +54,9 @@ MEASURES = {
 }
 """Name -> how it is taken."""
 
+SIZES = ("macs", "params")
+"""Those that say how large an architecture is, and nothing else."""
+
 
 @dataclass(frozen=True)
 class Score:

@@ -25,6 +25,8 @@ METHODS: dict[tuple[str, str], str] = {
     ("nas", "fairnas"): "mil_cli.stages.nas.fairnas",
     ("nas", "bignas"): "mil_cli.stages.nas.bignas",
     ("nas", "ofa"): "mil_cli.stages.nas.ofa",
+    ("nas", "darts"): "mil_cli.stages.nas.darts",
+    ("nas", "pc_darts"): "mil_cli.stages.nas.pc_darts",
     ("prune", "magnitude"): "mil_cli.stages.prune.magnitude",
     ("prune", "taylor"): "mil_cli.stages.prune.taylor",
     ("prune", "fpgm"): "mil_cli.stages.prune.fpgm",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mil_cli.spaces import Architecture, Choice, DesignedSpace
     from mil_cli.stages.context import Context
     from mil_cli.task.base import Task
+    from mil_cli.training.eager import Samples
     from mil_cli.training.objective import Binding, Objective, Running
 
 
@@ -161,19 +162,15 @@ def search_relaxed(model: Model, config: RelaxedConfig, relaxation: Relaxation, 
 class Mixture(SharedModule):
     """A space's module that runs all operators at once, in training and in evaluation; the rest is as large as can be.
 
-    It is a `mil_cli.training.trainee.Trainee`.
-
     Args:
-        space: The space.
+        module: The module, which holds choices.
         spec: What each of its architectures takes and gives.
         samples: Example ``(args, kwargs)``.
     """
 
-    def __init__(
-        self, space: DesignedSpace, *, spec: ModelSpec, samples: tuple[tuple[Any, ...], dict[str, Any]]
-    ) -> None:
-        super().__init__(space, spec=spec, samples=samples)
-        self.graph: nn.Module = _Mixes(space)
+    def __init__(self, module: nn.Module, *, spec: ModelSpec, samples: Samples) -> None:
+        super().__init__(module, spec=spec, samples=samples)
+        self.graph = _Mixes(self.space)
 
     def mix(self, weigh: Callable[[], Mapping[str, Tensor]], *, share: int) -> None:
         """Make each forward pass run operators with the weights that `weigh` gives then, on a share of the channels."""

@@ -53,6 +53,19 @@ class Split(Protocol):
         ...
 
 
+@runtime_checkable
+class Divisible(Split, Protocol):
+    """A split of which parts can be made."""
+
+    def part(self, indices: torch.Tensor) -> Split:
+        """Return a split of some of the samples, augmented as they are here.
+
+        Args:
+            indices: Their places in the order that is not shuffled, int64 of shape (samples,).
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """A data set.
@@ -68,6 +81,39 @@ class Data:
     train: Split
     val: Split
     test: Split
+
+
+def halves(split: Split, *, seed: int) -> tuple[Split, Split]:
+    """Divide a split in two at random.
+
+    Args:
+        split: The split, of at least two samples.
+        seed: Which sample is in which half follows from it.
+
+    Raises:
+        DataError: It has one sample, or is of a kind of one's own that makes no parts.
+    """
+    if len(split) < 2:
+        raise DataError("too few samples to divide", where="data.train", value=len(split))
+    order = epoch_order(len(split), shuffle=True, seed=seed, epoch=0)
+    middle = len(split) // 2
+    return part_of(split, order[:middle]), part_of(split, order[middle:])
+
+
+def part_of(split: Split, indices: torch.Tensor) -> Split:
+    """Return some samples of a split as a split; see `Divisible.part`.
+
+    Raises:
+        DataError: It is of a kind of one's own that makes no parts.
+    """
+    if not isinstance(split, Divisible):
+        raise DataError(
+            "the split cannot be divided",
+            where="data.train",
+            value=type(split).__name__,
+            hint="return tensors or a dataset for it, or give the class a method part(indices)",
+        )
+    return split.part(indices)
 
 
 def epoch_order(samples: int, *, shuffle: bool, seed: int, epoch: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from mil_cli.data.base import Batch, batch_indices, epoch_order, mix_seed
 from mil_cli.data.collate import as_batch, stack_collate
@@ -101,6 +101,18 @@ class DatasetSplit:
             if isinstance(batch, _Failure):
                 raise DataError(batch.what, where=batch.where, hint=batch.hint)
             yield as_batch(batch)
+
+    def part(self, indices: torch.Tensor) -> DatasetSplit:
+        """Return a split of some of the samples; see `mil_cli.data.base.Divisible`."""
+        chosen = indices.tolist()
+        plain = None if self._plain is self._dataset else Subset(self._plain, chosen)
+        return DatasetSplit(
+            Subset(self._dataset, chosen),
+            plain=plain,
+            collate_fn=self._collate,
+            num_workers=self._workers,
+            where=self._where,
+        )
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the content: by the dataset's own `fingerprint()` if it has one, else every sample."""

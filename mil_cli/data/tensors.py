@@ -101,6 +101,16 @@ class TensorSplit:
             entries[self._image] = image
             yield dict(zip(self._keys, entries, strict=True)) if self._keys is not None else tuple(entries)
 
+    def part(self, indices: torch.Tensor) -> TensorSplit:
+        """Return a split of some of the samples; see `mil_cli.data.base.Divisible`."""
+        taken = [tensor[indices] for tensor in self._tensors]
+        return TensorSplit(
+            taken if self._keys is None else dict(zip(self._keys, taken, strict=True)),
+            augment=self._augment,
+            prepare=self._prepare,
+            image=self._names[self._image],
+        )
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the tensors, and of how they are augmented and prepared."""
         return self._fingerprint

@@ -9,11 +9,11 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mil_cli.data.base import Batch, Data, Split
+from mil_cli.data.base import Batch, Data, Split, part_of
 from mil_cli.events import Progress, SilentProgress
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.parity import check_parity
@@ -26,6 +26,8 @@ from mil_cli.run.surroundings import build_surroundings
 from mil_cli.training.evaluate import whole_batches
 
 if TYPE_CHECKING:
+    import torch
+
     from mil_cli.recipe.schema import Recipe
 
 BATCHES = 2
@@ -92,6 +94,7 @@ class _Head:
     limit: int
     made: bool = False
     seconds: float = 0.0
+    parts: list[_Head] = field(default_factory=list)
 
     def __len__(self) -> int:
         return min(self.limit, len(self.split))
@@ -108,6 +111,11 @@ class _Head:
                 self.seconds += now - since
                 since = now
 
+    def part(self, indices: torch.Tensor) -> Split:
+        piece = _Head(part_of(self.split, indices), self.clock, len(indices), self.made)
+        self.parts.append(piece)
+        return piece
+
     def fingerprint(self) -> str:
         return f"the first {self.limit} of {self.split.fingerprint()}"
 
@@ -117,9 +125,9 @@ class _Head:
         return len(self.split) / len(self)
 
     def take_seconds(self) -> float:
-        """Return the seconds spent since the last call."""
+        """Return the seconds spent since the last call; parts are read side by side, so that the longest counts."""
         seconds, self.seconds = self.seconds, 0.0
-        return seconds
+        return seconds + max((part.take_seconds() for part in self.parts), default=0.0)
 
 
 def plan_recipe(recipe: Recipe, *, progress: Progress, clock: Callable[[], float] = time.perf_counter) -> Plan:

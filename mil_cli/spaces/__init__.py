@@ -2,15 +2,16 @@
 
 from mil_cli.spaces.architecture import Architecture
 from mil_cli.spaces.balanced import sample_balanced
-from mil_cli.spaces.blocks import Choice, Repeat, Zero
+from mil_cli.spaces.blocks import Choice, Node, OneOf, Repeat, Zero
 from mil_cli.spaces.cost import CostCounter
 from mil_cli.spaces.layers import BatchNorm2d, Conv2d, LayerNorm, Linear
-from mil_cli.spaces.sizes import Kernel, Width
+from mil_cli.spaces.sizes import Channels, Kernel, Width
 from mil_cli.spaces.space import DesignedSpace
 
 __all__ = [
     "Architecture",
     "BatchNorm2d",
+    "Channels",
     "Choice",
     "Conv2d",
     "CostCounter",
@@ -18,6 +19,8 @@ __all__ = [
     "Kernel",
     "LayerNorm",
     "Linear",
+    "Node",
+    "OneOf",
     "Repeat",
     "Width",
     "Zero",

@@ -177,7 +177,7 @@ def _remember(module: nn.Module, holders: Sequence[Any], counter: _WorkCounter) 
 def _running(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules that a plain copy has."""
     if isinstance(module, Choice):
-        yield from _running(module.operator(module.chosen))
+        yield from _running(module.operator(module.decision.chosen))
         return
     yield module
     for child in module.running() if isinstance(module, Repeat) else module.children():

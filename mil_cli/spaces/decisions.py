@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, count
+from typing import TypeVar
 
 from torch import nn
 
+from mil_cli.errors import ModelError
 from mil_cli.spaces.architecture import Chosen
-from mil_cli.spaces.blocks import Choice, Repeat
+from mil_cli.spaces.blocks import Choice, OneOf, Repeat
 from mil_cli.spaces.layers import Elastic
 from mil_cli.spaces.sizes import Free, Size
+
+H = TypeVar("H")
 
 Condition = tuple[tuple[int, frozenset[int]], ...]
 """Choices that go together: the number of a decision, and which of its choices, as indices. Empty: always."""
@@ -36,8 +40,8 @@ class Decision:
     """Something to be chosen.
 
     Attributes:
-        name: The path of the module; of a number, that of the attribute that has it, else of the first layer and its
-            argument that it stands for.
+        name: The path of the module; of a number or of what several choices share, that of the attribute that has it,
+            else of the first layer and its argument that it stands for, or of the first choice.
         choices: What there is to choose from: names of operators, numbers of blocks, sizes.
         holder: The part of the module that keeps what is active.
         places: The modules that it changes; it acts where one of them runs.
@@ -45,7 +49,7 @@ class Decision:
 
     name: str
     choices: tuple[Chosen, ...]
-    holder: Choice | Repeat | Free
+    holder: OneOf | Repeat | Free
     places: tuple[Place, ...]
 
     @cached_property
@@ -77,11 +81,21 @@ def find_decisions(module: nn.Module) -> tuple[Decision, ...]:
 
 
 def decision_order(decisions: tuple[Decision, ...]) -> tuple[int, ...]:
-    """Return the numbers of decisions so that each comes after those that it depends on, else in their order."""
+    """Return the numbers of decisions so that each comes after those that it depends on, else in their order.
+
+    Raises:
+        ModelError: Some depend on each other in a circle.
+    """
     order: list[int] = []
     waiting = list(range(len(decisions)))
     while waiting:
-        following = next(number for number in waiting if decisions[number].depends_on <= set(order))
+        following = next((number for number in waiting if decisions[number].depends_on <= set(order)), None)
+        if following is None:
+            raise ModelError(
+                "a decision says whether it is made itself",
+                value=", ".join(decisions[number].name for number in waiting),
+                hint="no operator may hold a Choice with the decision that the operator itself is chosen by",
+            )
         waiting.remove(following)
         order.append(following)
     return tuple(order)
@@ -99,11 +113,20 @@ def is_inside(path: str, whole: str) -> bool:
 
 def held_sizes(module: nn.Module) -> list[tuple[str, Size]]:
     """Return the sizes that a module has as attributes, or in lists, with their names."""
+    return _held(module, Size)
+
+
+def held_decisions(module: nn.Module) -> list[tuple[str, OneOf]]:
+    """Return the decisions between operators that a module has as attributes for choices inside it, as `held_sizes`."""
+    return [] if isinstance(module, Choice) else _held(module, OneOf)
+
+
+def _held(module: nn.Module, kind: type[H]) -> list[tuple[str, H]]:
     found = []
     for name, value in module.__dict__.items():
         several = isinstance(value, list | tuple)
         for index, one in enumerate(value if several else [value]):
-            if isinstance(one, Size):
+            if isinstance(one, kind):
                 found.append((f"{name}.{index}" if several else name, one))
     return found
 
@@ -119,7 +142,7 @@ def own_sizes(module: nn.Module) -> list[Size]:
 @dataclass
 class _Entry:
     name: str
-    holder: Choice | Repeat | Free
+    holder: OneOf | Repeat | Free
     places: list[Place] = field(default_factory=list)
 
 
@@ -133,6 +156,8 @@ class _Finder:
 
     def visit(self, module: nn.Module, path: str, condition: Condition) -> None:
         own = own_sizes(module)
+        for name, decision in held_decisions(module):
+            self._attributes.setdefault(id(decision), join(path, name))
         for name, size in held_sizes(module):
             self._attributes.setdefault(id(size), join(path, name))
             for base in size.bases if size in own else ():
@@ -142,7 +167,7 @@ class _Finder:
                 for base in value.bases:
                     self._note(base, join(path, argument), path, condition)
         if isinstance(module, Choice):
-            number = self._note(module, path, path, condition)
+            number = self._note(module.decision, path, path, condition)
             for index, name in enumerate(module.names):
                 self.visit(module.operator(index), join(path, name), (*condition, (number, frozenset({index}))))
         elif isinstance(module, Repeat):
@@ -155,7 +180,7 @@ class _Finder:
             for name, child in module.named_children():
                 self.visit(child, join(path, name), condition)
 
-    def _note(self, holder: Choice | Repeat | Free, name: str, path: str, condition: Condition) -> int:
+    def _note(self, holder: OneOf | Repeat | Free, name: str, path: str, condition: Condition) -> int:
         if id(holder) not in self.found:
             taken = {entry.name for entry in self.found.values()}
             name = self._attributes.get(id(holder), name)
@@ -167,11 +192,9 @@ class _Finder:
         return self._numbers[id(holder)]
 
 
-def _choices(holder: Choice | Repeat | Free) -> tuple[Chosen, ...]:
+def _choices(holder: OneOf | Repeat | Free) -> tuple[Chosen, ...]:
     match holder:
-        case Choice():
-            return holder.names
         case Repeat():
             return tuple(range(holder.least, len(holder) + 1))
-        case Free():
+        case OneOf() | Free():
             return holder.choices

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mil_cli.spaces.blocks import Choice, Repeat
-from mil_cli.spaces.decisions import Decision, held_sizes, is_inside, join, own_sizes
+from mil_cli.spaces.blocks import Choice, OneOf, Repeat
+from mil_cli.spaces.decisions import Decision, held_decisions, held_sizes, is_inside, join, own_sizes
 from mil_cli.spaces.layers import Elastic
 from mil_cli.spaces.plain import Searchable
-from mil_cli.spaces.sizes import Free, combinations
+from mil_cli.spaces.sizes import Chooser, Free, trying
 
 Form = Hashable
 """What is equal for modules that are the same but for the values of their weights."""
@@ -51,8 +51,8 @@ class Forms:
 
     def count(self, limit: int) -> int | None:
         """Return how many forms there are; None where more than `limit` were to be kept at once."""
-        if any(len(one.places) > 1 for one in self._decisions if not isinstance(one.holder, Free)):
-            return None  # a part that stands in two places is the same in both, which a list of each would miss
+        if any(len(one.places) > 1 for one in self._decisions if isinstance(one.holder, Repeat)):
+            return None  # one that stands in two places is the same in both, which a list of each would miss
         try:
             return _Counter(self._module, self._decisions, self._known, self._layers, limit).count(self._module, "")
         except _TooManyError:
@@ -79,12 +79,16 @@ class _Counter:
         limit: int,
     ) -> None:
         self._module = module
-        # A number is tried out in the smallest part that has all its places: elsewhere it changes nothing.
+        # A number is tried out in the smallest part that has all its places: elsewhere it changes nothing. So is what
+        # several choices share.
         self._scopes: dict[str, list[Decision]] = {}
         for decision in decisions:
-            if isinstance(decision.holder, Free):
+            shared = isinstance(decision.holder, OneOf) and len(decision.places) > 1
+            if isinstance(decision.holder, Free) or shared:
                 self._scopes.setdefault(_common([place.path for place in decision.places]), []).append(decision)
-        self._lister = _Lister(known, {path: _sizes(held) for path, held in self._scopes.items()}, layers, limit=limit)
+        self._lister = _Lister(
+            known, {path: _choosers(held) for path, held in self._scopes.items()}, layers, limit=limit
+        )
         self._counts: dict[Hashable, int] = {}
 
     def count(self, module: nn.Module, path: str) -> int:
@@ -105,7 +109,7 @@ class _Counter:
             if isinstance(module, Searchable | nn.Sequential) or not all(self._shows(one) for one in own):
                 self._counts[key] = len(self._lister.all(module, path))
             else:
-                with combinations(_sizes(own)) as each:
+                with trying(_choosers(own)) as each:
                     self._counts[key] = sum(self._product(module, path) for _ in each)
         return self._counts[key]
 
@@ -128,7 +132,7 @@ class _Lister:
 
     Args:
         known: Forms of modules in which nothing can be chosen, by their identity.
-        scopes: The numbers to try out in each module, by its path; None: only what is active is listed.
+        scopes: What to try out in each module, by its path; None: only what is active is listed.
         layers: Forms of torch's layers, by their class and arguments; it is added to.
         limit: Most forms of one module.
     """
@@ -136,13 +140,14 @@ class _Lister:
     def __init__(
         self,
         known: Mapping[int, Form],
-        scopes: Mapping[str, Sequence[Free]] | None,
+        scopes: Mapping[str, Sequence[Chooser]] | None,
         layers: dict[Hashable, Form],
         *,
         limit: int,
     ) -> None:
         self._known = known
         self._scopes = scopes
+        self._tried = {id(one) for scope in (scopes or {}).values() for one in scope}
         self._limit = limit
         self._layers = layers
 
@@ -157,7 +162,9 @@ class _Lister:
         if self._scopes is None:
             return self._here(module, path)
         found: set[Form] = set()
-        with combinations(self._scopes.get(path, ())) as each:
+        scope = self._scopes.get(path, ())
+        self._check(math.prod(len(one.choices) for one in scope))
+        with trying(scope) as each:
             for _ in each:
                 found |= self._here(module, path)
                 self._check(len(found))
@@ -170,7 +177,8 @@ class _Lister:
         if type(module) is nn.Identity:
             return {_Sequence()}
         if isinstance(module, Choice):
-            indices = [module.chosen] if self._scopes is None else range(len(module.names))
+            given = self._scopes is None or id(module.decision) in self._tried
+            indices = [module.decision.chosen] if given else range(len(module.names))
             return set().union(*(self.all(module.operator(one), join(path, module.names[one])) for one in indices))
         if isinstance(module, Repeat):
             return self._sequences(module.running() if self._scopes is None else module, path, least=module.least)
@@ -221,7 +229,7 @@ class _Sequence(tuple[Form, ...]):
 
 def _own_form(module: nn.Module) -> Form:
     """Return what a module is without its parts: its class, its settings, the shapes of its own parameters."""
-    named = {name for name, _ in held_sizes(module)}
+    named = {name for name, _ in (*held_sizes(module), *held_decisions(module))}
     settings = tuple(
         (name, _value(value))
         for name, value in module.__dict__.items()
@@ -257,5 +265,5 @@ def _common(paths: Sequence[str]) -> str:
     return ".".join(level[0] for level in same)
 
 
-def _sizes(decisions: Iterable[Decision]) -> list[Free]:
-    return [decision.holder for decision in decisions if isinstance(decision.holder, Free)]
+def _choosers(decisions: Iterable[Decision]) -> list[Chooser]:
+    return [decision.holder for decision in decisions if not isinstance(decision.holder, Repeat)]

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 from mil_cli.errors import ModelError
 from mil_cli.spaces.plain import Searchable
@@ -42,6 +42,47 @@ class Size(Searchable):
     def plain(self, memo: dict[int, Any]) -> int:
         """Return the active value."""
         return int(self)
+
+
+class Channels(Size):
+    """A number of channels that is not chosen, but of which a search may run the first ones alone for a while.
+
+    Args:
+        count: The number.
+
+    Raises:
+        ModelError: It is no whole number above 0.
+    """
+
+    def __init__(self, count: int) -> None:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ModelError("must be a whole number of at least 1", where="Channels", value=count)
+        self._count = self._active = count
+
+    @property
+    def bases(self) -> tuple[Free, ...]:
+        """Nothing."""
+        return ()
+
+    def __int__(self) -> int:
+        return self._active
+
+    @property
+    def largest(self) -> int:
+        """The number."""
+        return self._count
+
+    @contextmanager
+    def narrowed(self, count: int) -> Iterator[None]:
+        """Make it a smaller number as long as the context is open."""
+        before, self._active = self._active, count
+        try:
+            yield
+        finally:
+            self._active = before
+
+    def __repr__(self) -> str:
+        return f"Channels({self._count})"
 
 
 class Free(Size):
@@ -147,20 +188,33 @@ def largest(value: int | Size) -> int:
     return value.largest if isinstance(value, Size) else value
 
 
+class Chooser(Protocol):
+    """What keeps which of some choices is active."""
+
+    choices: tuple[Any, ...]
+    chosen: int
+
+
 @contextmanager
 def combinations(sizes: Sequence[Size]) -> Iterator[Iterator[None]]:
     """Give an iterator that makes every combination of some sizes' choices active in turn, and undo that at the end."""
-    bases = tuple(dict.fromkeys(base for size in sizes for base in size.bases))
-    before = [base.chosen for base in bases]
+    with trying(tuple(dict.fromkeys(base for size in sizes for base in size.bases))) as each:
+        yield each
+
+
+@contextmanager
+def trying(choosers: Sequence[Chooser]) -> Iterator[Iterator[None]]:
+    """Give an iterator that makes every combination of choices active in turn, and undo that at the end."""
+    before = [one.chosen for one in choosers]
 
     def each() -> Iterator[None]:
-        for chosen in product(*(range(len(base.choices)) for base in bases)):
-            for base, index in zip(bases, chosen, strict=True):
-                base.chosen = index
+        for chosen in product(*(range(len(one.choices)) for one in choosers)):
+            for one, index in zip(choosers, chosen, strict=True):
+                one.chosen = index
             yield
 
     try:
         yield each()
     finally:
-        for base, index in zip(bases, before, strict=True):
-            base.chosen = index
+        for one, index in zip(choosers, before, strict=True):
+            one.chosen = index

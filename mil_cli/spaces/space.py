@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mil_cli.errors import ModelError, did_you_mean
 from mil_cli.spaces.architecture import Architecture
-from mil_cli.spaces.blocks import Choice
-from mil_cli.spaces.decisions import decision_order, find_decisions
+from mil_cli.spaces.blocks import Choice, OneOf
+from mil_cli.spaces.decisions import Decision, decision_order, find_decisions
 from mil_cli.spaces.forms import Form, Forms
 from mil_cli.spaces.initialise import initialise
 from mil_cli.spaces.plain import plain_copy
@@ -169,6 +169,11 @@ class DesignedSpace:
 
     # Running and building.
 
+    def choices_of(self, decision: Decision) -> list[Choice]:
+        """Return the parts of the module whose operator a decision chooses; none if it chooses something else."""
+        parts = [self.module.get_submodule(place.path) for place in decision.places]
+        return [part for part in dict.fromkeys(parts) if isinstance(part, Choice) and part.decision is decision.holder]
+
     @contextmanager
     def active(self, architecture: Architecture) -> Iterator[None]:
         """Make `module` run an architecture, on the weights that all share; gradients reach only what runs.
@@ -187,33 +192,36 @@ class DesignedSpace:
                 decision.holder.chosen = index
 
     @contextmanager
-    def mixed(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def mixed(self, weights: Mapping[str, Tensor], *, share: int = 1) -> Iterator[None]:
         """Make operators run all at once, as weighted sums.
 
         Args:
-            weights: By the name of a `Choice`: a weight for each operator (operators,); gradients reach them.
+            weights: By the name of a decision between operators: a weight for each (operators,); gradients reach them.
+            share: One of so many channels passes through the operators, the others pass by; see `Choice`.
 
         Raises:
-            ModelError: There is no such `Choice`, or there are not as many weights as operators.
+            ModelError: There is no such decision, there are not as many weights as operators, or the operators cannot
+                run on so few channels.
         """
-        choices = {decision.name: decision.holder for decision in self.decisions if isinstance(decision.holder, Choice)}
+        choices = {decision.name: decision.holder for decision in self.decisions if isinstance(decision.holder, OneOf)}
         for name, vector in weights.items():
             if name not in choices:
                 raise ModelError("the space has no such Choice", value=name, hint=did_you_mean(name, choices))
-            if tuple(vector.shape) != (len(choices[name].names),):
+            if tuple(vector.shape) != (len(choices[name].choices),):
                 raise ModelError(
-                    f"needs one weight for each of its {len(choices[name].names)} operators",
+                    f"needs one weight for each of its {len(choices[name].choices)} operators",
                     where=name,
                     value=tuple(vector.shape),
                 )
-        before = {name: choices[name].mix for name in weights}
+            self._check_share(name, share)
+        before = {name: (choices[name].mix, choices[name].share) for name in weights}
         try:
             for name, vector in weights.items():
-                choices[name].mix = vector.unbind()
+                choices[name].mix, choices[name].share = vector.unbind(), share
             yield
         finally:
-            for name, mix in before.items():
-                choices[name].mix = mix
+            for name, (mix, whole) in before.items():
+                choices[name].mix, choices[name].share = mix, whole
 
     def build(self, architecture: Architecture, *, seed: int = 0, inherit: bool = False) -> nn.Module:
         """Return an architecture as a plain module, with torch's layers in place of all that can be chosen.
@@ -235,6 +243,17 @@ class DesignedSpace:
         return result
 
     # Parts.
+
+    def _check_share(self, name: str, share: int) -> None:
+        """Refuse a share of the channels that the operators of a decision cannot run on."""
+        for choice in self.choices_of(self.decisions[self._numbers[name]]) if share > 1 else ():
+            if choice.width is None or choice.width.largest % share:
+                raise ModelError(
+                    f"its operators cannot run on one of {share} channels",
+                    where=name,
+                    value=choice.width,
+                    hint="give each Choice the width that its layers are made of: a Channels that the share divides",
+                )
 
     def _settle(self, choose: Callable[[int], int]) -> Architecture:
         """Ask for the choice of each decision that acts, those that others depend on first."""
@@ -273,12 +292,14 @@ class DesignedSpace:
 
     def _by_size(self, number: int) -> list[int]:
         """Return the indices of a decision's choices from the smallest to the largest."""
-        holder = self.decisions[number].holder
         indices = list(range(len(self.decisions[number].choices)))
-        if isinstance(holder, Choice):
-            params = [sum(one.numel() for one in holder.operator(index).parameters()) for index in indices]
-            return sorted(indices, key=params.__getitem__)
-        return indices
+        choices = self.choices_of(self.decisions[number])
+        if not choices:
+            return indices
+        params = [
+            sum(one.numel() for choice in choices for one in choice.operator(index).parameters()) for index in indices
+        ]
+        return sorted(indices, key=params.__getitem__)
 
     @staticmethod
     def _draw(count: int, generator: torch.Generator) -> int:

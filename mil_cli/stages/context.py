@@ -219,6 +219,7 @@ class Context:
         bind: Binding[T] | None = None,
         taps: Sequence[str] = (),
         companions: nn.Module | None = None,
+        stop: Callable[[], str | None] | None = None,
         data: Data | None = None,
     ) -> FitResult[T]:
         """Train a copy of `model` by the one training loop, resumably.
@@ -231,6 +232,7 @@ class Context:
             bind: Makes the objective from the training under way; None: the task's loss.
             taps: Module paths whose values a bound objective reads; see `mil_cli.training.loop.fit`.
             companions: Modules that are trained along and dropped; see there.
+            stop: Asked after each epoch; see there.
             data: The splits, where `train` is not that of the recipe; its fingerprint must follow from what was read.
 
         Returns:
@@ -246,6 +248,7 @@ class Context:
             before_step=cast("StepHook[T] | None", self._before_step),
             taps=taps,
             companions=companions,
+            stop=stop,
             steps=self._steps,
             checkpoint=self.slot(slot),
             progress=self.progress,

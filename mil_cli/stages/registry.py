@@ -26,6 +26,8 @@ METHODS: dict[tuple[str, str], str] = {
     ("nas", "bignas"): "mil_cli.stages.nas.bignas",
     ("nas", "ofa"): "mil_cli.stages.nas.ofa",
     ("nas", "from_scratch"): "mil_cli.stages.nas.from_scratch",
+    ("nas", "darts"): "mil_cli.stages.nas.darts",
+    ("nas", "pc_darts"): "mil_cli.stages.nas.pc_darts",
     ("prune", "magnitude"): "mil_cli.stages.prune.magnitude",
     ("prune", "taylor"): "mil_cli.stages.prune.taylor",
     ("prune", "fpgm"): "mil_cli.stages.prune.fpgm",

@@ -72,6 +72,7 @@ def fit(
     taps: Sequence[str] = (),
     companions: nn.Module | None = None,
     steps: int | None = None,
+    stop: Callable[[], str | None] | None = None,
     checkpoint: CheckpointSlot | None = None,
     progress: Progress | None = None,
     description: str = "training",
@@ -99,6 +100,8 @@ def fit(
             in checkpoints, no part of the result. Parameters that need no gradient are left to whoever changes them.
         steps: Train for so many steps, whatever the settings' `epochs`, and do not evaluate; passes over more than an
             epoch are of equal length, so that there may be a few more. None: as the settings say.
+        stop: Asked once after each epoch; a reason ends the training. It must follow from the steps taken and from
+            `companions`, so that a resumed training is told the same.
         checkpoint: Where to keep checkpoints; the last one stays there, so that a finished training is not repeated.
         progress: Where to report.
         description: What progress calls this training.
@@ -126,6 +129,7 @@ def fit(
             taps=taps,
             companions=companions if companions is not None else nn.Module(),
             steps=steps,
+            stop=stop,
             slot=checkpoint if checkpoint is not None else NullSlot(),
             progress=progress if progress is not None else SilentProgress(),
             description=description,
@@ -165,6 +169,7 @@ class _Loop(Generic[T]):
         taps: Sequence[str],
         companions: nn.Module,
         steps: int | None,
+        stop: Callable[[], str | None] | None,
         slot: CheckpointSlot,
         progress: Progress,
         description: str,
@@ -172,7 +177,7 @@ class _Loop(Generic[T]):
         fabric: Fabric,
     ) -> None:
         self._task, self._data, self._settings, self._seed = task, data, settings, seed
-        self._before_step = before_step
+        self._before_step, self._stop = before_step, stop
         self._slot, self._progress, self._description, self._clock = slot, progress, description, clock
         self._fabric = fabric
         self._model = model.clone().train()
@@ -323,6 +328,9 @@ class _Loop(Generic[T]):
             (position.epoch + 1) % settings.evaluate_every == 0 or position.epoch + 1 == settings.epochs
         ):
             self._evaluate(entry)
+        reason = self._stop() if self._stop is not None else None
+        if position.stopped is None:
+            position.stopped = reason
         position.epoch += 1
         position.step = 0
         self._loss_sum.zero_()

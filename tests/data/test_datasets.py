@@ -124,3 +124,17 @@ def test_samples_that_make_no_batch_are_told() -> None:
         DatasetSplit(Nan()).check()
     with pytest.raises(DataError, match="empty"):
         DatasetSplit(Noisy(0))
+
+
+def test_a_part_gives_the_samples_at_its_places() -> None:
+    class Plain(Noisy):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.full((4,), float(index)), index
+
+    part = DatasetSplit(Noisy(), plain=Plain()).part(torch.tensor([5, 2]))
+    assert len(part) == 2
+    (plain,) = part.batches(4)
+    assert plain[1].tolist() == plain[0][:, 0].tolist() == [5, 2]  # type: ignore[index]
+    (loud,) = part.batches(4, augment=True)
+    assert loud[0][:, 0].tolist() == [5, 2]  # type: ignore[index]
+    assert 0 < float(loud[0][0, 1]) < 1  # type: ignore[index]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mil_cli.data.augment import Augment
-from mil_cli.data.base import Split, batch_length, mix_seed
+from mil_cli.data.base import Split, batch_length, halves, mix_seed, part_of
 from mil_cli.data.tensors import Normalise, TensorSplit
 from mil_cli.errors import DataError
 
@@ -167,3 +167,37 @@ def test_mixed_seeds_do_not_collide() -> None:
     seeds = {mix_seed(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
     assert len(seeds) == 8000
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_halves_have_each_sample_once_by_the_seed() -> None:
+    split = TensorSplit({"x": torch.arange(9.0)[:, None], "y": torch.arange(9)})
+    one, other = halves(split, seed=3)
+    held = [next(iter(half.batches(9)))["y"] for half in (one, other)]  # type: ignore[call-overload]
+    assert sorted(torch.cat(held).tolist()) == list(range(9))
+    assert len(one) == 4
+    assert torch.equal(next(iter(halves(split, seed=3)[0].batches(9)))["y"], held[0])  # type: ignore[call-overload]
+    assert not torch.equal(next(iter(halves(split, seed=4)[0].batches(9)))["y"], held[0])  # type: ignore[call-overload]
+
+
+def test_a_part_is_augmented_and_prepared_as_the_whole_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 255, (6, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    settings = {"augment": Augment(crop_padding=2), "prepare": Normalise([100.0], [50.0])}
+    whole = TensorSplit((images, torch.arange(6)), **settings)  # type: ignore[arg-type]
+    taken = whole.part(torch.tensor([4, 1]))
+    alone = TensorSplit((images[[4, 1]], torch.tensor([4, 1])), **settings)  # type: ignore[arg-type]
+    for options in ({}, {"augment": True, "shuffle": True, "seed": 5}):
+        for given, expected in zip(taken.batches(2, **options), alone.batches(2, **options), strict=True):  # type: ignore[arg-type]
+            assert torch.equal(given[0], expected[0])  # type: ignore[index]
+            assert torch.equal(given[1], expected[1])  # type: ignore[index]
+
+
+def test_what_cannot_be_divided_is_told() -> None:
+    class Own:
+        def __len__(self) -> int:
+            return 4
+
+    with pytest.raises(DataError, match="cannot be divided"):
+        part_of(Own(), torch.arange(2))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="too few samples to divide"):
+        halves(TensorSplit((torch.zeros(1, 2),)), seed=0)

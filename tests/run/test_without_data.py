@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from mil_cli.data.base import Batch
+from mil_cli.data.tensors import TensorSplit
 from mil_cli.errors import DataError, RecipeErrors
 from mil_cli.events import SilentProgress
 from mil_cli.models.user_code import importable
@@ -150,4 +152,19 @@ def test_the_time_of_a_shortened_split_is_that_of_its_user_and_of_making_it(made
     batches.close()  # type: ignore[attr-defined]
     assert head.growth == 50
     assert head.take_seconds() == seconds
+    assert head.take_seconds() == 0
+
+
+def test_parts_of_a_shortened_split_are_read_side_by_side_and_count_once() -> None:
+    clock = _Clock()
+    head = _Head(TensorSplit((torch.arange(1000),)), clock, 20)
+    pair = [head.part(torch.arange(start, start + 10)).batches(5) for start in (0, 10)]
+    for _ in range(2):
+        for batches in pair:
+            next(batches)
+        clock.now += 3
+    for batches in pair:
+        batches.close()  # type: ignore[attr-defined]
+    assert head.growth == 50
+    assert head.take_seconds() == 6
     assert head.take_seconds() == 0

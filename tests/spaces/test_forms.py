@@ -91,9 +91,14 @@ def test_the_small_nets_are_as_many_as_their_blocks_give() -> None:
     assert DesignedSpace(small_nets()).distinct() == 3**3 * first * later * later
 
 
-def test_a_part_that_stands_in_two_places_is_not_counted() -> None:
+def test_a_choice_that_stands_in_two_places_is_the_same_in_both() -> None:
     block = Choice({"conv": Conv2d(2, 2, 1), "skip": nn.Identity()})
-    assert DesignedSpace(nn.ModuleList([nn.Sequential(block), nn.Sequential(block)])).distinct() is None
+    assert DesignedSpace(nn.ModuleList([nn.Sequential(block), nn.Sequential(block)])).distinct() == 2
+
+
+def test_a_depth_that_stands_in_two_places_is_not_counted() -> None:
+    blocks = Repeat([Conv2d(2, 2, 1), Conv2d(2, 2, 1)], least=0)
+    assert DesignedSpace(nn.ModuleList([nn.Sequential(blocks), nn.Sequential(blocks)])).distinct() is None
 
 
 @pytest.mark.parametrize("setting", [{"stride": 2}, {"padding": 1}, {"bias": False}])

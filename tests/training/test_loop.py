@@ -292,6 +292,18 @@ def test_early_stopping_gives_the_best_on_val(tiny: Model, patterns: Data, task:
     assert "stopped early" in progress.notices[0]
 
 
+def test_a_reason_to_stop_ends_it_with_the_weights_of_that_epoch(
+    tiny: Model, patterns: Data, task: Classification
+) -> None:
+    reasons = iter([None, "enough", "never asked"])
+    settings = _settings(epochs=5, scheduler="constant", evaluate_every=5)
+    result = fit(tiny, task=task, data=patterns, settings=settings, seed=1, stop=lambda: next(reasons))
+    assert result.stopped == "enough"
+    shorter = fit(tiny, task=task, data=patterns, settings=_settings(epochs=2, scheduler="constant"), seed=1)
+    assert len(result.history) == 2
+    assert _equal(result.model, shorter.model)
+
+
 def test_the_average_is_what_training_gives(tiny: Model, patterns: Data, task: Classification) -> None:
     states: list[dict[str, torch.Tensor]] = []
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from mil_cli.spaces import Choice, Repeat
+from mil_cli.spaces import OneOf, Repeat
 from mil_cli.spaces.sizes import Kernel
 from mil_cli.stages.nas.one_shot import OneShotConfig, search_shared, train_shared
 from mil_cli.stages.nas.shared import SharedModule, forward, step_generator
@@ -166,7 +166,7 @@ def _of(space: DesignedSpace, phases: tuple[Phase, ...]) -> set[int]:
 
 def _phase(decision: Decision) -> Phase:
     match decision.holder:
-        case Choice():
+        case OneOf():
             return "operators"
         case Repeat():
             return "depths"

@@ -86,6 +86,7 @@ ASSESSORS: dict[str, Few | Shared] = {
     **{f"steps_{steps}": Few(steps) for steps in (20, 40, 80, 160)},
     **{f"spos_{epochs}": Shared("spos", epochs) for epochs in (10, 30)},
     **{f"fairnas_{epochs}": Shared("fairnas", epochs) for epochs in (10,)},
+    **{f"hypernetwork_{epochs}": Shared("hypernetwork", epochs) for epochs in (10,)},
 }
 """By the name that tables have for them."""
 

@@ -25,6 +25,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("nas", "fairnas"): "mil_cli.stages.nas.fairnas",
     ("nas", "bignas"): "mil_cli.stages.nas.bignas",
     ("nas", "ofa"): "mil_cli.stages.nas.ofa",
+    ("nas", "hypernetwork"): "mil_cli.stages.nas.hypernetwork",
     ("nas", "from_scratch"): "mil_cli.stages.nas.from_scratch",
     ("nas", "darts"): "mil_cli.stages.nas.darts",
     ("nas", "pc_darts"): "mil_cli.stages.nas.pc_darts",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field, field_validator
 
@@ -18,11 +18,25 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mil_cli.graph.model import Model
-    from mil_cli.spaces import Architecture
+    from mil_cli.spaces import Architecture, DesignedSpace
     from mil_cli.stages.context import Context
+    from mil_cli.training.config import TrainerConfig
     from mil_cli.training.objective import Binding
 
 _CALIBRATION_BATCH = 64
+
+
+class SharedWeights(Protocol):
+    """Weights that were trained for all architectures of a space."""
+
+    @property
+    def space(self) -> DesignedSpace:
+        """The space."""
+        ...
+
+    def plain(self, architecture: Architecture) -> nn.Module:
+        """Return an architecture as a plain module with copies of its weights."""
+        ...
 
 
 class OneShotConfig(LimitedConfig):
@@ -55,7 +69,7 @@ class OneShotConfig(LimitedConfig):
         return search
 
     @abstractmethod
-    def shared(self, model: Model, context: Context) -> SharedModule:
+    def shared(self, model: Model, context: Context) -> SharedWeights:
         """Return the trained weights of the recipe's space.
 
         Args:
@@ -114,11 +128,25 @@ def train_shared(
         doing: What progress calls it.
         slot: Where its checkpoint is kept.
     """
+    settings = supernet_trainer(config, context, overrides)
+    start = SharedModule.beside(model, context.space()) if start is None else start
+    return context.fit(start, settings=settings, doing=doing, slot=slot, bind=bind)
+
+
+def supernet_trainer(
+    config: OneShotConfig, context: Context, overrides: Mapping[str, Any] | None = None
+) -> TrainerConfig:
+    """Return the trainer's settings for shared weights.
+
+    Args:
+        config: Its overrides of the recipe's.
+        context: Gives the recipe's.
+        overrides: Further ones.
+    """
     settings = context.trainer({**config.trainer, **(overrides or {})})
     if settings.early_stopping is None:  # the largest architecture's quality decides nothing
         settings = settings.model_copy(update={"evaluate_every": settings.epochs})
-    start = SharedModule.beside(model, context.space()) if start is None else start
-    return context.fit(start, settings=settings, doing=doing, slot=slot, bind=bind)
+    return settings
 
 
 class Judge:
@@ -130,14 +158,14 @@ class Judge:
         context: Gives data and task.
     """
 
-    def __init__(self, shared: SharedModule, config: OneShotConfig, context: Context) -> None:
+    def __init__(self, shared: SharedWeights, config: OneShotConfig, context: Context) -> None:
         self._shared, self._config, self._context = shared, config, context
         samples = config.recalibrate_samples
         self._calls = list(context.calibration(samples=samples, batch_size=_CALIBRATION_BATCH)) if samples else []
 
     def module(self, architecture: Architecture) -> nn.Module:
         """Return an architecture as a plain module with copies of its weights and with its own statistics."""
-        module = self._shared.space.build(architecture, inherit=True).eval()
+        module = self._shared.plain(architecture).eval()
         if self._calls:
             recalibrate_module(module, self._calls)
         return module

@@ -42,6 +42,10 @@ class SharedModule(EagerModule):
         """Return the module of a space; of a captured architecture of it, what it takes is known."""
         return cls(space.module, spec=model.spec, samples=model.samples)
 
+    def plain(self, architecture: Architecture) -> nn.Module:
+        """Return an architecture as a plain module with copies of its weights."""
+        return self.space.build(architecture, inherit=True)
+
     def run(self, choose: Callable[[], Architecture]) -> None:
         """Make each forward pass in training run what `choose` gives then."""
         self.graph.choose = choose  # type: ignore[assignment]

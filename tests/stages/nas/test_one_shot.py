@@ -23,7 +23,7 @@ QUICK: dict[str, Any] = {
     "search_samples": 200,
     "recalibrate_samples": 64,
 }
-METHODS = ("spos", "fairnas", "bignas", "ofa")
+METHODS = ("spos", "fairnas", "bignas", "ofa", "hypernetwork")
 
 
 def _run(method: str, around: Context, **settings: Any) -> Model:

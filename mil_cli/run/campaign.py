@@ -57,7 +57,7 @@ class Campaign:
     Attributes:
         recipe: Space, data, task, trainer and seed.
         settings: How many, and what is computed of each.
-        candidates: The architectures, spread over their operations from the first on.
+        candidates: The architectures.
         decisions: The names of the space's decisions.
         higher_is_better: Of the quality.
         drawing: Seconds that the drawing took, by clock.
@@ -115,7 +115,7 @@ class Campaign:
             with self.progress.work("assessing", len(self.candidates)) as bar:
                 self._compute(self.candidates, parts, bar)
         with self.progress.work("whole trainings", self.settings.train) as bar:
-            chosen = list(range(self.settings.first))
+            chosen = self._first()
             while chosen:
                 self._compute([self.candidates[row] for row in chosen], (self._whole,), bar)
                 table = self.table()
@@ -126,6 +126,12 @@ class Campaign:
             hint = f"lower trainer.learning_rate, or raise rank.train until {FEWEST} come to an end"
             raise DataError(f"only {ended} of {trained} trainings did not collapse", where="trainer", hint=hint)
         return table
+
+    def _first(self) -> list[int]:
+        """Return the rows to train before a predictor chooses: from the cheapest to the dearest, at even distances."""
+        order = sorted(range(len(self.candidates)), key=lambda row: self.candidates[row].sizes["macs"])
+        step = (len(order) - 1) / (self.settings.first - 1)
+        return [order[round(place * step)] for place in range(self.settings.first)]
 
     def _next(self, table: Table) -> list[int]:
         """Return the rows to train next; none when all trainings are done."""

@@ -12,6 +12,8 @@ from mil_cli.data.base import Data
 from mil_cli.graph.model import Model
 from mil_cli.spaces import Architecture, DesignedSpace
 from mil_cli.stages.nas.limits import LimitedConfig, search_limited
+from mil_cli.stages.nas.search.halving import Halving
+from mil_cli.stages.nas.search.registry import Search
 from mil_cli.stages.registry import stage
 from mil_cli.task.base import Task
 from mil_cli.training.config import TrainerConfig
@@ -26,6 +28,7 @@ class FromScratchConfig(LimitedConfig):
     """Settings of ``nas/from_scratch``.
 
     Attributes:
+        search: How architectures are chosen to be trained.
         trainer: Overrides of the recipe's trainer settings for the training of a candidate; ``epochs`` is what the
             whole effort is: ``halving`` gives most candidates a part of them.
         search_samples: Samples of val that a candidate is judged on.
@@ -36,6 +39,7 @@ class FromScratchConfig(LimitedConfig):
 
     method: ClassVar[str] = "from_scratch"
 
+    search: Search = Field(default_factory=lambda: Halving(evaluations=20))
     trainer: dict[str, Any] = Field(default_factory=dict)
     search_samples: int = Field(5000, ge=1)
     recover: str | None = None

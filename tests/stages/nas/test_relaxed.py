@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from mil_cli.data.base import Data
 from mil_cli.data.tensors import TensorSplit
 from mil_cli.graph.model import Model
 from mil_cli.models.cell_nets import cell_nets
 from mil_cli.spaces import Choice, DesignedSpace, Node, Zero
 from mil_cli.spaces.largest import largest
-from mil_cli.stages.context import Context
 from mil_cli.stages.nas.relaxed import Mixture, Relaxation, drop_skips, endless, relaxing, settle_norms
 from mil_cli.stages.nas.strengths import Strengths, count_skips, derive, nodes_of, zero_one
 from mil_cli.task.classification import Classification
 from mil_cli.training.objective import Running
-from tests.stages.contexts import make_context
+from tests.stages.nas.designed import space as small_nets_space
 
 
 class Tiny(nn.Module):
@@ -92,35 +88,33 @@ def test_strengths_take_the_gradient_that_finite_differences_have(apart: bool, e
     space = tiny()
     space.module.double()
     strengths = strengths_of(space, apart=apart, edges=edges).double()
-    x, y = split().part(torch.arange(8))._tensors
+    x, y = next(split().batches(8))
 
     def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         with space.mixed(weights):
             return nn.functional.cross_entropy(space.module(x.double()), y) + 3 * zero_one(weights)
 
-    held = (strengths.alpha, strengths.beta)
+    held = [strengths.alpha, strengths.beta]
     expected = []
-    for one in held:
+    for number, one in enumerate(held):
         slopes = torch.zeros_like(one)
         for place in range(len(one)):
             values = []
             for change in (1e-6, -1e-6):
                 moved = [other.clone() for other in held]
-                moved[1 if one is held[1] else 0][place] += change
+                moved[number][place] += change
                 with torch.no_grad():
                     values.append(float(loss(strengths.weights(*moved))))
             slopes[place] = (values[0] - values[1]) / 2e-6
         expected.append(slopes)
-    seen: list[torch.Tensor] = []
-    stepped = torch.optim.SGD(held, lr=1.0)
-    strengths._optimizer = stepped  # type: ignore[assignment]
+    strengths._optimizer = torch.optim.SGD(held, lr=1.0)  # type: ignore[assignment]
     before = [one.clone() for one in held]
     strengths.step(loss)
-    seen = [old - new for old, new in zip(before, held, strict=True)]
-    for slope, given in zip(expected, seen, strict=True):
-        torch.testing.assert_close(given, slope, rtol=1e-5, atol=1e-9)
-    assert seen[0].abs().max() > 1e-3
-    assert len(seen[1]) == (3 if edges else 0)
+    given = [old - new for old, new in zip(before, held, strict=True)]
+    for slope, step in zip(expected, given, strict=True):
+        torch.testing.assert_close(step, slope, rtol=1e-5, atol=1e-9)
+    assert given[0].abs().max() > 1e-3
+    assert len(given[1]) == (3 if edges else 0)
 
 
 def test_strengths_learn_from_the_other_half_before_the_weights_do() -> None:
@@ -177,28 +171,27 @@ def test_a_mixture_is_the_weighted_sum_by_hand() -> None:
     torch.testing.assert_close(mixture(x), expected)
 
 
-def test_weights_of_edges_that_are_even_are_darts_divided_by_their_number() -> None:
+def test_even_edges_and_all_channels_make_pc_darts_the_mean_of_what_darts_adds_up() -> None:
     space = tiny()
     with_edges, without = strengths_of(space, edges=True), strengths_of(space)
     with torch.no_grad():
-        with_edges.alpha.copy_(without.alpha)
         with_edges.beta.zero_()
     assert nodes_of(space) == [EDGES[:1], EDGES[1:]]
-    given, plain = with_edges.weights(), without.weights()
-    for name, edges in zip(EDGES, (1, 2, 2), strict=True):
-        torch.testing.assert_close(edges * given[name], plain[name])
+    inputs = [torch.randn(5, 3), torch.randn(5, 3)]
+    for name, count in (("first", 1), ("second", 2)):
+        node = space.module.get_submodule(name)
+        with space.mixed(without.weights()):
+            darts = node(inputs[:count])
+        with space.mixed(with_edges.weights(), share=1):
+            torch.testing.assert_close(count * node(inputs[:count]), darts)
 
 
-def test_all_channels_through_the_mixture_is_darts() -> None:
+def test_one_share_of_the_channels_is_all_of_them() -> None:
     torch.manual_seed(0)
-    space, x = DesignedSpace(cell_nets(stem_stride=1, widths=(4, 8))), torch.randn(2, 1, 8, 8)
-    weights = strengths_of(space).weights()
-    with space.mixed(weights, share=1):
-        one = space.module(x)
-    with space.mixed(weights):
-        torch.testing.assert_close(space.module(x), one, rtol=0, atol=0)
-    with space.mixed(weights, share=4):
-        assert not torch.allclose(space.module(x), one)
+    space, x = DesignedSpace(cell_nets(widths=(8,), cells=(1,))), torch.randn(2, 8, 6, 6)
+    choice = space.module.get_submodule("cells.0.nodes.1.edges.0")
+    with space.mixed(strengths_of(space).weights()):
+        torch.testing.assert_close(choice._mixed_partly(choice.width, x), choice(x))  # type: ignore[operator]
 
 
 def test_the_zero_one_loss_by_hand() -> None:
@@ -228,8 +221,6 @@ def test_the_architecture_of_some_weights() -> None:
 
 
 def test_what_is_not_between_operators_is_as_large_as_it_can_be() -> None:
-    from tests.stages.nas.designed import space as small_nets_space
-
     space = small_nets_space()
     strengths = strengths_of(space)
     found = derive(space, strengths.weights(), edges=2)
@@ -270,24 +261,6 @@ def test_batches_go_on_where_they_were() -> None:
     first = endless(split(10), batch_size=4, seed=2, start=0)
     five = [next(first) for _ in range(5)]
     later = endless(split(10), batch_size=4, seed=2, start=3)
-    tree_map(
-        lambda one, other: torch.testing.assert_close(one, other, rtol=0, atol=0),
-        five[3:],
-        [next(later) for _ in range(2)],
-    )
+    for given, expected in zip([next(later) for _ in range(2)], five[3:], strict=True):
+        torch.testing.assert_close(given, expected, rtol=0, atol=0)
     assert not torch.equal(five[0][0], five[2][0])  # another pass has another order
-
-
-def data_of(train: TensorSplit) -> Data:
-    return Data(name="tiny", train=train, val=split(8, seed=1), test=split(8, seed=2))
-
-
-def tiny_context(workspace: Path | None = None, **changes: Any) -> Context:
-    return make_context(
-        data_of(split(64)),
-        workspace=workspace,
-        load_space=tiny,
-        capture=lambda module: Model.capture(module, (torch.zeros(2, 4),)),
-        space_fingerprint=lambda: "tiny",
-        **changes,
-    )

@@ -22,14 +22,18 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.judging import quality_or_worst
 from mil_cli.stages.nas.one_shot import Judge, OneShotConfig
 from mil_cli.stages.registry import config_type
+from mil_cli.training.batch_norm import recalibrate_module
 from mil_cli.training.eager import EagerModule
 from mil_cli.training.loop import fit
 from scripts.comparison import Point, Result
 
+_RECALIBRATED = 1024
+"""Training samples from which batch norms take their statistics."""
+
 
 @dataclass(frozen=True)
 class Few:
-    """Each architecture is trained for a few steps.
+    """Each architecture is trained for a few steps, and judged with statistics of its batch norms taken anew.
 
     Attributes:
         steps: How many; the learning rate's schedule is that of a whole training, shortened.
@@ -42,6 +46,7 @@ class Few:
     def judge(self, model: Model, recipe: Recipe, context: Context, drawn: Mapping[str, Architecture]) -> Result:
         """Return ``val`` and ``loss`` of each: quality on val, and minus the mean loss of the steps."""
         space = context.space()
+        calls = list(context.calibration(samples=_RECALIBRATED, batch_size=64))
         found: dict[str, dict[str, float | None]] = {"val": {}, "loss": {}}
         evaluating = 0.0
         for name, architecture in drawn.items():
@@ -57,6 +62,7 @@ class Few:
             steps = sum(entry["train_loss"] for entry in result.history) / len(result.history)
             began = time.process_time()
             found["loss"][name] = -steps
+            recalibrate_module(result.model.module, calls)  # moving averages of so few steps are those of the first
             found["val"][name] = quality_or_worst(result.model, context, samples=self.samples)
             evaluating += time.process_time() - began
         return {"values": found, "without": {"loss": evaluating}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +9,7 @@ from pydantic import Field
 
 from mil_cli.data.base import Data
 from mil_cli.graph.model import Model
+from mil_cli.graph.spec import ModelSpec
 from mil_cli.spaces import Architecture, DesignedSpace
 from mil_cli.stages.nas.limits import LimitedConfig, search_limited
 from mil_cli.stages.nas.search.halving import Halving
@@ -17,6 +17,7 @@ from mil_cli.stages.nas.search.registry import Search
 from mil_cli.stages.registry import stage
 from mil_cli.task.base import Task
 from mil_cli.training.config import TrainerConfig
+from mil_cli.training.eager import EagerModule, Samples
 from mil_cli.training.evaluate import NotFiniteError, evaluate
 from mil_cli.training.loop import fit
 
@@ -67,11 +68,12 @@ def from_scratch(model: Model, config: FromScratchConfig, context: Context) -> M
     space = context.space()
     trained = TrainedAlone(
         space=space,
-        call=model.samples,
+        spec=model.spec,
+        samples=model.samples,
         task=context.task,
         data=Data(name=context.data.name, train=context.data.train, val=context.data.val, test=context.data.val),
         settings=context.trainer(config.trainer),
-        samples=config.search_samples,
+        judged=config.search_samples,
         seed=context.seed,
     )
 
@@ -90,30 +92,31 @@ class TrainedAlone:
 
     Attributes:
         space: The space.
-        call: Positional and named inputs that an architecture is captured with.
+        spec: What its architectures take and give.
+        samples: Example ``(args, kwargs)`` of them.
         task: Gives inputs, loss and metric.
         data: What it is trained and judged on; ``test`` is not there.
         settings: How it is trained; all epochs are the whole effort.
-        samples: Samples of val that it is judged on.
+        judged: Samples of val that it is judged on.
         seed: Of weights, order and augmentation.
     """
 
     space: DesignedSpace
-    call: tuple[tuple[Any, ...], Mapping[str, Any]]
+    spec: ModelSpec
+    samples: Samples
     task: Task
     data: Data
     settings: TrainerConfig
-    samples: int
+    judged: int
     seed: int
 
     def __call__(self, architecture: Architecture, fidelity: float) -> float:
         """Return its quality on val; NaN if its outputs are not finite."""
-        args, kwargs = self.call
-        model = Model.capture(self.space.build(architecture, seed=self.seed), args, kwargs)
+        start = EagerModule(self.space.build(architecture, seed=self.seed), spec=self.spec, samples=self.samples)
         epochs = max(1, round(fidelity * self.settings.epochs))
         settings = self.settings.model_copy(update={"epochs": epochs, "evaluate_every": epochs})
-        result = fit(model, task=self.task, data=self.data, settings=settings, seed=self.seed)
-        limit = min(self.samples, len(self.data.val))
+        result = fit(start, task=self.task, data=self.data, settings=settings, seed=self.seed)
+        limit = min(self.judged, len(self.data.val))
         try:
             return evaluate(result.model, task=self.task, split=self.data.val, split_name="val", limit=limit).value
         except NotFiniteError:

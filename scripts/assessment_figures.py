@@ -163,11 +163,17 @@ def learned(
             )
         )
         spent.append(float(data.whole[seen].sum()) + fitting)
-    low, high = np.nanpercentile(taus, [2.5, 97.5])
-    top, precision, short = (float(value) for value in np.nanmean(rows, axis=0))
+    ordered = [tau for tau in taus if not np.isnan(tau)]  # one that ranks all alike has none
+    low, high = np.percentile(ordered, [2.5, 97.5]) if ordered else (np.nan, np.nan)
+    top, precision, short = (_mean(column) for column in zip(*rows, strict=True))
     seconds = sum(way.seconds for way in ways) + float(np.mean(spent))
-    tau = Interval(float(np.nanmean(taus)), float(low), float(high))
+    tau = Interval(_mean(ordered), float(low), float(high))
     return Figures(name, "predictor", seconds, _speed(seconds, data), tau, top, precision, short)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _speed(seconds: float, data: Architectures) -> float:

@@ -91,7 +91,9 @@ def _points(names: Sequence[str], origin: str, arguments: argparse.Namespace) ->
 
 
 def _origin(recipe: Recipe, space: DesignedSpace) -> str:
-    sources = [inspect.getsource(module) for module in (sys.modules[type(space.module).__module__], architectures)]
+    parts = {type(part).__module__ for part in space.module.modules()}
+    definitions = [sys.modules[name] for name in sorted(parts) if not name.startswith("torch.")]
+    sources = [inspect.getsource(module) for module in (*definitions, architectures)]
     return origin_of(recipe, Path(architecture_points.__file__), *sources, code=_CODE)
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from mil_cli.models.checks import check_positive, check_stages
-from mil_cli.spaces import BatchNorm2d, Choice, Conv2d, Kernel, Linear, Repeat, Width
+from mil_cli.models.staged import Staged
+from mil_cli.spaces import BatchNorm2d, Choice, Conv2d, Kernel, Width
 from mil_cli.spaces.sizes import Size
 
 _EXPANSIONS = (1, 2)
@@ -74,42 +73,13 @@ def _block(width: Width) -> Choice:
     )
 
 
-class SmallNets(nn.Module):
-    """Stages of a strided convolution and a chosen number of chosen blocks; global pooling, a classifier.
-
-    Args:
-        in_channels: Channels of the images.
-        num_classes: Number of classes.
-        widths: The channels of each stage.
-        blocks: For each stage, the most blocks that follow its convolution.
-    """
-
-    def __init__(self, *, in_channels: int, num_classes: int, widths: Sequence[Width], blocks: Sequence[int]) -> None:
-        super().__init__()
-        self.widths = list(widths)
-        stages: list[nn.Module] = []
-        channels: int | Width = in_channels
-        for width, count in zip(self.widths, blocks, strict=True):
-            repeat = Repeat([_block(width) for _ in range(count)], least=1)
-            stages.append(nn.Sequential(*_conv_norm(channels, width, 3, stride=2), nn.ReLU(), repeat))
-            channels = width
-        self.stages = nn.ModuleList(stages)
-        self.head = Linear(channels, num_classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images (batch, in_channels, h, w) to class scores (batch, num_classes)."""
-        for stage in self.stages:
-            x = stage(x)
-        return self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]
-
-
 def small_nets(
     *,
     num_classes: int = 10,
     in_channels: int = 1,
     widths: Sequence[Sequence[int]] = ((4, 8, 16), (8, 16, 24), (16, 32, 48)),
     blocks: Sequence[int] = (2, 3, 3),
-) -> SmallNets:
+) -> Staged:
     """Build a space of small nets.
 
     Each stage has one width, a strided 3x3 convolution and up to `blocks` blocks, each of which is a 3x3 convolution, a
@@ -125,8 +95,4 @@ def small_nets(
     Raises:
         ModelError: A setting is out of range.
     """
-    check_positive({"num_classes": num_classes, "in_channels": in_channels})
-    check_positive({f"blocks[{index}]": value for index, value in enumerate(blocks)})
-    stages = [Width(choices) for choices in widths]
-    check_stages([width.largest for width in stages], blocks)
-    return SmallNets(in_channels=in_channels, num_classes=num_classes, widths=stages, blocks=blocks)
+    return Staged(in_channels=in_channels, num_classes=num_classes, widths=widths, blocks=blocks, block=_block)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 from mil_cli.assess.rank_table import rank_table
 from mil_cli.assess.selection import Ranking, as_json
 from mil_cli.assess.table import read_table, write_table
-from mil_cli.errors import MilError, RecipeError
+from mil_cli.errors import RecipeError
 from mil_cli.events import Progress
 from mil_cli.files import write_json
 from mil_cli.models.user_code import importable
 from mil_cli.recipe.rank import SpaceRanking, TableRecipe
 from mil_cli.run.cache import Cache, default_location
 from mil_cli.run.campaign import Campaign
-from mil_cli.run.directory import RANKING, RunDirectory
-from mil_cli.run.environment import describe
-from mil_cli.run.log import LoggedProgress
+from mil_cli.run.directory import RANKING
+from mil_cli.run.opening import open_run
 
 if TYPE_CHECKING:
     from mil_cli.recipe.schema import Recipe
@@ -71,7 +69,10 @@ def rank_recipe(
     Raises:
         MilError: Something that the user can mend; what was reached is kept, the same command goes on.
     """
-    with _directory(recipe, progress, out=out, base=base or Path.cwd(), now=now) as (directory, log):
+    with open_run(recipe.name, recipe.resolved, progress=progress, out=out, base=base or Path.cwd(), now=now) as (
+        directory,
+        log,
+    ):
         if isinstance(recipe, TableRecipe):
             table = read_table(recipe.rank.table, recipe.rank.columns)
             choices: dict[str, dict[str, str | int]] = {}
@@ -92,28 +93,4 @@ def rank_recipe(
         ranking = rank_table(table, config, progress=log)
         report = {"name": recipe.name, "recipe": recipe.resolved, **as_json(ranking), "choices": choices}
         write_json(directory.path / RANKING, report)
-        directory.point_latest()
     return RankResult(directory.path, ranking, choices, report)
-
-
-@contextmanager
-def _directory(
-    recipe: Recipe | TableRecipe, progress: Progress, *, out: Path | None, base: Path, now: Callable[[], datetime]
-) -> Iterator[tuple[RunDirectory, LoggedProgress]]:
-    """Open the run's folder and its log; what goes wrong is logged."""
-    import yaml
-
-    resolved = yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
-    directory = RunDirectory.open(recipe_name=recipe.name, resolved=resolved, out=out, now=now(), base=base)
-    log = LoggedProgress(progress, directory.path / "log.txt", now)
-    try:
-        write_json(directory.path / "environment.json", describe())
-        yield directory, log
-    except MilError as error:
-        log.write(str(error))
-        raise
-    except Exception as error:
-        vars(error)["mil_log"] = directory.path / "log.txt"  # where the command line puts the traceback
-        raise
-    finally:
-        directory.close()

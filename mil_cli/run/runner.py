@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mil_cli.errors import MilError, RecipeError
+from mil_cli.errors import RecipeError
 from mil_cli.events import Progress, SilentProgress
 from mil_cli.files import write_json
 from mil_cli.models.user_code import importable
@@ -18,7 +18,7 @@ from mil_cli.run.directory import REPORT, RunDirectory
 from mil_cli.run.environment import describe
 from mil_cli.run.execute import CapturedModel, Executor, StageResult
 from mil_cli.run.goals import check_measurable, judge, remedies, slowdowns
-from mil_cli.run.log import LoggedProgress
+from mil_cli.run.opening import open_run
 from mil_cli.run.processes import part, place
 from mil_cli.run.prove import Proof, Prover
 from mil_cli.run.surroundings import build_surroundings, source_model
@@ -153,27 +153,11 @@ def run_recipe(
             run_chain(recipe, build_surroundings(recipe), cache=cache, fresh=fresh, progress=quiet)
             part()
             return RunResult(location, {}, goals_met=True)
-    import yaml
-
-    resolved = yaml.safe_dump(recipe.resolved, sort_keys=False, allow_unicode=True)
-    directory = RunDirectory.open(
-        recipe_name=recipe.name, resolved=resolved, out=out, now=now(), base=base or Path.cwd()
-    )
-    log = LoggedProgress(progress, directory.path / "log.txt", now)
-    try:
-        write_json(directory.path / "environment.json", describe())
+    opened = open_run(recipe.name, recipe.resolved, progress=progress, out=out, base=base or Path.cwd(), now=now)
+    with opened as (directory, log):
         cache = Cache(location, log)
         with importable(recipe.root):
             report = _run(recipe, directory, cache=cache, fresh=fresh, progress=log)
-        directory.point_latest()
-    except MilError as error:
-        log.write(str(error))
-        raise
-    except Exception as error:
-        vars(error)["mil_log"] = directory.path / "log.txt"  # where the command line puts the traceback
-        raise
-    finally:
-        directory.close()
     return RunResult(directory.path, report, report["goals_met"])
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mil_cli.spaces import Architecture, DesignedSpace
 from mil_cli.stages.nas.one_shot import OneShotConfig, search_shared, supernet_trainer
-from mil_cli.stages.nas.shared import step_generator
+from mil_cli.stages.nas.spos import single_path
 from mil_cli.stages.registry import stage
 from mil_cli.training.eager import EagerModule
 
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.graph.spec import ModelSpec
     from mil_cli.stages.context import Context
-    from mil_cli.task.base import Task
     from mil_cli.training.eager import Samples
-    from mil_cli.training.objective import Binding, Objective, Running
 
 
 class HypernetworkConfig(OneShotConfig):
@@ -55,7 +53,7 @@ class HypernetworkConfig(OneShotConfig):
             settings=supernet_trainer(self, context),
             doing="training the hypernetwork",
             slot="supernet",
-            bind=any_path(context.task, seed=context.seed),
+            bind=single_path(context.task, seed=context.seed),
         )
 
 
@@ -178,19 +176,3 @@ class _Runs(nn.Module):
 
 def _code(space: DesignedSpace, architecture: Architecture) -> Tensor:
     return torch.from_numpy(space.encode(architecture))
-
-
-def any_path(task: Task, *, seed: int) -> Binding[Generated]:
-    """Return the objective of one architecture a step, each choice of it equally likely.
-
-    Args:
-        task: Gives the loss.
-        seed: Of the architectures: which one a step trains follows from it and the number of the step alone.
-    """
-
-    def bind(running: Running[Generated]) -> Objective:
-        space = running.model.space
-        running.model.run(lambda: space.sample(step_generator(seed, running.steps())))
-        return task.loss
-
-    return bind

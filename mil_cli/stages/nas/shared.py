@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from mil_cli.data.base import mix_seed
 from mil_cli.spaces import Architecture, DesignedSpace
 from mil_cli.training.eager import EagerModule, Samples
+from mil_cli.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from mil_cli.data.base import Batch
@@ -49,6 +50,22 @@ class SharedModule(EagerModule):
     def run(self, choose: Callable[[], Architecture]) -> None:
         """Make each forward pass in training run what `choose` gives then."""
         self.graph.choose = choose  # type: ignore[assignment]
+
+
+class Paths(Trainee, Protocol):
+    """Weights of a space in training, which run one architecture in each forward pass."""
+
+    @property
+    def space(self) -> DesignedSpace:
+        """The space."""
+        ...
+
+    def run(self, choose: Callable[[], Architecture]) -> None:
+        """Make each forward pass in training run what `choose` gives then."""
+        ...
+
+
+P = TypeVar("P", bound=Paths)
 
 
 class _Runs(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from mil_cli.stages.nas.one_shot import OneShotConfig, search_shared, train_shared
-from mil_cli.stages.nas.shared import SharedModule, step_generator
+from mil_cli.stages.nas.shared import P, SharedModule, step_generator
 from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def spos(model: Model, config: SposConfig, context: Context) -> Model:
     return search_shared(model, config, context)
 
 
-def single_path(task: Task, *, seed: int) -> Binding[SharedModule]:
+def single_path(task: Task, *, seed: int) -> Binding[P]:
     """Return the objective of one path a step, each choice of it equally likely.
 
     Args:
@@ -53,7 +53,7 @@ def single_path(task: Task, *, seed: int) -> Binding[SharedModule]:
         seed: Of the paths: which one a step trains follows from it and the number of the step alone.
     """
 
-    def bind(running: Running[SharedModule]) -> Objective:
+    def bind(running: Running[P]) -> Objective:
         space = running.model.space
         running.model.run(lambda: space.sample(step_generator(seed, running.steps())))
         return task.loss

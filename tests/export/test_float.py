@@ -27,7 +27,7 @@ def unpack(made: Any) -> tuple[Any, Any, Any, Any]:
     return made.module, made.inputs, made.model, made.exported
 
 
-NAMES = ["resnet", "mobilenet", "vit", "encoder"]
+NAMES = ["resnet", "mobilenet", pytest.param("vit", marks=pytest.mark.slow), "encoder"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,7 +225,7 @@ class ShapedAttention(nn.Module):
 
 @pytest.mark.parametrize(
     ("axes", "mask_axes"),
-    [(5, 4), (3, 2), *(pytest.param(*axes, marks=pytest.mark.slow) for axes in ((5, 0), (5, 2), (5, 5), (3, 0)))],
+    [(5, 4), *(pytest.param(*axes, marks=pytest.mark.slow) for axes in ((5, 0), (5, 2), (5, 5), (3, 0), (3, 2)))],
 )
 def test_attention_may_have_any_number_of_axes(axes: int, mask_axes: int, tmp_path: Path) -> None:
     torch.manual_seed(0)

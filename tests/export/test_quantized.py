@@ -61,7 +61,10 @@ def weight_bytes(path: Path) -> dict[str, int]:
     return sizes
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(8, "INT8"), (4, "INT4"), (3, "UINT8"), (2, "INT2")])
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [(3, "UINT8"), (2, "INT2"), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, "INT8"), (4, "INT4")))],
+)
 def test_weights_are_packed(bits: int, kind: str, case: Build, tmp_path: Path) -> None:
     made = case("mobilenet")
     model, _ = made.quantize(weight_bits=bits, first_last_bits=bits)
@@ -111,8 +114,13 @@ def test_target_without_three_bits_gets_four(case: Build, tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("activations", ["uint8", "int8"])
-@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize(
+    ("activations", "per_channel"),
+    [
+        *(("uint8", False), ("int8", True)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("uint8", True), ("int8", False))),
+    ],
+)
 def test_signs_and_granularity(activations: str, per_channel: bool, case: Build, tmp_path: Path) -> None:
     made = case("mobilenet")
     model, _ = made.quantize({"activations": activations, "per_channel": per_channel, "reduce_range": True})

@@ -55,14 +55,8 @@ def executor(tmp_path_factory: pytest.TempPathFactory) -> tuple[Executor, Captur
     return Executor(around, Cache(tmp_path_factory.mktemp("cache"), progress), False, progress), original
 
 
-QUICK = {("nas", "prune", "distill", "quantize")}
-"""The orders that the quick tests run."""
-
-
-@pytest.mark.parametrize(
-    "order",
-    [pytest.param(order, marks=() if order in QUICK else pytest.mark.slow, id="-".join(order)) for order in LEGAL],
-)
+@pytest.mark.slow  # quick is that of the quickstart
+@pytest.mark.parametrize("order", LEGAL, ids="-".join)
 def test_a_legal_order_ends_in_a_file_that_computes_the_same(
     order: tuple[str, ...], executor: tuple[Executor, CapturedModel], tmp_path: Path
 ) -> None:

@@ -89,7 +89,7 @@ def context(workspace: Path | None = None, *, seed: int = 0, **changes: Any) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_the_operator_that_is_needed_is_found(method: str, seed: int) -> None:
     config = METHODS[method]
     used = context(seed=seed)
@@ -117,7 +117,9 @@ def test_the_winner_is_trained_by_another_stage_and_begins_afresh() -> None:
         torch.testing.assert_close(untrained.state_dict()[name], weight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=pytest.mark.slow if method == "fair" else ()) for method in METHODS]
+)
 def test_a_killed_search_goes_on_to_the_same_bits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = METHODS[method].model_copy(update={"trainer": {**TRAINER, "epochs": 2}, "max_skips": 0})
     model = incoming(space())

@@ -80,7 +80,9 @@ def _by_hand(shared: SharedModule, architecture: Architecture) -> torch.Tensor:
     return outputs
 
 
-@pytest.mark.parametrize("method", BINDINGS)
+@pytest.mark.parametrize(
+    "method", ["ofa", *(pytest.param(each, marks=pytest.mark.slow) for each in ("spos", "fairnas", "bignas"))]
+)
 def test_training_goes_on_after_kills_to_the_same_bits(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

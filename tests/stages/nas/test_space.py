@@ -50,7 +50,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Model, ElasticSpace]:
 def test_a_cut_candidate_equals_the_one_by_shared_views(case: tuple[Model, ElasticSpace]) -> None:
     model, space = case
     x = torch.randn(4, 1, 28, 28)
-    for candidate in [space.largest, space.smallest, *random_pool(space, seed=1, size=6)]:
+    for candidate in [space.largest, space.smallest, *random_pool(space, seed=1, size=4)]:
         own = cut_candidate(space, candidate, model)
         assert torch.equal(own(x), shared_candidate(space, candidate, model, training=False)(x))
         counter = Counter(space.coupling)
@@ -61,10 +61,7 @@ def test_a_cut_candidate_equals_the_one_by_shared_views(case: tuple[Model, Elast
         )
 
 
-QUICK = {
-    *("attention_with_weights", "channel_shuffle_module", "dense_concat", "explicit_attention", "gated_recurrent"),
-    *("grouped", "nested_residuals", "pixel_shuffle", "shifted_windows", "a_branch_that_begins_with_a_branch"),
-}
+QUICK = {"attention_with_weights", "channel_shuffle_module", "gated_recurrent", "grouped", "nested_residuals"}
 """Networks of each kind: residual branches inside each other, groups, heads, recurrence, channels that are moved."""
 
 

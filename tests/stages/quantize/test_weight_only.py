@@ -70,7 +70,10 @@ def rounded(model: Model, **settings: Any) -> tuple[Model, dict[str, object]]:
     return quantize(model, WeightOnlyConfig(**{"weight_observer": "min_max", **settings}), used), used.notes
 
 
-@pytest.mark.parametrize(("bits", "block_size"), [(8, None), (4, 32), (3, 128), (2, 64)])
+@pytest.mark.parametrize(
+    ("bits", "block_size"),
+    [(3, 128), (2, 64), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, None), (4, 32)))],
+)
 def test_the_file_takes_the_bits_that_were_promised(
     bits: int, block_size: int | None, mixed: Model, tmp_path: Path
 ) -> None:
@@ -155,7 +158,11 @@ def test_embeddings_may_stay_float_and_have_bits_of_their_own(mixed: Model) -> N
 
 @pytest.mark.parametrize(
     ("bits", "block_size", "dims"),
-    [(4, 32, 96), (3, None, 96), pytest.param(8, 32, 96, marks=pytest.mark.slow), (4, 64, 100)],
+    [
+        (4, 32, 96),
+        (4, 64, 100),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((3, None, 96), (8, 32, 96))),
+    ],
 )
 def test_tables_are_looked_up_in_integers(bits: Any, block_size: Any, dims: int, tmp_path: Path) -> None:
     """Floats of the whole table would take more memory than the float model; but for blocks that do not fill a row."""

@@ -221,12 +221,18 @@ def test_counts_equal_those_of_the_cut_model(case: Case) -> None:
         assert 2 * Counter(coupling).macs(removed) == counted.get_total_flops()
 
 
+RECAPTURED = {"channel_shuffle_module", "encoder", "gated_recurrent", "grouped", "nested_residuals", "plain", "u_net"}
+"""Networks whose cut is captured once more in the quick tests, too; of the others it is analysed as it is."""
+
+
 @pytest.mark.parametrize(
     ("case", "recaptured"),
     [
-        *((name, True) for name in sorted(NETWORKS)),
-        *((name, False) for name in sorted(TRICKS)),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in sorted(TRICKS)),
+        *((name, name in RECAPTURED) for name in sorted({**NETWORKS, **TRICKS})),
+        *(
+            pytest.param(name, True, marks=pytest.mark.slow)
+            for name in sorted({**NETWORKS, **TRICKS}.keys() - RECAPTURED)
+        ),
     ],
     indirect=["case"],
     scope="module",
@@ -241,7 +247,7 @@ def test_cut_a_second_time(case: Case, recaptured: bool) -> None:
         torch.testing.assert_close(leaves(first(x)), leaves(again(x)), rtol=0, atol=0)
     second = analyse_graph(again, (), resized=resized)
     assert [reason for _, reason, _ in second.unknown] == [reason for _, reason, _ in coupling.unknown]
-    if name in NETWORKS:
+    if recaptured and name in NETWORKS:
         assert [space.size for space in second.spaces if space.free] == [
             space.size for space in analyse_graph(first, (), resized=resized).spaces if space.free
         ]

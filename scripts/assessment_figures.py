@@ -24,7 +24,7 @@ from mil_cli.assess.ranking import (
 from scripts.architecture_data import Architectures
 from scripts.architecture_points import SCORES, SIZES
 
-DRAWS = 40
+DRAWS = 20
 """Draws of the few architectures that a predictor learns from."""
 _TOP = 10
 

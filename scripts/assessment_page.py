@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mil_cli.assess.predictors.gaussian_process import GaussianProcess
 from mil_cli.assess.predictors.pairwise import Pairwise
 from mil_cli.assess.predictors.ridge import Ridge
 from scripts.architecture_data import Architectures
+from scripts.architecture_points import SIZES
 from scripts.assessment_figures import (
     DRAWS,
     Figures,
@@ -27,8 +27,9 @@ from scripts.assessment_figures import (
 )
 from scripts.comparison import Result
 
-_PREDICTORS = {"ridge": Ridge(), "gaussian process": GaussianProcess(), "pairwise": Pairwise()}
-_TRAINED = (4, 8, 12, 24)
+_PREDICTORS = {"ridge": Ridge(), "pairwise": Pairwise()}
+_COMPUTED = ("few steps", "supernet")
+_TRAINED = (4, 8, 12)
 _SELECTED = (1, 3, 5)
 
 
@@ -43,7 +44,7 @@ def page(data: Architectures, results: Mapping[str, Result], *, head: Sequence[s
     """
     plain = [*sizes(data), *scores(data), *curves(data)]
     for method, result in results.items():
-        plain += computed(data, method, "few steps" if method.startswith("steps") else "supernet", result)
+        plain += computed(data, method, _COMPUTED[not method.startswith("steps")], result)
     by_name = {way.name: way for way in plain}
     mixes = [together([by_name[name] for name in names]) for names in _mixes(by_name)]
     figures = [worth(way, data) for way in [*plain, *mixes]]
@@ -60,6 +61,7 @@ def page(data: Architectures, results: Mapping[str, Result], *, head: Sequence[s
         f"{top:.3f} ({low:.3f} to {high:.3f}; {repeated} architectures, {seeds} seeds): the ceiling.",
         "",
         *_verdicts(figures, top, best, 1 / classes),
+        *_baseline(figures, top),
         "",
         "## All of them",
         "",
@@ -79,25 +81,26 @@ def page(data: Architectures, results: Mapping[str, Result], *, head: Sequence[s
 
 def _mixes(known: Mapping[str, Way]) -> list[tuple[str, ...]]:
     """Return what is ranked together, as far as it is known."""
-    wanted = [("steps_20 loss", "macs"), ("steps_40 loss", "macs"), ("steps_40 val", "macs"), ("steps_80 val", "macs")]
-    wanted += [(shared, "macs") for shared in known if known[shared].kind == "supernet"]
-    wanted += [("steps_40 val", shared) for shared in known if known[shared].kind == "supernet"]
+    judged = [name for name, way in known.items() if way.kind in _COMPUTED]
+    wanted = [(name, "macs") for name in judged]
+    wanted += [("steps_40 val", name, "macs") for name in judged if known[name].kind == "supernet"]
     return [names for names in wanted if all(name in known for name in names)]
 
 
 def _learned(data: Architectures, known: Mapping[str, Way]) -> Iterator[Figures]:
-    cheap = [known[name] for name in ("macs", "params")]
-    read = {"choices, sizes": cheap}
-    for name in ("steps_20", "steps_40"):
-        if f"{name} val" in known:
-            both = Way(name, "few steps", known[f"{name} val"].scores, known[f"{name} val"].seconds)
-            losses = Way(name, "few steps", known[f"{name} loss"].scores, 0.0)  # of the same steps
-            read[f"choices, sizes, {name}"] = [*cheap, both, losses]
+    cheap = [known[name] for name in SIZES]
+    read = {"sizes": (cheap, False), "choices, sizes": (cheap, True)}
+    for name in dict.fromkeys(way.name.rpartition(" ")[0] for way in known.values() if way.kind in _COMPUTED):
+        values = [way for way in known.values() if way.name.rpartition(" ")[0] == name]
+        dearest = max(way.seconds for way in values)  # all of them come of the same work
+        alike = [Way(way.name, way.kind, way.scores, dearest if way is values[0] else 0.0) for way in values]
+        read[f"sizes, {name}"] = ([*cheap, *alike], False)
     for name, predictor in _PREDICTORS.items():
-        for what, ways in read.items():
+        for what, (ways, encoded) in read.items():
             for trained in _TRAINED:
                 if trained < len(data) // 2:
-                    yield learned(f"{name} of {trained} trainings; {what}", predictor, ways, data, trained=trained)
+                    title = f"{name} of {trained} trainings; {what}"
+                    yield learned(title, predictor, ways, data, trained=trained, encoded=encoded)
 
 
 def _verdicts(figures: Sequence[Figures], top: float, best: float, chance: float) -> list[str]:
@@ -117,6 +120,13 @@ def _verdicts(figures: Sequence[Figures], top: float, best: float, chance: float
             f"  What it thinks best has {reached:.1%} of the best one's quality above chance.",
         ]
     return lines
+
+
+def _baseline(figures: Sequence[Figures], top: float) -> list[str]:
+    """Say what costs nothing: a way that ranks no better is not worth its time."""
+    found = {one.name: one.tau.value / top for one in figures if one.kind == "size"}
+    shown = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+    return [f"- What costs nothing reaches of the ceiling: {shown}."]
 
 
 def _line(one: Figures, top: float) -> str:

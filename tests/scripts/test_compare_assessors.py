@@ -158,3 +158,4 @@ def test_all_of_it_on_a_tiny_data_set(tmp_path: Path) -> None:
     assert "| spos_10 val | supernet |" in text
     assert "| macs | size | - |" in text
     assert "At least 10 times faster" in text
+    assert "What costs nothing reaches of the ceiling: macs" in text

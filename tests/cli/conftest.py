@@ -24,6 +24,7 @@ stages:
   prune: {macs: 0.5}
 chain: [quantize]
 trainer: {epochs: 1, batch_size: 16}
+measure: {sessions: 1}
 """
 
 MODEL = """\

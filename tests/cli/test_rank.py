@@ -50,6 +50,7 @@ defaults:
   - _self_
 model: {_target_: net.Net}
 seed: 1
+data: {val_samples: 270, test_samples: 1271}  # leaves 256 to train on
 trainer: {epochs: 2, batch_size: 64}
 rank:
   architectures: 7

@@ -69,7 +69,9 @@ def _leads_around(model: Model, avoided: Node) -> bool:
     return model.graph.graph.output_node().all_input_nodes[0] in found
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "mobilenet" else ()) for name in NETS]
+)
 def test_they_are_what_no_path_leads_around(name: str) -> None:
     module, args = NETS[name]()
     model = Model.capture(module.eval(), args)

@@ -14,10 +14,14 @@ from mil_cli.errors import ModelError
 from mil_cli.models.convnet import convnet
 from mil_cli.models.mobilenet import mobilenet
 from mil_cli.models.resnet import resnet20
+from mil_cli.models.slimmable_resnet import slimmable_resnet
+from mil_cli.models.small_nets import small_nets
 from mil_cli.models.source import ModelSource, build_model
 from mil_cli.models.vit import vit
+from mil_cli.spaces.largest import largest
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+BUILDERS = {builder.__name__: builder for builder in (convnet, mobilenet, resnet20, slimmable_resnet, small_nets, vit)}
 
 
 def _params(module: nn.Module) -> int:
@@ -59,7 +63,7 @@ def test_shipped_configs_build_capture_and_agree_with_eager(path: Path, tmp_path
     model = build_model(source, root=tmp_path, example=((x,), {}), seed=4)
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        eager = {"convnet": convnet, "mobilenet": mobilenet, "resnet20": resnet20, "vit": vit}[path.stem]().eval()
+        eager = largest(BUILDERS[path.stem]()).eval()  # type: ignore[operator]
     other = torch.randn(5, 1, side, side)
     torch.testing.assert_close(model(other), eager(other), rtol=0, atol=1e-6)
     assert model.spec.batch is not None

@@ -114,6 +114,7 @@ model: {_target_: model.build CHECKPOINT}
 data: {_target_: data.build}
 trainer: {epochs: 1, batch_size: 32}
 goals: {size: {max_ratio: 1.0}}
+measure: {sessions: 1}
 chain: [quantize]
 """
 

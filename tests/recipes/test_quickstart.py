@@ -38,6 +38,7 @@ SHORT = (
     "goals.macs.max_ratio=0.9",
     "goals.size.max_ratio=0.9",
     "stages.prune.macs=0.7",
+    "measure.sessions=1",
 )
 """The whole chain on a net that trains in seconds."""
 

@@ -77,6 +77,11 @@ def write_teacher(folder: Path, seed: int) -> None:
     Model.capture(network(seed), (torch.randn(4, 8),)).save(folder / "teacher.pt2")
 
 
+def write_unread(folder: Path) -> None:
+    (folder / "unused.py").write_text("X = 1\n")
+    (folder / "README.md").write_text("text\n")
+
+
 def write_checkpoint(folder: Path, seed: int) -> None:
     torch.save(network(seed).state_dict(), folder / "trained.pt")
 
@@ -109,13 +114,11 @@ def cached_stages(folder: Path, *overrides: str) -> list[str]:
 ALL = ["cut", "learn", "round"]
 
 FILES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "nothing": (lambda folder: None, ALL),
     "teacher file": (lambda folder: write_teacher(folder, 3), ["cut"]),
     "checkpoint bytes": (lambda folder: write_checkpoint(folder, 4), []),
     "helper module of the task": (lambda folder: (folder / "helper.py").write_text("SCALE = 2.0\n"), []),
     "data": (lambda folder: (folder / "data.py").write_text(DATA.replace("seed=0", "seed=1")), []),
-    "module that nobody imports": (lambda folder: (folder / "unused.py").write_text("X = 1\n"), ALL),
-    "readme": (lambda folder: (folder / "README.md").write_text("text\n"), ALL),
+    "files that nobody reads": (write_unread, ALL),
 }
 
 
@@ -132,14 +135,17 @@ SETTINGS: dict[str, list[str]] = {
     # Its only reader cuts to the same widths with it, so what comes after finds its input unchanged.
     "device.preferred_multiple.float=16": ["learn", "round"],
     "device.int8.reduce_range=true": ["cut", "learn"],
-    "device.price_per_hour=2": ALL,
     "trainer.learning_rate=0.01": ["cut"],
     "stages.learn.temperature=2": ["cut"],
     "stages.round.observer=min_max": ["cut", "learn"],
-    "goals.size.max_ratio=0.8": ALL,
-    "measure.rounds=61": ALL,
     "seed=1": [],
 }
+
+
+def test_settings_that_no_stage_reads(first: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(first, folder)
+    assert cached_stages(folder, "device.price_per_hour=2", "goals.size.max_ratio=0.8", "measure.rounds=61") == ALL
 
 
 @pytest.mark.parametrize("override", SETTINGS)

@@ -62,7 +62,9 @@ def test_blocks_are_no_ends_and_the_output_is_none() -> None:
     assert set(names) == {"bn", *blocks, "stages.0", "stages.1", "stages"} | {f"stages.{stage}.1" for stage in range(3)}
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet", "vit"])
+@pytest.mark.parametrize(
+    "name", ["resnet20", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet", "vit"))]
+)
 def test_folded_batch_norms_pair_equal_values(name: str) -> None:
     teacher = _captured(name)
     student = fold_batch_norm(teacher)

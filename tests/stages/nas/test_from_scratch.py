@@ -15,7 +15,6 @@ from mil_cli.stages.registry import config_type
 from tests.stages.contexts import Kill, make_context
 from tests.stages.nas.designed import context, incoming, space
 
-WHOLE = incoming()
 QUICK: dict[str, Any] = {
     "macs": 0.7,
     "search": {"strategy": "halving", "evaluations": 2, "eta": 2, "rungs": 2},
@@ -31,8 +30,8 @@ def test_it_is_registered() -> None:
 def test_the_winner_keeps_the_bound_and_learnt(tmp_path: Path) -> None:
     used = context(tmp_path)
     config = FromScratchConfig(**{**QUICK, "recover_trainer": {"epochs": 4, "batch_size": 32}})
-    winner = from_scratch(WHOLE, config, used)
-    assert winner.macs() == used.notes["macs"] <= 0.7 * WHOLE.macs()  # type: ignore[operator]
+    winner = from_scratch(incoming(), config, used)
+    assert winner.macs() == used.notes["macs"] <= 0.7 * incoming().macs()  # type: ignore[operator]
     assert used.evaluate(winner).value > 0.4
     assert used.notes["scored"] == 3  # two candidates for one epoch, the better one for both
     assert space().architecture(used.notes["architecture"]) is not None  # type: ignore[arg-type]
@@ -40,7 +39,7 @@ def test_the_winner_keeps_the_bound_and_learnt(tmp_path: Path) -> None:
 
 def test_going_on_after_a_kill_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = FromScratchConfig(**QUICK)
-    whole = from_scratch(WHOLE, config, context(tmp_path / "whole"))
+    whole = from_scratch(incoming(), config, context(tmp_path / "whole"))
     add = _Running.add
 
     def killed(self: _Running[Any], quality: float, *, seconds: float) -> None:
@@ -51,8 +50,8 @@ def test_going_on_after_a_kill_ends_alike(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patched:
         patched.setattr(_Running, "add", killed)
         with pytest.raises(Kill):
-            from_scratch(WHOLE, config, context(tmp_path / "killed"))
-    resumed = from_scratch(WHOLE, config, context(tmp_path / "killed"))
+            from_scratch(incoming(), config, context(tmp_path / "killed"))
+    resumed = from_scratch(incoming(), config, context(tmp_path / "killed"))
     assert resumed.fingerprint() == whole.fingerprint()
 
 
@@ -61,11 +60,11 @@ def test_candidates_trained_in_several_processes_are_the_same() -> None:
     notes = []
     for jobs in (1, 2):
         used = context()
-        from_scratch(WHOLE, FromScratchConfig(**{**QUICK, "search": {**QUICK["search"], "jobs": jobs}}), used)
+        from_scratch(incoming(), FromScratchConfig(**{**QUICK, "search": {**QUICK["search"], "jobs": jobs}}), used)
         notes.append({name: used.notes[name] for name in ("front", "architecture", "search_quality")})
     assert notes[0] == notes[1]
 
 
 def test_a_model_without_choices_is_told() -> None:
     with pytest.raises(StageError, match="choices"):
-        from_scratch(WHOLE, FromScratchConfig(**QUICK), make_context(digits(), name="nas"))
+        from_scratch(incoming(), FromScratchConfig(**QUICK), make_context(digits(), name="nas"))

@@ -14,8 +14,6 @@ from mil_cli.stages.nas.search.evolution import Evolution
 from tests.stages.nas.designed import context, incoming
 from tests.stages.nas.test_latency import COUNTER, SPACE, pretend, true_seconds
 
-WHOLE = incoming()
-
 
 class Config(LimitedConfig):
     method: ClassVar[str] = "limited"
@@ -26,7 +24,7 @@ def run(workspace: Path | None = None, build: Any = None, **settings: Any) -> Li
     search = Evolution(evaluations=32, population=12, batch=4)
     return search_limited(
         SPACE,
-        WHOLE,
+        incoming(),
         Config(search=search, **settings),
         score=lambda architecture, fidelity: float(COUNTER.macs(architecture)),
         build=build,
@@ -36,16 +34,16 @@ def run(workspace: Path | None = None, build: Any = None, **settings: Any) -> Li
 
 def test_shares_are_of_the_largest_architecture_and_several_bounds_hold() -> None:
     limited = run(macs=0.5, params=0.4)
-    assert limited.bounds.most == {"macs": 0.5 * WHOLE.macs(), "params": 0.4 * WHOLE.num_params()}
+    assert limited.bounds.most == {"macs": 0.5 * incoming().macs(), "params": 0.4 * incoming().num_params()}
     built = context().capture(SPACE.build(limited.found.best.candidate))
-    assert built.macs() == limited.found.best.costs["macs"] <= 0.5 * WHOLE.macs()
-    assert built.num_params() == limited.found.best.costs["params"] <= 0.4 * WHOLE.num_params()
+    assert built.macs() == limited.found.best.costs["macs"] <= 0.5 * incoming().macs()
+    assert built.num_params() == limited.found.best.costs["params"] <= 0.4 * incoming().num_params()
     assert limited.facts()["architecture"] == limited.found.best.candidate.to_json()
 
 
 def test_what_even_the_smallest_does_not_keep_is_told() -> None:
     with pytest.raises(StageError, match="the smallest architecture has") as caught:
-        run(params=10 / WHOLE.num_params())
+        run(params=10 / incoming().num_params())
     assert caught.value.where == "stages.nas.params"
 
 

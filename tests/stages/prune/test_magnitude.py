@@ -291,7 +291,7 @@ def test_latency_can_be_the_target(kernels: str) -> None:
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
     model = Model.capture(net.eval(), (torch.randn(2, 1, 8, 8),))
     used = context()
-    settings = {"latency": "60%", "round_to": 8, "multiple": kernels, "max_per_layer": 0.9, "compare_samples": 0}
+    settings = {"latency": "60%", "round_to": 16, "multiple": kernels, "max_per_layer": 0.9, "compare_samples": 0}
     small = magnitude(model, config(**settings), used)
     before, target = used.notes["before"], used.notes["target"]
     assert isinstance(before, float)
@@ -305,7 +305,7 @@ def test_latency_can_be_the_target(kernels: str) -> None:
     assert used.notes["latency_table"]
     assert any(read.startswith("device/") for read in used.trace.reads)
     with pytest.raises(StageError, match=r"the smallest that can be kept of [\d.e-]+ ms is [\d.e-]+ ms"):
-        magnitude(model, config(latency="1 us"), context())
+        magnitude(model, config(**{**settings, "latency": "1 us"}), context())
     with pytest.raises(ValidationError, match="no latency to keep"):
         config(latency="soon")
 

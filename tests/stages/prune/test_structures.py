@@ -94,7 +94,7 @@ def test_a_model_without_a_block_equals_one_built_without_it(model: Model) -> No
     [
         lambda: vit(image_size=8, patch=2, dim=16, depth=2, heads=4),
         lambda: mobilenet(widths=(8, 16), blocks=(2, 2), expansion=2, last=32),
-        lambda: resnet20(widths=(8, 16, 16)),
+        pytest.param(lambda: resnet20(widths=(8, 16, 16)), marks=pytest.mark.slow),
     ],
     ids=["vit", "mobilenet", "resnet"],
 )

@@ -58,7 +58,14 @@ def quantized(model: Model, *, reduce_range: bool = True, **settings: Any) -> tu
     return quantize(model, DynamicConfig(**settings), used), used.notes
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight_bits": 3, "first_last_bits": 3}, {"per_channel": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"weight_bits": 3, "first_last_bits": 3},
+        pytest.param({"per_channel": False}, marks=pytest.mark.slow),
+    ],
+)
 def test_every_product_with_a_weight_runs_in_integers(settings: dict[str, Any], net: Model, tmp_path: Path) -> None:
     model, notes = quantized(net, **settings)
     path = export_onnx(model, tmp_path / "model.onnx").path

@@ -134,7 +134,7 @@ def test_scales_start_by_the_formula_of_the_paper(
     assert weight.args[1].args[1] == pytest.approx(1 / math.sqrt((72 if per_channel else 576) * 3))
 
 
-@pytest.mark.parametrize("initialization", ["mse", "mean"])
+@pytest.mark.parametrize("initialization", ["mse", pytest.param("mean", marks=pytest.mark.slow)])
 def test_values_below_zero_get_a_zero_point_that_stays(
     initialization: str, model: Model, data: Data, inserted: dict[str, Model]
 ) -> None:
@@ -308,7 +308,7 @@ def test_problems_are_named(model: Model, data: Data) -> None:
     assert function_of(LsqConfig()) is quantize
 
 
-@pytest.mark.parametrize("build", [small_vit, small_mlp])
+@pytest.mark.parametrize("build", [small_vit, pytest.param(small_mlp, marks=pytest.mark.slow)])
 def test_other_architectures(build: Callable[[], nn.Module], data: Data, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Model.capture(build(), (torch.randn(2, 1, 8, 8),))
@@ -320,7 +320,8 @@ def test_other_architectures(build: Callable[[], nn.Module], data: Data, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("weight_bits", "activation_bits"), [(8, 8), pytest.param(4, 8, marks=pytest.mark.slow), (4, 4)]
+    ("weight_bits", "activation_bits"),
+    [(4, 4), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, 8), (4, 8)))],
 )
 def test_the_file_computes_the_same_on_integer_kernels(
     weight_bits: int, activation_bits: int, data: Data, tmp_path: Path

@@ -208,7 +208,7 @@ def test_tables_are_rounded_to_nearest_which_serves_their_rows_best(config: Any)
 
 
 @pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
-@pytest.mark.parametrize("kind", [LsqConfig, DorefaConfig, ApotConfig])
+@pytest.mark.parametrize("kind", [LsqConfig, DorefaConfig, pytest.param(ApotConfig, marks=pytest.mark.slow)])
 def test_rows_that_are_used_learn_and_others_stay(kind: Any, tied: bool, tmp_path: Path) -> None:
     net = capture(Pooled, tied=tied)
     trainer = {"epochs": 2, "learning_rate": 0.5, "optimizer": {"weight_decay": 0.0}}

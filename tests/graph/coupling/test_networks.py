@@ -228,11 +228,9 @@ RECAPTURED = {"channel_shuffle_module", "encoder", "gated_recurrent", "grouped",
 @pytest.mark.parametrize(
     ("case", "recaptured"),
     [
-        *((name, name in RECAPTURED) for name in sorted({**NETWORKS, **TRICKS})),
-        *(
-            pytest.param(name, True, marks=pytest.mark.slow)
-            for name in sorted({**NETWORKS, **TRICKS}.keys() - RECAPTURED)
-        ),
+        *((name, name in RECAPTURED) for name in sorted(NETWORKS)),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in sorted(NETWORKS.keys() - RECAPTURED)),
+        *(pytest.param(name, again, marks=pytest.mark.slow) for name in sorted(TRICKS) for again in (False, True)),
     ],
     indirect=["case"],
     scope="module",

@@ -18,7 +18,7 @@ from tests.stages.nas.designed import context, incoming, space
 QUICK: dict[str, Any] = {
     "macs": 0.7,
     "search": {"strategy": "halving", "evaluations": 2, "eta": 2, "rungs": 2},
-    "trainer": {"epochs": 2, "batch_size": 64},
+    "trainer": {"epochs": 2, "batch_size": 256},
     "search_samples": 200,
 }
 

@@ -331,8 +331,12 @@ def test_memory_can_be_the_target(method: str, model: Model) -> None:
 
 @pytest.mark.parametrize(
     ("error", "within"),
-    [(1.0, True), (1.1, True), (0.8, True), (3.0, False)],
-    ids=["right", "too_fast", "too_slow", "unreachable"],
+    [
+        pytest.param(1.0, True, id="right", marks=pytest.mark.slow),
+        pytest.param(1.1, True, id="too_fast", marks=pytest.mark.slow),
+        pytest.param(0.8, True, id="too_slow"),
+        pytest.param(3.0, False, id="unreachable"),
+    ],
 )
 def test_a_predicted_latency_is_corrected_by_measurement(
     error: float, within: bool, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -143,7 +143,7 @@ def test_a_transformer_comes_closer_than_by_nearest_rounding() -> None:
     assert noise(learned) < 0.9 * noise(nearest)
 
 
-@pytest.mark.parametrize("fisher", [False, True])
+@pytest.mark.parametrize("fisher", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_and_resumed_is_bit_identical(fisher: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, settings = make_model(), config(iterations=10, fisher=fisher)
     whole = quantize(model, settings, context(tmp_path / "whole"))

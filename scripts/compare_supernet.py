@@ -2,9 +2,9 @@
 
 A recipe's model is a space, the first stage of its chain a one-shot search. Some architectures are drawn before
 anything is trained, evenly over a range of operations. For each seed the supernet is trained by that stage, and each
-architecture judged as it is, without a training of its own; and each is trained alone, by the recipe's trainer, for as
-many epochs. All are scored on the test split. Points that were computed are kept beside the page, so that an
-interrupted comparison goes on.
+architecture judged as it is, without a training of its own; and each is trained alone, by the recipe's trainer without
+what that stage says over it. All are scored on the test split. Points that were computed are kept beside the page, so
+that an interrupted comparison goes on.
 
     python -m scripts.compare_supernet recipes/nas/bignas_fashion.yaml --jobs 2
 """
@@ -87,7 +87,7 @@ def _run(count: int, span: float, file: Path, overrides: Sequence[str], location
             return {"quality": [_test(judge.module(one), around) for one in drawn]}
         architecture = drawn[point["net"]]
         start = context.capture(space.build(architecture, seed=context.seed))
-        trained = context.train(start, settings=context.trainer(config.trainer), doing="training alone").model
+        trained = context.train(start, settings=context.trainer(), doing="training alone").model
         return {
             "quality": _test(trained, around),
             "macs": counter.macs(architecture),

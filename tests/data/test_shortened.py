@@ -29,7 +29,7 @@ def test_a_pass_has_the_batches_of_so_many_samples(samples: int, batch_size: int
 
 def test_shuffled_passes_give_other_samples_each_and_go_on_where_they_were() -> None:
     split = Shortened(WHOLE, 10)
-    passes = [numbers(split, 5, shuffle=True, seed=1, epoch=epoch) for epoch in range(8)]
+    passes = [numbers(split, 5, shuffle=True, seed=1, epoch=epoch) for epoch in range(16)]
     assert {one for batches in passes for batch in batches for one in batch} == set(range(23))
     assert numbers(split, 5, shuffle=True, seed=1, epoch=3, skip=1) == passes[3][1:]
     assert numbers(split, 5, skip=2) == []

@@ -27,5 +27,5 @@ def test_a_table_that_is_all_trained_gives_curves_and_searches(
     (point,) = found["ranking"]["ridge"]["curve"]
     assert point["trained"] == 8
     assert point["tau"]["value"] > 0.8
-    assert set(found["search"]) == {"expected_improvement", "upper_bound", "rank_uncertainty", "random"}
+    assert set(found["search"]) == {"expected_improvement", "upper_bound", "rank_uncertainty", "thompson", "random"}
     assert found["search"]["expected_improvement"]["short"] == 0 < found["search"]["random"]["short"]

@@ -1,10 +1,10 @@
 """Do nets cut out of a supernet do as well as they do when each is trained alone? The same nets, paired seeds.
 
 A recipe's model is a space, the first stage of its chain a one-shot search. Some architectures are drawn before
-anything is trained, evenly over a range of operations. For each seed the supernet is trained by that stage, and each
-architecture judged as it is, without a training of its own; and each is trained alone, by the recipe's trainer without
-what that stage says over it. All are scored on the test split. Points that were computed are kept beside the page, so
-that an interrupted comparison goes on.
+anything is trained, evenly over the logarithm of their operations. For each seed the supernet is trained by that stage,
+and each architecture judged as it is, without a training of its own; and each is trained alone, by the recipe's trainer
+without what that stage says over it. All are scored on the test split. Points that were computed are kept beside the
+page, so that an interrupted comparison goes on.
 
     python -m scripts.compare_supernet recipes/nas/bignas_fashion.yaml --jobs 2
 """
@@ -105,7 +105,7 @@ def _search(recipe: Recipe) -> tuple[str, OneShotConfig]:
 
 
 def _drawn(space: DesignedSpace, counter: CostCounter, count: int, span: float) -> list[Architecture]:
-    """Return architectures, the smallest one first, one from each stratum of their operations."""
+    """Return the smallest architecture of all, and others in the order of their operations, spread up to the range."""
     low = counter.macs(space.smallest)
     generator = torch.Generator().manual_seed(_DRAW)
     drawn = sample_balanced(

@@ -1,8 +1,8 @@
 """Do nets cut out of a supernet do as well as they do when each is trained alone? The same nets, paired seeds.
 
-A recipe's model is a space, the first stage of its chain a one-shot search. Some architectures are drawn before
-anything is trained, evenly over the logarithm of their operations. For each seed the supernet is trained by that stage,
-and each architecture judged as it is, without a training of its own; and each is trained alone, by the recipe's trainer
+A recipe's model is a space, the first stage of its chain a one-shot search. Its smallest and its largest architecture
+are taken, and some between them, before anything is trained. For each seed the supernet is trained by that stage, and
+each architecture judged as it is, without a training of its own; and each is trained alone, by the recipe's trainer
 without what that stage says over it. All are scored on the test split. Points that were computed are kept beside the
 page, so that an interrupted comparison goes on.
 
@@ -12,6 +12,7 @@ page, so that an interrupted comparison goes on.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,13 +44,13 @@ _DRAW = 0
 def main(words: Sequence[str] | None = None) -> int:
     """Compute the missing points and write the page; return 1 if a point failed."""
     parser = parser_of(__doc__, methods=(SHARED, ALONE), out=Path("docs/results/supernet.md"))
-    parser.add_argument("--count", type=int, default=5, help="architectures")
-    parser.add_argument("--range", type=float, default=10.0, help="of their operations, from the smallest net's on")
+    parser.add_argument("--count", type=int, default=5, help="architectures, three or more")
     arguments = parser.parse_args(words)
     recipe = load_recipe(arguments.recipe, arguments.set)
-    drawn = [str(arguments.count), str(arguments.range)]
+    if arguments.count < 3:
+        parser.error("--count takes a number of at least 3")
     origins = {
-        method: origin_of(recipe, Path(__file__), method, *drawn, code=("stages", "training", "spaces"))
+        method: origin_of(recipe, Path(__file__), method, arguments.count, code=("stages", "training", "spaces"))
         for method in arguments.methods
     }
     columns = [{"net": number} for number in range(arguments.count)]
@@ -65,11 +66,11 @@ def main(words: Sequence[str] | None = None) -> int:
         ]
         for seed in arguments.seeds
     ]
-    work = partial(_run, arguments.count, arguments.range)
+    work = partial(_run, arguments.count)
     return carry_out(arguments, work, phases, partial(_page, arguments, origins))
 
 
-def _run(count: int, span: float, file: Path, overrides: Sequence[str], location: Path, point: Point) -> Result:
+def _run(count: int, file: Path, overrides: Sequence[str], location: Path, point: Point) -> Result:
     """Return the quality on test of an architecture trained alone, or of all of them in the supernet."""
     torch.set_num_threads(1)
     recipe = load_recipe(file, [*overrides, f"seed={point['seed']}"])
@@ -81,7 +82,7 @@ def _run(count: int, span: float, file: Path, overrides: Sequence[str], location
         space = context.space()
         args, kwargs = model.batch_input(1)
         counter = CostCounter(space, args, kwargs)
-        drawn = _drawn(space, counter, count, span)
+        drawn = _drawn(space, counter, count)
         if point["method"] == SHARED:
             judge = Judge(config.shared(model, context), config, context)
             return {"quality": [_test(judge.module(one), around) for one in drawn]}
@@ -104,20 +105,19 @@ def _search(recipe: Recipe) -> tuple[str, OneShotConfig]:
     return name, config
 
 
-def _drawn(space: DesignedSpace, counter: CostCounter, count: int, span: float) -> list[Architecture]:
-    """Return the smallest architecture of all, and others in the order of their operations, spread up to the range."""
-    low = counter.macs(space.smallest)
-    generator = torch.Generator().manual_seed(_DRAW)
-    drawn = sample_balanced(
+def _drawn(space: DesignedSpace, counter: CostCounter, count: int) -> list[Architecture]:
+    """Return the smallest and the largest architecture, and others between them, in the order of their operations."""
+    low, high = counter.macs(space.smallest), counter.macs(space.largest)
+    between = sample_balanced(
         space,
-        counter.macs,
-        generator,
-        count=count,
-        low=low,
-        high=min(span * low, counter.macs(space.largest)),
-        strata=count,
+        lambda one: math.log(counter.macs(one)),
+        torch.Generator().manual_seed(_DRAW),
+        count=count - 2,
+        low=math.log(low + 1),
+        high=math.log(high),
+        strata=count - 2,
     )
-    return sorted(drawn, key=counter.macs)
+    return [space.smallest, *sorted(between, key=counter.macs), space.largest]
 
 
 def _test(module: Any, around: Surroundings) -> float:

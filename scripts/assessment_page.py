@@ -33,22 +33,33 @@ _TRAINED = (4, 8, 12)
 _SELECTED = (1, 3, 5)
 
 
-def page(data: Architectures, results: Mapping[str, Result], *, head: Sequence[str], classes: int) -> list[str]:
-    """Return the lines of the page.
+def figures_of(data: Architectures, results: Mapping[str, Result]) -> tuple[list[Way], list[Figures]]:
+    """Return all ways to judge without whole trainings, and the figures of these and of predictors.
 
     Args:
         data: The data set.
         results: What was computed, by the name of the assessor.
-        head: Lines below the title.
-        classes: Of the task: what guessing reaches is one over it.
     """
     plain = [*sizes(data), *scores(data), *curves(data)]
     for method, result in results.items():
         plain += computed(data, method, _COMPUTED[not method.startswith("steps")], result)
     by_name = {way.name: way for way in plain}
-    mixes = [together([by_name[name] for name in names]) for names in _mixes(by_name)]
-    figures = [worth(way, data) for way in [*plain, *mixes]]
-    figures += list(_learned(data, by_name))
+    ways = [*plain, *(together([by_name[name] for name in names]) for names in _mixes(by_name))]
+    return ways, [*(worth(way, data) for way in ways), *_learned(data, by_name)]
+
+
+def page(
+    data: Architectures, ways: Sequence[Way], figures: Sequence[Figures], *, head: Sequence[str], classes: int
+) -> list[str]:
+    """Return the lines of the page.
+
+    Args:
+        data: The data set.
+        ways: The ways to judge without whole trainings.
+        figures: Of these and of predictors.
+        head: Lines below the title.
+        classes: Of the task: what guessing reaches is one over it.
+    """
     top, low, high = ceiling(data)
     repeated, seeds = data.by_seed.shape
     best, worst = float(np.nanmax(data.quality)), float(np.nanmin(data.quality))
@@ -63,6 +74,8 @@ def page(data: Architectures, results: Mapping[str, Result], *, head: Sequence[s
         *_verdicts(figures, top, best, 1 / classes),
         *_baseline(figures, top),
         "",
+        "![Tau over what each way costs; those that none beats in both are named](assessment.svg)",
+        "",
         "## All of them",
         "",
         "Speed: how many times longer training all takes, in processor time, everything counted. Tau: to one training",
@@ -75,7 +88,7 @@ def page(data: Architectures, results: Mapping[str, Result], *, head: Sequence[s
         "|---|---|---|---|---|---|---|---|",
         *(_line(one, top) for one in sorted(figures, key=lambda one: -one.tau.value)),
         "",
-        *_selection(data, [*plain, *mixes]),
+        *_selection(data, ways),
     ]
 
 

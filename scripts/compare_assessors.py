@@ -17,13 +17,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from mil_cli.files import write_text
 from mil_cli.models.source import build_module
 from mil_cli.models.user_code import importable
 from mil_cli.recipe.load import load_recipe
 from mil_cli.recipe.schema import Recipe
 from mil_cli.spaces import DesignedSpace
 from scripts.architecture_data import Architectures
-from scripts.assessment_page import page
+from scripts.assessment_page import figures_of, page
+from scripts.assessment_picture import picture
 from scripts.assessors import ASSESSORS, assess
 from scripts.comparison import Point, Result, Rows, carry_out, origin_of, parser_of, point_of
 
@@ -59,7 +61,10 @@ def _page(arguments: argparse.Namespace, phases: Sequence[Sequence[Point]], rows
     points = [point for phase in phases for point in phase]
     known = {point["method"]: result for point in phases[0] if (result := rows.result(point)) is not None}
     head = [f"`{arguments.recipe}`, `{arguments.table}`; {'; '.join(rows.computed_on(points))}."]
-    return page(_data(recipe, arguments.table), known, head=head, classes=_CLASSES)
+    data = _data(recipe, arguments.table)
+    ways, figures = figures_of(data, known)
+    write_text(arguments.out.with_suffix(".svg"), picture(figures))
+    return page(data, ways, figures, head=head, classes=_CLASSES)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def _join_labels(dots: Sequence[Dot]) -> list[Dot]:
             joined.append(dot)
             continue
         first = joined[near]
-        label = f"{first.label}, {dot.label}" if first.label else dot.label
+        label = ", ".join(one for one in (first.label, dot.label) if one)
         joined[near] = replace(first, label=label, title=f"{first.title}\n{dot.title}")
         joined.append(replace(dot, label="", title=f"{first.title}\n{dot.title}"))
     return joined

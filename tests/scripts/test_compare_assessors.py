@@ -7,6 +7,7 @@ import itertools
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ import torch
 from scipy.stats import kendalltau
 
 from mil_cli.assess.predictors.base import Prediction
-from mil_cli.assess.ranking import Floats
+from mil_cli.assess.ranking import Floats, Interval
 from mil_cli.models.small_nets import small_nets
 from mil_cli.spaces import CostCounter, DesignedSpace
 from scripts import assessment_figures
 from scripts.architecture_data import Architectures
 from scripts.architecture_points import SCORES
-from scripts.assessment_figures import Way, ceiling, curves, learned, select, sizes, together, worth
+from scripts.assessment_figures import Figures, Way, ceiling, curves, learned, select, sizes, together, worth
+from scripts.assessment_picture import picture
 from scripts.compare_assessors import main
 
 EPOCHS = 4
@@ -159,3 +161,20 @@ def test_all_of_it_on_a_tiny_data_set(tmp_path: Path) -> None:
     assert "| macs | size | - |" in text
     assert "At least 10 times faster" in text
     assert "What costs nothing reaches of the ceiling: macs" in text
+
+
+def test_the_picture_names_what_none_beats_in_both() -> None:
+    found = [
+        Figures(name, "mix", seconds, 1.0, Interval(tau, tau, tau), 0.0, 0.0, 0.0)
+        for name, seconds, tau in (
+            ("cheap", 10.0, 0.5),
+            ("beaten", 20.0, 0.4),
+            ("good", 100.0, 0.8),
+            ("free", 0.0, 0.7),
+        )
+    ]
+    svg = ElementTree.fromstring(picture(found))
+    texts = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"cheap", "good"} <= set(texts)
+    assert not {"beaten", "free"} & set(texts)
+    assert len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) == 3

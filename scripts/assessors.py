@@ -59,9 +59,9 @@ class Few:
                 seed=recipe.seed,
                 steps=self.steps,
             )
-            steps = sum(entry["train_loss"] for entry in result.history) / len(result.history)
+            loss = sum(entry["train_loss"] for entry in result.history) / len(result.history)
             began = time.process_time()
-            found["loss"][name] = -steps
+            found["loss"][name] = -loss
             recalibrate_module(result.model.module, calls)  # moving averages of so few steps are those of the first
             found["val"][name] = quality_or_worst(result.model, context, samples=self.samples)
             evaluating += time.process_time() - began

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -73,6 +73,10 @@ class TrainerConfig(BaseModel):
             raise ValueError("optimizer needs a _target_, such as torch.optim.SGD")
         check_scheduler(self.scheduler)
         return self
+
+    def judged_at_the_end(self) -> Self:
+        """Return the settings without evaluations before the last epoch's, which decide nothing but early stopping."""
+        return self if self.early_stopping is not None else self.model_copy(update={"evaluate_every": self.epochs})
 
     def merged(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings with overrides over them, as plain values to validate.

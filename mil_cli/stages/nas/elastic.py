@@ -320,9 +320,7 @@ def _branch_costs(
 
 def train_supernet(model: Model, space: ElasticSpace, config: ElasticConfig, context: Context) -> Model:
     """Train all candidates of a space together and return the whole net."""
-    settings = context.trainer(config.trainer)
-    if settings.early_stopping is None:  # the whole net's quality decides nothing
-        settings = settings.model_copy(update={"evaluate_every": settings.epochs})
+    settings = context.trainer(config.trainer).judged_at_the_end()
     bind = sandwich(space, context.task, random=config.random, temperature=config.temperature, seed=context.seed)
     return context.fit(model, settings=settings, doing="training the supernet", slot="supernet", bind=bind)
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from mil_cli.spaces import Architecture, DesignedSpace
-from mil_cli.stages.nas.one_shot import OneShotConfig, search_shared, supernet_trainer
+from mil_cli.stages.nas.one_shot import OneShotConfig, search_shared
 from mil_cli.stages.nas.spos import single_path
 from mil_cli.stages.registry import stage
 from mil_cli.training.eager import EagerModule
@@ -50,7 +50,7 @@ class HypernetworkConfig(OneShotConfig):
         start = Generated(space, hypernetwork, spec=model.spec, samples=model.samples)
         return context.fit(
             start,
-            settings=supernet_trainer(self, context),
+            settings=context.trainer(self.trainer).judged_at_the_end(),
             doing="training the hypernetwork",
             slot="supernet",
             bind=single_path(context.task, seed=context.seed),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -12,13 +12,13 @@ from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
 from mil_cli.spaces import Architecture, CostCounter, DesignedSpace
 from mil_cli.stages.measured import Choice, Correction
+from mil_cli.stages.nas.designed import DesignedConfig
 from mil_cli.stages.nas.latency import PredictedLatency
 from mil_cli.stages.nas.search.bounds import Bound, Bounds
 from mil_cli.stages.nas.search.driver import Found, search
 from mil_cli.stages.nas.search.evolution import Evolution
 from mil_cli.stages.nas.search.registry import Search
 from mil_cli.stages.nas.search.trial import Score, ranked
-from mil_cli.stages.registry import StageConfig
 from mil_cli.stages.targets import LatencyTarget, Target, parse_latency
 from mil_cli.units import parse_kept
 
@@ -29,7 +29,7 @@ _AGAIN = 0.25
 """What part of the evaluations another choice for a corrected latency takes; half of them were scored before."""
 
 
-class LimitedConfig(StageConfig):
+class LimitedConfig(DesignedConfig):
     """Settings of stages that search a designed space.
 
     Attributes:
@@ -42,12 +42,6 @@ class LimitedConfig(StageConfig):
         measured: Whether the winner by predicted latency is measured, and the search corrected until it keeps it.
         search: How architectures are chosen to be scored.
     """
-
-    family: ClassVar[str] = "nas"
-    never_after: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("train", "nas", "prune", "distill", "quantize"),
-        "it starts from the choices of the recipe's own model, and what came before would be lost",
-    )
 
     macs: Target | None = None
     params: Target | None = None

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.spaces import Architecture, DesignedSpace
     from mil_cli.stages.context import Context
-    from mil_cli.training.config import TrainerConfig
     from mil_cli.training.objective import Binding
 
 _CALIBRATION_BATCH = 64
@@ -128,25 +127,9 @@ def train_shared(
         doing: What progress calls it.
         slot: Where its checkpoint is kept.
     """
-    settings = supernet_trainer(config, context, overrides)
+    settings = context.trainer({**config.trainer, **(overrides or {})}).judged_at_the_end()
     start = SharedModule.beside(model, context.space()) if start is None else start
     return context.fit(start, settings=settings, doing=doing, slot=slot, bind=bind)
-
-
-def supernet_trainer(
-    config: OneShotConfig, context: Context, overrides: Mapping[str, Any] | None = None
-) -> TrainerConfig:
-    """Return the trainer's settings for shared weights.
-
-    Args:
-        config: Its overrides of the recipe's.
-        context: Gives the recipe's.
-        overrides: Further ones.
-    """
-    settings = context.trainer({**config.trainer, **(overrides or {})})
-    if settings.early_stopping is None:  # the largest architecture's quality decides nothing
-        settings = settings.model_copy(update={"evaluate_every": settings.epochs})
-    return settings
 
 
 class Judge:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mil_cli.data.base import batch_count, halves
 from mil_cli.errors import StageError
+from mil_cli.stages.nas.designed import DesignedConfig
 from mil_cli.stages.nas.shared import SharedModule
 from mil_cli.stages.nas.strengths import Strengths, Weights, count_skips, derive, operator_decisions
-from mil_cli.stages.registry import StageConfig
 from mil_cli.training.layout import place
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _DIGITS = 4
 """Of weights in the report."""
 
 
-class RelaxedConfig(StageConfig):
+class RelaxedConfig(DesignedConfig):
     """Settings that all differentiable searches have.
 
     Attributes:
@@ -50,12 +50,6 @@ class RelaxedConfig(StageConfig):
             fresh weights.
         recover_trainer: Trainer settings for that, over that stage's own.
     """
-
-    family: ClassVar[str] = "nas"
-    never_after: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("train", "nas", "prune", "distill", "quantize"),
-        "it starts from the choices of the recipe's own model, and what came before would be lost",
-    )
 
     trainer: dict[str, Any] = Field(default_factory=dict)
     strength_learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
@@ -113,9 +107,7 @@ def search_relaxed(model: Model, config: RelaxedConfig, relaxation: Relaxation, 
     )
     with space.mixed(strengths.weights(), share=relaxation.share):
         pass  # what cannot be mixed so is told now
-    settings = context.trainer(config.trainer)
-    if settings.early_stopping is None:  # the mixture's quality decides nothing
-        settings = settings.model_copy(update={"evaluate_every": settings.epochs})
+    settings = context.trainer(config.trainer).judged_at_the_end()
     own, other = halves(context.data.train, seed=context.seed)
 
     def shown() -> Architecture:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mil_cli.errors import MeasureError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +29,12 @@ def measure(
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=60, help="Rounds of the interleaved measurement.")] = 60,
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--axis", metavar="NAME=LENGTH", help="The length of a free axis, such as length=128; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Measure models side by side; the first, or --against, is what the others are compared with."""
     import tempfile
@@ -38,12 +47,13 @@ def measure(
         check_exists(path)
     if json_file is not None:
         check_writable(json_file, option="--json")
+    sizes = dict(map(_length, axis or ()))
     profile = named_device(device)
     with tempfile.TemporaryDirectory(prefix="mil-measure-") as folder:
         subjects = [
             as_onnx(path, device=profile, folder=Path(folder), number=number) for number, path in enumerate(named)
         ]
-        figures = _figures(subjects, profile, rounds)
+        figures = _figures(subjects, profile, rounds, sizes)
     if json_file is not None:
         from mil_cli.files import write_json
 
@@ -51,7 +61,21 @@ def measure(
     _show(figures, console.results())
 
 
-def _figures(subjects: list[Subject], profile: DeviceProfile, rounds: int) -> list[dict[str, Any]]:
+def _length(word: str) -> tuple[str, int]:
+    """Return name and length of an axis, from `NAME=LENGTH`.
+
+    Raises:
+        MeasureError: It is something else.
+    """
+    name, _, length = word.partition("=")
+    if not name or not length.isascii() or not length.isdigit() or int(length) < 1:
+        raise MeasureError("this is no NAME=LENGTH", where="--axis", value=word, hint="such as --axis length=128")
+    return name, int(length)
+
+
+def _figures(
+    subjects: list[Subject], profile: DeviceProfile, rounds: int, sizes: Mapping[str, int]
+) -> list[dict[str, Any]]:
     """Return name, verdict and a measurement, as in a report but without quality, of each model."""
     from mil_cli.cli import console
     from mil_cli.cli.progress import progress_on
@@ -62,7 +86,7 @@ def _figures(subjects: list[Subject], profile: DeviceProfile, rounds: int) -> li
     from mil_cli.measure.memory import measure_memory
     from mil_cli.measure.size import size_bytes, zipped_bytes
 
-    feeds = feeds_for(subjects)
+    feeds = feeds_for(subjects, sizes)
     progress = progress_on(console.messages())
     latencies = measure_latency(
         [subject.path for subject in subjects], device=profile, feeds=feeds, rounds=rounds, progress=progress

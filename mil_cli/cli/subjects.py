@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,12 +83,39 @@ def as_onnx(path: Path, *, device: DeviceProfile, folder: Path, number: int) -> 
     return Subject(str(path), exported.path, model)
 
 
-def feeds_for(subjects: list[Subject]) -> dict[str, Any]:
+def feeds_for(subjects: list[Subject], sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Return inputs of one sample that every subject takes: a real example where a graph has one, else random.
 
+    Args:
+        subjects: The models.
+        sizes: Lengths of free axes by name, such as 128 tokens: the sample is cut or repeated along them.
+
     Raises:
-        ModelError: A subject cannot be read, or they do not take the same inputs.
+        ModelError: A subject cannot be read, they do not take the same inputs, or the first has no such free axis.
     """
+    import numpy as np
+
+    feeds = _sample_feeds(subjects)
+    if not sizes:
+        return feeds
+    free = {
+        (name, axis): label
+        for name, labels in free_axes(subjects[0].path).items()
+        for axis, label in labels.items()
+        if axis > 0
+    }
+    for label in sizes:
+        if label not in free.values():
+            hint = "it has none but its batch" if not free else did_you_mean(label, sorted({*free.values()}))
+            raise ModelError("the first model has no such free axis", where="--axis", value=label, hint=hint)
+    for (name, axis), label in free.items():
+        if label in sizes:
+            places = np.arange(sizes[label]) % feeds[name].shape[axis]
+            feeds[name] = np.ascontiguousarray(np.take(feeds[name], places, axis))
+    return feeds
+
+
+def _sample_feeds(subjects: list[Subject]) -> dict[str, Any]:
     import numpy as np
 
     signatures = {subject.name: signature(subject.path) for subject in subjects}
@@ -123,23 +151,42 @@ def signature(path: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
         ModelError: It is no ONNX file.
     """
     import onnx
+
+    found = {}
+    for value in _inputs(path):
+        tensor = value.type.tensor_type
+        shape = tuple(axis.dim_value if axis.HasField("dim_value") else 1 for axis in tensor.shape.dim)
+        found[value.name] = (shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return found
+
+
+def free_axes(path: Path) -> dict[str, dict[int, str]]:
+    """Return input name -> {axis: its name} of the axes of an ONNX file's inputs that take any length.
+
+    Raises:
+        ModelError: It is no ONNX file.
+    """
+    return {
+        value.name: {
+            number: axis.dim_param for number, axis in enumerate(value.type.tensor_type.shape.dim) if axis.dim_param
+        }
+        for value in _inputs(path)
+    }
+
+
+def _inputs(path: Path) -> list[Any]:
+    """Return what an ONNX file must be given, without its weights."""
+    import onnx
     from google.protobuf.message import DecodeError
 
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except (DecodeError, OSError, ValueError) as error:
         raise ModelError(f"not an ONNX file: {error}", where=str(path), hint="export the model again") from None
-    weights = {tensor.name for tensor in graph.initializer}
-    found = {}
-    for value in graph.input:
-        if value.name in weights:
-            continue
-        tensor = value.type.tensor_type
-        shape = tuple(axis.dim_value if axis.HasField("dim_value") else 1 for axis in tensor.shape.dim)
-        found[value.name] = (shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     if not graph.node:
         raise ModelError("not an ONNX model: it has no nodes", where=str(path), hint="export the model again")
-    return found
+    weights = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in weights]
 
 
 def named_device(name: str, *, runnable: bool = True) -> DeviceProfile:

@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
+from torch import nn
 
 from mil_cli.cli.main import main
 from mil_cli.cli.subjects import Subject, feeds_for, signature
 from mil_cli.errors import ModelError
+from mil_cli.export.onnx import export_onnx
+from mil_cli.graph.capture import capture
 
 
 def write_onnx(path: Path, *, inputs: dict[str, tuple[int, list[int | str]]]) -> Path:
@@ -33,6 +37,36 @@ def test_free_axes_are_one_and_types_are_kept(tmp_path: Path) -> None:
     assert feeds["x"].shape == (1, 3)
     assert feeds["x"].dtype == np.float32
     assert feeds["ids"].tolist() == [0]
+
+
+def test_free_axes_take_the_length_that_is_asked_for(tmp_path: Path) -> None:
+    shape: list[int | str] = ["batch", "length", 3, "length"]
+    path = write_onnx(
+        tmp_path / "m.onnx", inputs={"x": (TensorProto.FLOAT, shape), "ids": (TensorProto.INT64, ["batch", "words"])}
+    )
+    feeds = feeds_for([Subject("m", path, None)], {"length": 5})
+    assert feeds["x"].shape == (1, 5, 3, 5)
+    assert feeds["ids"].shape == (1, 1)
+
+
+def test_a_real_sample_is_repeated_or_cut_along_a_free_axis(tmp_path: Path) -> None:
+    module = nn.Conv1d(2, 3, 1).eval()
+    sample = torch.arange(8.0).reshape(1, 2, 4)
+    model = capture(module, (sample,), dynamic={"input": {0: "batch", 2: "frames"}})
+    path = export_onnx(model, tmp_path / "m.onnx").path
+    feeds = feeds_for([Subject("m", path, model)], {"frames": 6})
+    assert feeds["input"][0].tolist() == [[0, 1, 2, 3, 0, 1], [4, 5, 6, 7, 4, 5]]
+    assert feeds_for([Subject("m", path, model)], {"frames": 2})["input"][0].tolist() == [[0, 1], [4, 5]]
+
+
+@pytest.mark.parametrize("word", ["length", "length=", "=3", "length=0", "length=x", "lenght=3", "batch=2"])
+def test_a_wrong_axis_is_refused(
+    tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_onnx(tmp_path / "m.onnx", inputs={"x": (TensorProto.FLOAT, ["batch", "length"])})
+    assert main(["measure", "m.onnx", "--axis", word]) == 2
+    assert "--axis" in capsys.readouterr().err
 
 
 def test_models_with_other_inputs_are_not_compared(tmp_path: Path) -> None:

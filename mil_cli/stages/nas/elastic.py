@@ -23,7 +23,8 @@ from mil_cli.stages.measured import Choice, Correction, latency_seconds
 from mil_cli.stages.nas.cost import CandidateCost, Quantity
 from mil_cli.stages.nas.space import ElasticSpace, depths_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, sandwich
-from mil_cli.stages.registry import StageConfig, stage
+from mil_cli.stages.recovery import RecoveringConfig
+from mil_cli.stages.registry import stage
 from mil_cli.stages.targets import Kernels, LatencyTarget, RoundTo, Target, parse_latency, width_multiple
 from mil_cli.units import Kept, parse_kept
 
@@ -41,7 +42,7 @@ _LEAST_EVALUATIONS = 8
 _SHOWN = 20
 
 
-class ElasticConfig(StageConfig):
+class ElasticConfig(RecoveringConfig):
     """Settings of ``nas/elastic``.
 
     Attributes:
@@ -68,8 +69,6 @@ class ElasticConfig(StageConfig):
         recalibrate_samples: Training samples from which the batch norms of a candidate take their statistics.
         measured: Whether a choice by predicted latency is corrected by measuring the whole candidate beside the model
             that came in, until it keeps the target; not where `multiple` is int8, since it is not quantized yet.
-        recover: Key of a train or distill stage of the recipe that fine-tunes the candidate chosen; None does not.
-        recover_trainer: Trainer settings for that, over that stage's own.
     """
 
     family: ClassVar[str] = "nas"
@@ -97,8 +96,6 @@ class ElasticConfig(StageConfig):
     search_samples: int = Field(5000, ge=1)
     recalibrate_samples: int = Field(1024, ge=0)
     measured: bool = True
-    recover: str | None = None
-    recover_trainer: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_target(self) -> ElasticConfig:
@@ -165,9 +162,7 @@ def elastic(model: Model, config: ElasticConfig, context: Context) -> Model:
         latency_table=search.cost.table(),
     )
     chosen = candidate_model(search.supernet, space, best.candidate, config, context)
-    if config.recover is None:
-        return chosen
-    return context.finetune(chosen, stage=config.recover, name="winner", trainer=config.recover_trainer)
+    return config.recovered(chosen, context, name="winner")
 
 
 class _Search:

@@ -14,6 +14,7 @@ from mil_cli.spaces import Architecture, DesignedSpace
 from mil_cli.stages.nas.limits import LimitedConfig, search_limited
 from mil_cli.stages.nas.search.halving import Halving
 from mil_cli.stages.nas.search.registry import Search
+from mil_cli.stages.recovery import RecoveringConfig
 from mil_cli.stages.registry import stage
 from mil_cli.task.base import Task
 from mil_cli.training.config import TrainerConfig
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from mil_cli.stages.context import Context
 
 
-class FromScratchConfig(LimitedConfig):
+class FromScratchConfig(LimitedConfig, RecoveringConfig):
     """Settings of ``nas/from_scratch``.
 
     Attributes:
@@ -35,7 +36,6 @@ class FromScratchConfig(LimitedConfig):
         search_samples: Samples of val that a candidate is judged on.
         recover: Key of a train or distill stage of the recipe that trains the winner, from fresh weights; None trains
             it by the recipe's trainer.
-        recover_trainer: Trainer settings for that, over that stage's own.
     """
 
     method: ClassVar[str] = "from_scratch"
@@ -43,8 +43,6 @@ class FromScratchConfig(LimitedConfig):
     search: Search = Field(default_factory=lambda: Halving(evaluations=20))
     trainer: dict[str, Any] = Field(default_factory=dict)
     search_samples: int = Field(5000, ge=1)
-    recover: str | None = None
-    recover_trainer: dict[str, Any] = Field(default_factory=dict)
 
 
 @stage(FromScratchConfig)

@@ -12,6 +12,7 @@ from mil_cli.stages.judging import quality_or_worst
 from mil_cli.stages.nas.limits import LimitedConfig, check_limits, search_limited
 from mil_cli.stages.nas.search.registry import Search
 from mil_cli.stages.nas.shared import SharedModule
+from mil_cli.stages.recovery import RecoveringConfig
 from mil_cli.training.batch_norm import recalibrate_module
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class SharedWeights(Protocol):
         ...
 
 
-class OneShotConfig(LimitedConfig):
+class OneShotConfig(LimitedConfig, RecoveringConfig):
     """Settings that all one-shot searches have, beside the bounds.
 
     Attributes:
@@ -48,15 +49,12 @@ class OneShotConfig(LimitedConfig):
         inherit: Whether the winner keeps its shared weights; else it begins with fresh ones, and `recover` trains it.
         recover: Key of a train or distill stage of the recipe that trains the winner; None does not, so that it is as
             good as its shared weights.
-        recover_trainer: Trainer settings for that, over that stage's own.
     """
 
     trainer: dict[str, Any] = Field(default_factory=dict)
     search_samples: int = Field(5000, ge=1)
     recalibrate_samples: int = Field(1024, ge=0)
     inherit: bool = False
-    recover: str | None = None
-    recover_trainer: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("search")
     @classmethod
@@ -99,9 +97,7 @@ def search_shared(model: Model, config: OneShotConfig, context: Context) -> Mode
     best = limited.found.best.candidate
     context.note(candidates=shared.space.size, **limited.facts())
     chosen = context.capture(judge.module(best)) if config.inherit else build(best)
-    if config.recover is None:
-        return chosen
-    return context.finetune(chosen, stage=config.recover, name="winner", trainer=config.recover_trainer)
+    return config.recovered(chosen, context, name="winner")
 
 
 def train_shared(

@@ -16,6 +16,7 @@ from mil_cli.errors import StageError
 from mil_cli.stages.nas.designed import DesignedConfig
 from mil_cli.stages.nas.shared import SharedModule
 from mil_cli.stages.nas.strengths import Strengths, Weights, count_skips, derive, operator_decisions
+from mil_cli.stages.recovery import RecoveringConfig
 from mil_cli.training.layout import place
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _DIGITS = 4
 """Of weights in the report."""
 
 
-class RelaxedConfig(DesignedConfig):
+class RelaxedConfig(DesignedConfig, RecoveringConfig):
     """Settings that all differentiable searches have.
 
     Attributes:
@@ -48,7 +49,6 @@ class RelaxedConfig(DesignedConfig):
         skip_dropout: Share of what skips give that is dropped at the beginning, falling to none at the end.
         recover: Key of a train or distill stage of the recipe that trains the architecture found; None leaves it with
             fresh weights.
-        recover_trainer: Trainer settings for that, over that stage's own.
     """
 
     trainer: dict[str, Any] = Field(default_factory=dict)
@@ -58,8 +58,6 @@ class RelaxedConfig(DesignedConfig):
     edges: int | None = Field(2, ge=1)
     max_skips: int | None = Field(None, ge=0)
     skip_dropout: float = Field(0.0, ge=0, lt=1)
-    recover: str | None = None
-    recover_trainer: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +144,7 @@ def search_relaxed(model: Model, config: RelaxedConfig, relaxation: Relaxation, 
         weights=[_named(space, weights) for weights in strengths.history],
     )
     found = context.capture(context.space().build(architecture, seed=context.seed))
-    if config.recover is None:
-        return found
-    return context.finetune(found, stage=config.recover, name="winner", trainer=config.recover_trainer)
+    return config.recovered(found, context, name="winner")
 
 
 class Mixture(SharedModule):

@@ -245,6 +245,4 @@ class Search:
             latency_table=self.amount.table,
             **facts,
         )
-        if config.recover is None:
-            return model.eval()
-        return context.finetune(model, stage=config.recover, name="result", trainer=config.recover_trainer)
+        return config.recovered(model.eval(), context, name="result")

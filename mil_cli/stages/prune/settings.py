@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mil_cli.stages.registry import StageConfig
+from mil_cli.stages.recovery import RecoveringConfig
 from mil_cli.stages.targets import Kernels, LatencyTarget, MemoryTarget, RoundTo, Target, parse_latency, parse_memory
 from mil_cli.units import Kept, parse_kept
 
 Quantity = Literal["macs", "params", "channels", "latency", "memory"]
 
 
-class CutConfig(StageConfig):
+class CutConfig(RecoveringConfig):
     """Settings of a method that makes a model smaller by removing coupled channels, heads or hidden units.
 
     Attributes:
@@ -31,8 +31,6 @@ class CutConfig(StageConfig):
             in it, as many as the others; otherwise all keep those at the same places.
         multiple: The kernels that the model will run on in the end: int8 for one that is quantized later. They decide
             which of the device's multiples ``auto`` takes, and what a latency is predicted for.
-        recover: Key of a train or distill stage of the recipe that fine-tunes; None does not.
-        recover_trainer: Trainer settings for that, over that stage's own.
         check_samples: Training samples on which every cut is compared with the uncut model.
         recalibrate_samples: Training samples from which the statistics of batch norms are taken anew after a cut that
             no fine-tuning follows here; 0 leaves them.
@@ -55,8 +53,6 @@ class CutConfig(StageConfig):
     round_to: RoundTo = "auto"
     multiple: Kernels = "float"
     independent: bool = True
-    recover: str | None = None
-    recover_trainer: dict[str, Any] = Field(default_factory=dict)
     check_samples: int = Field(16, ge=1)
     recalibrate_samples: int = Field(512, ge=0)
     measured: bool = True

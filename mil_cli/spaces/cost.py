@@ -19,7 +19,7 @@ from mil_cli.errors import ModelError
 from mil_cli.spaces.architecture import Architecture
 from mil_cli.spaces.blocks import Choice, Repeat
 from mil_cli.spaces.decisions import join
-from mil_cli.spaces.layers import Elastic
+from mil_cli.spaces.layers import Conv2d, Elastic, KernelMaps
 from mil_cli.spaces.space import DesignedSpace
 
 _MACS, _ELEMENTS, _CALLS = "macs", "elements", "calls"
@@ -39,7 +39,11 @@ class CostCounter:
 
     def __init__(self, space: DesignedSpace, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
         self._space = space
-        self._shapes = DesignedSpace(copy.deepcopy(space.module).to("meta").eval())
+        shapes = copy.deepcopy(space.module).to("meta").eval()
+        for layer in shapes.modules():
+            if isinstance(layer, Conv2d):
+                layer.maps = None  # no built module has them
+        self._shapes = DesignedSpace(shapes)
         self._call = pytree.tree_map_only(
             Tensor, lambda one: one.detach().to("meta"), (tuple(args), dict(kwargs or {}))
         )
@@ -181,4 +185,5 @@ def _running(module: nn.Module) -> Iterator[nn.Module]:
         return
     yield module
     for child in module.running() if isinstance(module, Repeat) else module.children():
-        yield from _running(child)
+        if not isinstance(child, KernelMaps):
+            yield from _running(child)

@@ -6,6 +6,7 @@ Networks", arXiv:1812.08928) and the centre of the kernel (Cai et al. 2020, "Onc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from mil_cli.errors import ModelError
 from mil_cli.spaces.plain import Searchable, ties
-from mil_cli.spaces.sizes import Size, combinations, largest
+from mil_cli.spaces.sizes import Kernel, Size, combinations, largest
 
 
 class Elastic(Searchable):
@@ -33,7 +34,7 @@ class Elastic(Searchable):
         return int(self.sizes[argument]) if argument in self.sizes else getattr(self, argument)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the parts of the weights and buffers that are active, by their names; views of the whole ones."""
+        """Return what is active of weights and buffers, by their names: views of the whole ones, or made of them."""
         raise NotImplementedError
 
     def arguments(self) -> dict[str, Any]:
@@ -106,13 +107,17 @@ class Conv2d(Elastic, nn.Conv2d):
             bias,
         )
         self.sizes = sizes
+        self.maps: KernelMaps | None = None
+        if isinstance(kernel_size, Kernel) and kernel_size.transformed:
+            self.maps = KernelMaps(kernel_size.choices[:-1])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the active parts of ``weight`` (out, in / groups, kernel, kernel) and ``bias`` (out,)."""
         out_channels = self.active("out_channels")
         weight = _first(self.weight, out_channels, self.active("in_channels") // self.active("groups"))
         if "kernel_size" in self.sizes:
-            weight = _centre(weight, self.active("kernel_size"))
+            kernel = self.active("kernel_size")
+            weight = _centre(weight, kernel) if self.maps is None else self.maps(weight, kernel)
         return {"weight": weight, **({} if self.bias is None else {"bias": _first(self.bias, out_channels)})}
 
     def forward(self, input: Tensor) -> Tensor:
@@ -134,6 +139,33 @@ class Conv2d(Elastic, nn.Conv2d):
             name: self.active(name) for name in ("in_channels", "out_channels", "kernel_size", "padding", "groups")
         }
         return {**active, "stride": self.stride, "dilation": self.dilation, "bias": self.bias is not None}
+
+
+class KernelMaps(nn.Module):
+    """Makes smaller kernels of the largest: the centre of the next larger one, mapped linearly (Cai et al. 2020).
+
+    Args:
+        sizes: The smaller sizes, in ascending order.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self._sizes = tuple(reversed(sizes))
+        self.matrices = nn.ParameterList(torch.empty(size**2, size**2) for size in self._sizes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make all maps identities."""
+        for matrix in self.matrices:
+            nn.init.eye_(matrix)
+
+    def forward(self, weight: Tensor, kernel: int) -> Tensor:
+        """Return kernels (out, in, kernel, kernel) of the largest ones (out, in, k, k)."""
+        for size, matrix in zip(self._sizes, self.matrices, strict=True):
+            if size >= kernel:
+                centre = _centre(weight, size)
+                weight = functional.linear(centre.flatten(2), matrix).view_as(centre)
+        return weight
 
 
 class Linear(Elastic, nn.Linear):

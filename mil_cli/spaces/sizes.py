@@ -138,12 +138,18 @@ class Width(Free):
 class Kernel(Free):
     """The size of a square kernel: a smaller one is the centre of the largest (Cai et al. 2020, "Once-for-All").
 
+    Args:
+        choices: What it may be.
+        transformed: Whether each layer learns for each smaller size a linear map from the centre of the next larger
+            kernel to its own, the same for all channels, as that paper has it; the map begins as the identity.
+
     Raises:
         ModelError: Even and odd sizes are mixed: a smaller one would have no centre.
     """
 
-    def __init__(self, choices: Sequence[int]) -> None:
+    def __init__(self, choices: Sequence[int], *, transformed: bool = False) -> None:
         super().__init__(choices)
+        self.transformed = transformed
         if len({choice % 2 for choice in self.choices}) > 1:
             raise ModelError(
                 "kernel sizes must be all odd or all even, so that a smaller one is the centre of a larger one",

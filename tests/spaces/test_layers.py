@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mil_cli.errors import ModelError
-from mil_cli.spaces import BatchNorm2d, Conv2d, Kernel, LayerNorm, Linear, Width
+from mil_cli.spaces import BatchNorm2d, Conv2d, CostCounter, DesignedSpace, Kernel, LayerNorm, Linear, Width
 
 
 def _choose(size: Any, value: int) -> None:
@@ -27,6 +27,55 @@ def test_a_convolution_reads_the_first_channels_and_the_centre_of_its_kernel() -
     torch.testing.assert_close(layer(x), expected)
     _choose(kernel, 7)
     assert layer(x).shape == expected.shape
+
+
+def test_a_smaller_kernel_is_mapped_step_by_step_from_the_next_larger_ones_centre() -> None:
+    kernel = Kernel([3, 5, 7], transformed=True)
+    layer = Conv2d(2, 4, kernel, padding=kernel // 2)
+    x = torch.randn(2, 2, 9, 9)
+    _choose(kernel, 3)
+    plain = functional.conv2d(x, layer.weight[:, :, 2:5, 2:5], layer.bias, padding=1)
+    torch.testing.assert_close(layer(x), plain)  # maps begin as identities
+    assert layer.maps is not None
+    five, three = layer.maps.matrices
+    with torch.no_grad():
+        for matrix in (five, three):
+            matrix.normal_()
+    larger = torch.einsum("ij,ocj->oci", five, layer.weight[:, :, 1:6, 1:6].reshape(4, 2, 25)).reshape(4, 2, 5, 5)
+    smaller = torch.einsum("ij,ocj->oci", three, larger[:, :, 1:4, 1:4].reshape(4, 2, 9)).reshape(4, 2, 3, 3)
+    torch.testing.assert_close(layer(x), functional.conv2d(x, smaller, layer.bias, padding=1))
+    _choose(kernel, 5)
+    torch.testing.assert_close(layer(x), functional.conv2d(x, larger, layer.bias, padding=2))
+    layer(x).sum().backward()
+    assert five.grad is not None
+    assert three.grad is None
+    layer.reset_parameters()
+    layer.maps.reset_parameters()
+    assert torch.equal(five, torch.eye(25))
+
+
+def test_a_built_layer_has_the_mapped_kernel_and_no_maps() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = Kernel([1, 3], transformed=True)
+            self.conv = Conv2d(2, 4, self.kernel, padding=self.kernel // 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.conv(x))
+
+    space = DesignedSpace(Net().eval())
+    nn.init.constant_(space.module.conv.maps.matrices[0], 3.0)
+    smallest, x = space.smallest, torch.randn(1, 2, 6, 6)
+    built = space.build(smallest, inherit=True)
+    assert type(built.conv) is nn.Conv2d
+    with space.active(smallest):
+        torch.testing.assert_close(built(x), space.module(x))
+    counter = CostCounter(space, (x,))
+    for architecture in (smallest, space.largest):
+        built = space.build(architecture, inherit=True)
+        assert counter.params(architecture) == sum(parameter.numel() for parameter in built.parameters())
+        assert counter.macs(architecture) == 36 * built.conv.weight.numel()
 
 
 def test_a_depthwise_convolution_has_as_many_groups_as_channels() -> None:

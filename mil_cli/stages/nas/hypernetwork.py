@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from mil_cli.spaces import Architecture, DesignedSpace
+from mil_cli.spaces.layers import KernelMaps
 from mil_cli.stages.nas.one_shot import OneShotConfig, search_shared
 from mil_cli.stages.nas.spos import single_path
 from mil_cli.stages.registry import stage
@@ -84,7 +85,7 @@ class Hypernetwork(nn.Module):
     """Gives the weights of a space's layers for an architecture.
 
     Args:
-        space: The space; those of its parameters are given that have two axes or more.
+        space: The space; those of its parameters are given that have two axes or more, but for maps to smaller kernels.
         hidden: Width of the layers.
         embedding: Numbers that stand for a place among the weights.
         chunk: Weights that are given at a time.
@@ -92,7 +93,17 @@ class Hypernetwork(nn.Module):
 
     def __init__(self, space: DesignedSpace, *, hidden: int, embedding: int, chunk: int) -> None:
         super().__init__()
-        given = {name: weight.shape for name, weight in space.module.named_parameters() if weight.ndim > 1}
+        maps = {
+            id(matrix)
+            for module in space.module.modules()
+            if isinstance(module, KernelMaps)
+            for matrix in module.parameters()
+        }
+        given = {
+            name: weight.shape
+            for name, weight in space.module.named_parameters()
+            if weight.ndim > 1 and id(weight) not in maps
+        }
         self._shapes = given
         self._chunks = [math.ceil(shape.numel() / chunk) for shape in given.values()]
         # A layer's outputs are about as large as its inputs, whatever the layer (He et al. 2015).

@@ -78,8 +78,8 @@ def ofa(model: Model, config: OfaConfig, context: Context) -> Model:
 
     Cai et al. 2020, "Once-for-All: Train One Network and Specialize it for Efficient Deployment" (arXiv:1908.09791):
     the largest architecture is trained first, then teaches smaller ones while one kind of decision after another is
-    let go of. A smaller kernel is the centre of the largest, a smaller width its first channels; the paper's
-    learned transformations of kernels and its reordering of channels are left out.
+    let go of. A smaller kernel is the centre of the largest, mapped by a learned matrix where the space's kernels say
+    ``transformed``, as in the paper; a smaller width is the first channels: the paper's reordering is left out.
 
     Args:
         model: The space's largest architecture; it says what the others take and give.

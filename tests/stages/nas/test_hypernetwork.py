@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 
+from mil_cli.spaces import Conv2d, DesignedSpace, Kernel
 from mil_cli.stages.nas.hypernetwork import Generated, Hypernetwork, HypernetworkConfig
 from mil_cli.stages.nas.one_shot import Judge
 from mil_cli.stages.nas.shared import step_generator
@@ -34,6 +36,13 @@ def test_every_weight_is_given_in_its_shape_with_the_variance_of_its_layer() -> 
         }
         together = torch.cat([weight.flatten() * (weight[0].numel() / 2) ** 0.5 for weight in weights.values()])
         assert float(together.detach().std()) == pytest.approx(1, abs=0.25)
+
+
+def test_maps_to_smaller_kernels_are_not_given() -> None:
+    kernel = Kernel([3, 5], transformed=True)
+    searched = DesignedSpace(nn.Sequential(Conv2d(1, 4, kernel, padding=kernel // 2)))
+    hypernetwork = Hypernetwork(searched, hidden=8, embedding=4, chunk=32)
+    assert list(hypernetwork(torch.from_numpy(searched.encode(searched.largest)))) == ["0.weight"]
 
 
 def test_a_plain_net_computes_what_the_hypernetwork_runs() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mil_cli.assess.curves import Curve, early_stopped, extrapolate, sum_of_losses
-from mil_cli.errors import MilError, ModelError
+from mil_cli.errors import MilError
 from mil_cli.events import Progress
 from mil_cli.files import sha256_of_file
 from mil_cli.models.user_code import importable, user_code_fingerprint
@@ -21,6 +21,7 @@ from mil_cli.run.environment import computing_environment
 from mil_cli.spaces.architecture import Architecture
 from mil_cli.stages.surroundings import fingerprint_of
 from mil_cli.training.config import TrainerConfig
+from mil_cli.workers import call_in_workers
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -197,16 +198,8 @@ def compute_all(
         for number, job in enumerate(jobs, 1):
             yield job, compute(recipe, job, progress=progress, description=f"training {number} of {len(jobs)}")
         return
-    from joblib import Parallel, delayed, parallel_config  # type: ignore[import-untyped]
-    from joblib.externals.loky.process_executor import TerminatedWorkerError  # type: ignore[import-untyped]
-
-    with parallel_config(backend="loky", n_jobs=processes, inner_max_num_threads=1):
-        parallel = Parallel(return_as="generator_unordered", pre_dispatch=processes, batch_size=1)
-        try:
-            yield from parallel(delayed(_numbered)(recipe, job) for job in jobs)
-        except TerminatedWorkerError as error:
-            hint = "memory may have run out: set rank.jobs lower; what is done is kept"
-            raise ModelError("a process that assesses architectures was ended", value=processes, hint=hint) from error
+    calls = ((recipe, job) for job in jobs)
+    yield from call_in_workers(_numbered, calls, workers=processes, threads=1, where="rank.jobs", ordered=False)
 
 
 def _numbered(recipe: Recipe, job: Job) -> tuple[Job, list[Result]]:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
+import torch
 
 from mil_cli.errors import StageError
 from mil_cli.stages.nas.search.bounds import Bounds
 from mil_cli.stages.nas.search.drawing import Drawing
 from mil_cli.stages.nas.search.nsga2 import objectives
-from mil_cli.stages.nas.search.parallel import scores
 from mil_cli.stages.nas.search.pareto import fronts
 from mil_cli.stages.nas.search.strategy import SearchConfig, Situation
 from mil_cli.stages.nas.search.trial import C, Proposal, Score, SearchSpace, Trial, best_of, ranked, worth_of
+from mil_cli.workers import call_in_workers
 
 if TYPE_CHECKING:
     from mil_cli.stages.context import Context
@@ -95,7 +96,7 @@ def search(
         began, before = clock(), running.seconds
         try:
             for proposals in running.batches():
-                for quality in scores(score, proposals, config, where=where):
+                for quality in _scores(score, proposals, config, where):
                     running.add(quality, seconds=before + clock() - began)
                     best = best_of(running.trials)
                     bar.advance(note=f"best {context.task.metric_name} {best.quality:.4g}")
@@ -194,6 +195,17 @@ class _Running(Generic[C]):
         indices, fidelity, quality, costs, batch = entry
         worth = worth_of(quality, higher_is_better=self._higher)
         return Trial(self._space.at(indices), fidelity, quality, worth, costs, batch)
+
+
+def _scores(score: Score[C], proposals: Sequence[Proposal[C]], config: SearchConfig, where: str) -> Iterator[float]:
+    return call_in_workers(
+        score,
+        ((proposal.candidate, proposal.fidelity) for proposal in proposals),
+        workers=config.jobs,
+        threads=torch.get_num_threads(),
+        where=f"{where}.{'jobs' if config.backend == 'processes' else 'backend'}",
+        backend=config.backend,
+    )
 
 
 def _none_within(space: SearchSpace[C], bounds: Bounds[C], where: str) -> StageError:

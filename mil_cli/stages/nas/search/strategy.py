@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal
+from typing import Generic
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mil_cli.stages.nas.search.bounds import Bounds
 from mil_cli.stages.nas.search.drawing import Drawing
 from mil_cli.stages.nas.search.trial import C, Proposal, SearchSpace, Trial
+from mil_cli.workers import Backend
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SearchConfig(BaseModel):
     evaluations: int = Field(200, ge=1)
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
     jobs: int = Field(1, ge=1, le=1024)
-    backend: Literal["processes", "ray"] = "processes"
+    backend: Backend = "processes"
 
     @abstractmethod
     def propose(self, situation: Situation[C]) -> list[Proposal[C]]:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mil_cli.assess.active import Acquisition
 from mil_cli.data.digits import digits
-from mil_cli.errors import StageError
+from mil_cli.errors import MilError, StageError
 from mil_cli.models.small_nets import small_nets
 from mil_cli.spaces import CostCounter, DesignedSpace
 from mil_cli.stages.context import Context
@@ -273,7 +273,7 @@ def test_ray_is_asked_for_by_name() -> None:
     try:
         import ray  # noqa: F401
     except ImportError:
-        with pytest.raises(StageError, match=r"mil-cli\[ray\]"):
+        with pytest.raises(MilError, match=r"mil-cli\[ray\]"):
             run(Evolution(evaluations=4, population=2, jobs=2, backend="ray"))
     else:
         config = CONFIGS["evolution"].model_copy(update={"jobs": 2, "backend": "ray"})

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mil_cli.errors import MilError
-from mil_cli.workers import call_in_workers
+from mil_cli.workers import workers
 
 
 def _threads_and_double(number: int) -> tuple[int, int]:
@@ -23,21 +23,25 @@ def _die(number: int) -> int:
 
 
 def test_results_come_in_order_from_workers_with_the_threads_asked_for() -> None:
-    found = list(call_in_workers(_threads_and_double, [(n,) for n in range(5)], workers=2, threads=1, where="jobs"))
-    assert found == [(1, 2 * n) for n in range(5)]
+    with workers(2, threads=1, where="jobs") as call_all:
+        found = [list(call_all(_threads_and_double, [(n,) for n in numbers])) for numbers in (range(5), range(5, 7))]
+    assert found == [[(1, 2 * n) for n in range(5)], [(1, 10), (1, 12)]]
 
 
 def test_without_order_nothing_is_lost() -> None:
-    calls = [(n,) for n in range(4)]
-    found = call_in_workers(_threads_and_double, calls, workers=2, threads=1, where="jobs", ordered=False)
-    assert sorted(double for _, double in found) == [0, 2, 4, 6]
+    with workers(2, threads=1, where="jobs", ordered=False) as call_all:
+        assert sorted(double for _, double in call_all(_threads_and_double, [(n,) for n in range(4)])) == [0, 2, 4, 6]
 
 
 def test_one_worker_is_this_process() -> None:
-    assert list(call_in_workers(os.getpid, [(), ()], workers=1, threads=1, where="jobs")) == [os.getpid()] * 2
+    with workers(1, threads=1, where="jobs") as call_all:
+        assert list(call_all(os.getpid, [(), ()])) == [os.getpid()] * 2
 
 
 def test_a_worker_that_is_killed_is_told() -> None:
-    with pytest.raises(MilError, match="ended from outside") as caught:
-        list(call_in_workers(_die, [(n,) for n in range(4)], workers=2, threads=1, where="rank.jobs"))
+    with (
+        pytest.raises(MilError, match="ended from outside") as caught,
+        workers(2, threads=1, where="rank.jobs") as call_all,
+    ):
+        list(call_all(_die, [(n,) for n in range(4)]))
     assert caught.value.where == "rank.jobs"

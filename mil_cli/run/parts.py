@@ -21,7 +21,7 @@ from mil_cli.run.environment import computing_environment
 from mil_cli.spaces.architecture import Architecture
 from mil_cli.stages.surroundings import fingerprint_of
 from mil_cli.training.config import TrainerConfig
-from mil_cli.workers import call_in_workers
+from mil_cli.workers import workers
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -198,8 +198,8 @@ def compute_all(
         for number, job in enumerate(jobs, 1):
             yield job, compute(recipe, job, progress=progress, description=f"training {number} of {len(jobs)}")
         return
-    calls = ((recipe, job) for job in jobs)
-    yield from call_in_workers(_numbered, calls, workers=processes, threads=1, where="rank.jobs", ordered=False)
+    with workers(processes, threads=1, where="rank.jobs", ordered=False) as call_all:
+        yield from call_all(_numbered, ((recipe, job) for job in jobs))
 
 
 def _numbered(recipe: Recipe, job: Job) -> tuple[Job, list[Result]]:

@@ -17,7 +17,7 @@ from mil_cli.stages.nas.search.nsga2 import objectives
 from mil_cli.stages.nas.search.pareto import fronts
 from mil_cli.stages.nas.search.strategy import SearchConfig, Situation
 from mil_cli.stages.nas.search.trial import C, Proposal, Score, SearchSpace, Trial, best_of, ranked, worth_of
-from mil_cli.workers import call_in_workers
+from mil_cli.workers import workers
 
 if TYPE_CHECKING:
     from mil_cli.stages.context import Context
@@ -92,11 +92,16 @@ def search(
     """
     running = _Running(space, config, bounds=bounds, context=context, name=name, first=first)
     where = f"stages.{context.name}.{key}"
-    with context.progress.work(f"{context.name}: searching", config.scores(), done=len(running.trials)) as bar:
+    asked = f"{where}.{'jobs' if config.backend == 'processes' else 'backend'}"
+    with (
+        workers(config.jobs, threads=torch.get_num_threads(), where=asked, backend=config.backend) as call_all,
+        context.progress.work(f"{context.name}: searching", config.scores(), done=len(running.trials)) as bar,
+    ):
         began, before = clock(), running.seconds
         try:
             for proposals in running.batches():
-                for quality in _scores(score, proposals, config, where):
+                scored = call_all(score, ((proposal.candidate, proposal.fidelity) for proposal in proposals))
+                for quality in scored:
                     running.add(quality, seconds=before + clock() - began)
                     best = best_of(running.trials)
                     bar.advance(note=f"best {context.task.metric_name} {best.quality:.4g}")
@@ -195,17 +200,6 @@ class _Running(Generic[C]):
         indices, fidelity, quality, costs, batch = entry
         worth = worth_of(quality, higher_is_better=self._higher)
         return Trial(self._space.at(indices), fidelity, quality, worth, costs, batch)
-
-
-def _scores(score: Score[C], proposals: Sequence[Proposal[C]], config: SearchConfig, where: str) -> Iterator[float]:
-    return call_in_workers(
-        score,
-        ((proposal.candidate, proposal.fidelity) for proposal in proposals),
-        workers=config.jobs,
-        threads=torch.get_num_threads(),
-        where=f"{where}.{'jobs' if config.backend == 'processes' else 'backend'}",
-        backend=config.backend,
-    )
 
 
 def _none_within(space: SearchSpace[C], bounds: Bounds[C], where: str) -> StageError:

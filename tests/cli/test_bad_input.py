@@ -40,7 +40,6 @@ FILES = {
     "unknown group": (("/task: classification", "/tsk: classification"), ["/tsk", "did you mean 'task'?"]),
     "unknown option": (("/task: classification", "/task: clasification"), ["did you mean 'classification'?"]),
     "unknown method": (("magnitude", "magnitud"), ["did you mean 'magnitude'?"]),
-    "includes itself": (("  - /mil/defaults", "  - recipe"), ["includes itself"]),
     "unknown key": (("chain: [quantize]", "chain: [quantize]\nchian: 3"), ["chian", "did you mean 'chain'?"]),
     "no data": (("data: {_target_: data.build}", ""), ["data:", "/data: digits"]),
     "no target": (("data: {_target_: data.build}", "data: {root: x}"), ["data._target_"]),

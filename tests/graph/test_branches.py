@@ -106,11 +106,10 @@ def test_a_branch_that_no_input_takes_is_compared_as_well(model: Model, weight: 
 
 def test_a_cut_choice_is_archived_and_exported(model: Model, tmp_path: Path) -> None:
     small, _ = half(model)
-    for saved in (model, small):
-        saved.save(tmp_path / "m.pt2")
-        loaded = Model.load(tmp_path / "m.pt2")
-        assert loaded.fingerprint() == saved.fingerprint()
-        assert set(loaded.state_dict()) == set(Choice().state_dict())
+    small.save(tmp_path / "m.pt2")
+    loaded = Model.load(tmp_path / "m.pt2")
+    assert loaded.fingerprint() == small.fingerprint()
+    assert set(loaded.state_dict()) == set(Choice().state_dict())
     export_onnx(small, tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     for x in (HIGH, LOW):

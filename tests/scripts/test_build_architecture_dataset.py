@@ -108,6 +108,7 @@ def test_trainings_are_fixed_before_the_first_and_come_in_the_order_of_their_wor
     assert strata != sorted(strata)
 
 
+@pytest.mark.slow
 def test_rows_are_complete_and_the_same_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_architecture_dataset, "compute", in_this_process)
     out, kept = tmp_path / "table.csv", tmp_path / "table.jsonl"

@@ -104,6 +104,7 @@ def test_vectors_of_any_rank() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.all(self.tokens(x).mean((0, 1)))  # a vector alone
 
+    torch.manual_seed(0)
     net = Model.capture(Mean().eval(), (inputs,), dynamic={})
     first, _, last = calls(net.graph)
     rows = inputs.flatten(0, 1).double()
@@ -113,6 +114,5 @@ def test_vectors_of_any_rank() -> None:
         mean = nn.functional.linear(inputs, *(net.state_dict()[f"tokens.{name}"] for name in ("weight", "bias"))).mean(
             (0, 1)
         )
-    torch.testing.assert_close(
-        input_curvature(net, last, used, samples=6, batch_size=6)[0], mean.double().outer(mean.double())
-    )
+    found = input_curvature(net, last, used, samples=6, batch_size=6)[0]
+    torch.testing.assert_close(found, mean.double().outer(mean.double()), rtol=1e-5, atol=1e-6)

@@ -87,7 +87,10 @@ def test_the_same_names_count_where_the_student_is_shallower() -> None:
     [
         ("mobilenet", "resnet20", {"features.5": "stages.1", "features.8": "stages.2.1", "features": "stages"}),
         ("resnet20", "mobilenet", {"stages.0": "features.3", "stages.1": "features.5", "stages": "features"}),
-        ("convnet", "resnet20", {"features.6": "stages.1", "features": "stages.2.1", "head.1": "stages"}),
+        pytest.param(
+            *("convnet", "resnet20", {"features.6": "stages.1", "features": "stages.2.1", "head.1": "stages"}),
+            marks=pytest.mark.slow,
+        ),
         ("coarse_vit", "vit", {"blocks.0": "blocks.1", "blocks": "blocks.2", "norm": "norm"}),
     ],
 )

@@ -270,7 +270,7 @@ def pretend_seconds(monkeypatch: pytest.MonkeyPatch, model: Model, whole: float)
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(method, marks=pytest.mark.slow if method == "sensitivity" else ()) for method in SEARCHES]
+    "method", [pytest.param(method, marks=() if method == "evolution" else pytest.mark.slow) for method in SEARCHES]
 )
 def test_a_target_in_seconds_is_what_the_whole_model_takes(
     method: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -308,7 +308,7 @@ def test_problems_are_named(model: Model, data: Data) -> None:
     assert function_of(LsqConfig()) is quantize
 
 
-@pytest.mark.parametrize("build", [small_vit, pytest.param(small_mlp, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("build", [small_mlp, pytest.param(small_vit, marks=pytest.mark.slow)])
 def test_other_architectures(build: Callable[[], nn.Module], data: Data, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Model.capture(build(), (torch.randn(2, 1, 8, 8),))

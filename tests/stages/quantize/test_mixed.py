@@ -231,7 +231,7 @@ def test_where_the_costs_mislead_it_takes_one_width_for_all(
     assert set(chosen(used).values()) == {4}
 
 
-@pytest.mark.parametrize("bound", ["1300 B", "55%"])
+@pytest.mark.parametrize("bound", ["1300 B", pytest.param("55%", marks=pytest.mark.slow)])
 def test_a_file_whose_codes_need_room_of_their_own_keeps_the_bound(
     bound: str, model: Model, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,7 @@ def rounded(model: Model, **settings: Any) -> tuple[Model, dict[str, object]]:
 
 @pytest.mark.parametrize(
     ("bits", "block_size"),
-    [(3, 128), (2, 64), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, None), (4, 32)))],
+    [(2, 64), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, None), (4, 32), (3, 128)))],
 )
 def test_the_file_takes_the_bits_that_were_promised(
     bits: int, block_size: int | None, mixed: Model, tmp_path: Path
@@ -189,7 +189,7 @@ class Rows(nn.Module):
         return self.small(self.row(torch.relu(self.tokens(x)).mean(1)))
 
 
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", [4, pytest.param(3, marks=pytest.mark.slow)])
 def test_large_products_of_one_row_read_codes(bits: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Model.capture(Rows().eval(), (torch.randn(2, 3, 1024),))

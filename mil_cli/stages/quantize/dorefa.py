@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
-
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
@@ -13,26 +11,21 @@ from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import insert_quantizers
 from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.layers import once_for_each_weight
-from mil_cli.stages.quantize.observers import Observer, ObserverName, make_observer
+from mil_cli.stages.quantize.observers import Observer
 from mil_cli.stages.quantize.placement import Placement
-from mil_cli.stages.quantize.ranges import CodeRange
-from mil_cli.stages.quantize.settings import Rules
+from mil_cli.stages.quantize.settings import ObservedConfig, Rules
 from mil_cli.stages.quantize.squashed import squash, squashed
 from mil_cli.stages.registry import stage
 
 
-class DorefaConfig(AwareConfig):
+class DorefaConfig(AwareConfig, ObservedConfig):
     """Settings of ``quantize/dorefa``, beside those that all training with quantizers shares.
 
     Attributes:
         observer: How the range that activations are clipped to is found; as for ``quantize/static``.
-        percentile: For the percentile observer, in percent.
     """
 
     method: ClassVar[str] = "dorefa"
-
-    observer: ObserverName = "mse"
-    percentile: float = Field(99.99, gt=50, le=100)
 
 
 @stage(DorefaConfig)
@@ -65,12 +58,8 @@ def quantize(model: Model, config: DorefaConfig, context: Context) -> Model:
         StageError: The model is quantized already, nothing in it can be quantized, calibration fails, or there is no
             stage `distill` that trains.
     """
-
-    def watcher(codes: CodeRange) -> Observer:
-        return make_observer(config.observer, codes=codes, percentile=config.percentile)
-
     context.note(observer=config.observer)
-    return train_quantized(model, config, context, watcher=watcher, insert=_insert)
+    return train_quantized(model, config, context, watcher=config.watcher, insert=_insert)
 
 
 def _insert(model: Model, placement: Placement, seen: Seen[Observer], rules: Rules) -> None:

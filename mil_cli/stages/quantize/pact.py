@@ -17,29 +17,25 @@ from mil_cli.stages.quantize.insert import insert_quantizers, quantizers_at, rep
 from mil_cli.stages.quantize.latency_aware import where_faster
 from mil_cli.stages.quantize.layers import once_for_each_weight
 from mil_cli.stages.quantize.learned import largest_code
-from mil_cli.stages.quantize.observers import Observer, ObserverName, make_observer
+from mil_cli.stages.quantize.observers import Observer
 from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.positive import keep_positive
-from mil_cli.stages.quantize.ranges import CodeRange
-from mil_cli.stages.quantize.settings import Rules
+from mil_cli.stages.quantize.settings import ObservedConfig, Rules
 from mil_cli.stages.quantize.squashed import squash, squashed
 from mil_cli.stages.registry import stage
 from mil_cli.training.objective import StepHook
 
 
-class PactConfig(AwareConfig):
+class PactConfig(AwareConfig, ObservedConfig):
     """Settings of ``quantize/pact``, beside those that all training with quantizers shares.
 
     Attributes:
         observer: How the range is found that the clip of activations starts from; as for ``quantize/static``.
-        percentile: For the percentile observer, in percent.
         clip_decay: Weight decay of the clips: what draws them in, where rounding gains by it.
     """
 
     method: ClassVar[str] = "pact"
 
-    observer: ObserverName = "mse"
-    percentile: float = Field(99.99, gt=50, le=100)
     clip_decay: float = Field(1e-4, ge=0, allow_inf_nan=False)
 
 
@@ -67,13 +63,9 @@ def quantize(model: Model, config: PactConfig, context: Context) -> Model:
         StageError: The model is quantized already, nothing in it can be quantized, calibration fails, or there is no
             stage `distill` that trains.
     """
-
-    def watcher(codes: CodeRange) -> Observer:
-        return make_observer(config.observer, codes=codes, percentile=config.percentile)
-
     context.note(observer=config.observer, clip_decay=config.clip_decay)
     return train_quantized(
-        model, config, context, watcher=watcher, insert=_insert, before_step=decay_clips(config.clip_decay)
+        model, config, context, watcher=config.watcher, insert=_insert, before_step=decay_clips(config.clip_decay)
     )
 
 

@@ -17,23 +17,18 @@ from mil_cli.stages.quantize.calibrate import place_observed, ranged_quantizers
 from mil_cli.stages.quantize.equalisation import equalise
 from mil_cli.stages.quantize.insert import Quantizer, insert_quantizers, refuse_quantized
 from mil_cli.stages.quantize.layers import Layer, once_for_each_weight
-from mil_cli.stages.quantize.observers import ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Placement, place_any
-from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
+from mil_cli.stages.quantize.settings import ObservedConfig, Rules
 from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.smoothing import smooth
 from mil_cli.stages.quantize.weights import WeightObserverName, settle_biases, weight_scale
 from mil_cli.stages.targets import Drop
 
 
-class PostTrainingConfig(QuantizationConfig):
+class PostTrainingConfig(ObservedConfig):
     """Settings of a method that quantizes a trained model as it is, beside those that all quantization shares.
 
     Attributes:
-        observer: How the range of activations is found: ``min_max`` (all that was seen), ``moving_average`` (of each
-            batch's), ``percentile`` (outliers clipped), ``mse`` (smallest squared error), ``entropy`` (least change of
-            the distribution).
-        percentile: For the percentile observer, in percent.
         weight_observer: How the range of weights is found.
         max_drop: By what share of its value the quality on val may get worse in this stage: layers get 8 bits, or stay
             float, until that holds, those first that do most damage. None: the settings hold, whatever comes of it.
@@ -44,8 +39,6 @@ class PostTrainingConfig(QuantizationConfig):
             some weights have fewer than 8 bits.
     """
 
-    observer: ObserverName = "mse"
-    percentile: float = Field(99.99, gt=50, le=100)
     weight_observer: WeightObserverName = "mse"
     max_drop: Drop | None = None
     max_drop_samples: int = Field(1000, ge=1)
@@ -123,7 +116,7 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
         lambda silent: place_any(
             graph, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent, tables=rules.tables
         ),
-        lambda codes: make_observer(config.observer, codes=codes, percentile=config.percentile),
+        config.watcher,
         rules,
         config,
         context,

@@ -13,6 +13,7 @@ from mil_cli.device.profile import Int8Form
 from mil_cli.errors import StageError, did_you_mean
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.layers import Layer, matches
+from mil_cli.stages.quantize.observers import Observer, ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Placement, Policy
 from mil_cli.stages.quantize.ranges import CodeRange, activation_codes, weight_codes
 from mil_cli.stages.registry import StageConfig
@@ -88,6 +89,24 @@ class QuantizationConfig(StageConfig):
     def _to_pairs(self, value: dict[str, LayerSettings]) -> list[tuple[str, dict[str, Any]]]:
         """Keep the order, which matters, where the keys of mappings are sorted: in fingerprints."""
         return [(pattern, settings.model_dump(exclude_none=True)) for pattern, settings in value.items()]
+
+
+class ObservedConfig(QuantizationConfig):
+    """Settings of a method that finds the ranges of activations by an observer.
+
+    Attributes:
+        observer: How the range of activations is found: ``min_max`` (all that was seen), ``moving_average`` (of each
+            batch's), ``percentile`` (outliers clipped), ``mse`` (smallest squared error), ``entropy`` (least change of
+            the distribution).
+        percentile: For the percentile observer, in percent.
+    """
+
+    observer: ObserverName = "mse"
+    percentile: float = Field(99.99, gt=50, le=100)
+
+    def watcher(self, codes: CodeRange) -> Observer:
+        """Return what watches an activation with such codes in calibration."""
+        return make_observer(self.observer, codes=codes, percentile=self.percentile)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class PcDartsConfig(RelaxedConfig):
     """
 
     method: ClassVar[str] = "pc_darts"
+    version: ClassVar[int] = 2
 
     strength_learning_rate: float = Field(6e-4, gt=0, allow_inf_nan=False)
     frozen: float = Field(0.3, ge=0, lt=1)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from mil_cli.data.base import batch_count, halves
 from mil_cli.errors import StageError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from mil_cli.training.eager import Samples
     from mil_cli.training.objective import Binding, Objective, Running
 
+
+_POOLS = (_AvgPoolNd, _MaxPoolNd)
 
 _DIGITS = 4
 """Of weights in the report."""
@@ -95,6 +98,7 @@ def search_relaxed(model: Model, config: RelaxedConfig, relaxation: Relaxation, 
     space = mixture.space
     _check(space, context)
     settle_norms(space)
+    normalise_pools(space)
     strengths = Strengths(
         space,
         generator=context.generator("strengths"),
@@ -268,6 +272,23 @@ def settle_norms(space: DesignedSpace) -> None:
             if isinstance(part, _BatchNorm):
                 for parameter in part.parameters(recurse=False):
                     parameter.requires_grad_(False)
+
+
+def normalise_pools(space: DesignedSpace) -> None:
+    """Bring what pooling operators give to mean 0 and variance 1 by channel, as the authors' code does in the search.
+
+    Convolutions have norms of their own; without any, pooling is strong by its magnitude alone. An architecture that is
+    built has none there.
+
+    Args:
+        space: The space; its modules get hooks.
+    """
+
+    def normalise(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return functional.batch_norm(output, None, None, training=True)
+
+    for pool in {part for choice in _choices(space) for part in choice.modules() if isinstance(part, _POOLS)}:
+        pool.register_forward_hook(normalise)
 
 
 def _choices(space: DesignedSpace) -> list[Choice]:

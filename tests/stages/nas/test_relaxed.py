@@ -14,7 +14,7 @@ from mil_cli.graph.model import Model
 from mil_cli.models.cell_nets import cell_nets
 from mil_cli.spaces import Choice, DesignedSpace, Node, Zero
 from mil_cli.spaces.largest import largest
-from mil_cli.stages.nas.relaxed import Mixture, Relaxation, drop_skips, endless, relaxing, settle_norms
+from mil_cli.stages.nas.relaxed import Mixture, Relaxation, drop_skips, endless, normalise_pools, relaxing, settle_norms
 from mil_cli.stages.nas.strengths import Strengths, count_skips, derive, nodes_of, zero_one
 from mil_cli.task.classification import Classification
 from mil_cli.training.objective import Running
@@ -255,6 +255,19 @@ def test_norms_in_operators_do_not_rescale() -> None:
     }
     assert fixed == norms
     assert norms
+
+
+def test_pooling_gives_mean_0_and_variance_1_in_copies_too() -> None:
+    space = DesignedSpace(cell_nets(widths=(4, 4), stem_stride=1))
+    normalise_pools(space)
+    x = 3 + 5 * torch.randn(16, 4, 8, 8)
+    edge = space.module.cells[0].nodes[0].edges[0]
+    for name in ("mean", "max"):
+        pooled = edge.get_submodule(name)(x)
+        torch.testing.assert_close(pooled.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+        torch.testing.assert_close(pooled.var((0, 2, 3), correction=0), torch.ones(4), rtol=1e-3, atol=0)
+    copied = Mixture.beside(Model.capture(largest(space.module), (torch.zeros(2, 1, 8, 8),)), space).clone().space
+    torch.testing.assert_close(copied.module.cells[1].nodes[0].edges[0].get_submodule("max")(x).mean(), torch.zeros(()))
 
 
 def test_batches_go_on_where_they_were() -> None:

@@ -39,7 +39,7 @@ def darts(model: Model, config: DartsConfig, context: Context) -> Model:
     Liu et al. 2019, "DARTS: Differentiable Architecture Search" (arXiv:1806.09055), of first order: the weights of the
     operators' layers are trained on one half of train, the strengths of the operators by Adam on the other half, in
     turn. An operator's weight is the softmax of the strengths on its edge; an edge gets the strongest that passes
-    something on, and a node keeps its strongest `edges`. In the search, pooling has a norm without parameters behind it.
+    something on, and a node keeps its strongest `edges`. In the search, a norm without parameters follows pooling.
 
     With `fair`, weights are sigmoids that are driven to 0 or 1 (Chu et al. 2020, "Fair DARTS: Eliminating Unfair
     Advantages in Differentiable Architecture Search", arXiv:1911.12126). The paper keeps every operator above the

@@ -40,7 +40,7 @@ def points(*methods: str, of: str = "code") -> list[Point]:
 def test_a_failing_point_spares_the_others_and_only_what_is_missing_is_computed(tmp_path: Path) -> None:
     kept, work = tmp_path / "deep" / "rows.jsonl", partial(square, tmp_path)
     phases = [points("first"), points("breaks", "a", "b")]
-    (failure,) = compute(work, phases, kept, Limits(jobs=2, timeout=60))
+    (failure,) = compute(work, phases, kept, Limits(jobs=2, timeout=300))
     assert failure.startswith("breaks 3: ")
     assert "no such method" in failure
     assert Rows(kept).result(points("b")[0]) == {"square": 9, "after_the_first": True}
@@ -48,19 +48,19 @@ def test_a_failing_point_spares_the_others_and_only_what_is_missing_is_computed(
     (tmp_path / "calls").write_text("")
     with kept.open("a") as file:
         file.write('{"point": {"meth')  # killed while it wrote
-    assert len(compute(work, phases, kept, Limits(timeout=60))) == 1
+    assert len(compute(work, phases, kept, Limits(timeout=300))) == 1
     assert (tmp_path / "calls").read_text() == "breaks"
 
 
 @pytest.mark.slow
 def test_rows_of_other_code_are_not_taken(tmp_path: Path) -> None:
     kept = tmp_path / "rows.jsonl"
-    compute(partial(square, tmp_path), [points("a")], kept, Limits(timeout=60))
+    compute(partial(square, tmp_path), [points("a")], kept, Limits(timeout=300))
     changed = points("a", of="other code")
     assert Rows(kept).result(changed[0]) is None
     assert Rows(kept).stale(changed) == 1
     assert Rows(kept).stale(points("a")) == 0
-    assert compute(partial(square, tmp_path), [changed], kept, Limits(timeout=60)) == []
+    assert compute(partial(square, tmp_path), [changed], kept, Limits(timeout=300)) == []
     assert len(read_rows(kept)) == 2
 
 
@@ -68,7 +68,7 @@ def test_all_ends_when_the_time_is_over(tmp_path: Path) -> None:
     start = time.monotonic()
     kept = tmp_path / "rows.jsonl"
     failures = compute(partial(square, tmp_path), [points("sleeps", "late")], kept, Limits(timeout=600, seconds=3))
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 300
     assert [failure.partition(" ")[0] for failure in failures] == ["sleeps", "late"]
     assert read_rows(kept) == []
 

@@ -68,7 +68,7 @@ def test_all_ends_when_the_time_is_over(tmp_path: Path) -> None:
     start = time.monotonic()
     kept = tmp_path / "rows.jsonl"
     failures = compute(partial(square, tmp_path), [points("sleeps", "late")], kept, Limits(timeout=600, seconds=3))
-    assert time.monotonic() - start < 300
+    assert time.monotonic() - start < 110
     assert [failure.partition(" ")[0] for failure in failures] == ["sleeps", "late"]
     assert read_rows(kept) == []
 

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from mil_cli.spaces import OneOf, Repeat
+from mil_cli.spaces.reorder import reorder_channels
 from mil_cli.spaces.sizes import Kernel
 from mil_cli.stages.nas.one_shot import OneShotConfig, search_shared, train_shared
 from mil_cli.stages.nas.shared import SharedModule, forward, step_generator
@@ -31,6 +32,8 @@ class OfaConfig(OneShotConfig):
 
     Attributes:
         phases: What is let go of in turn, each time for good; what is not named stays as large as it is.
+        reorder: Whether channels are put in the order of their weights before widths are let go of, so that smaller nets
+            keep the ones that matter.
         phase_trainer: Overrides of `trainer` for each phase; after the first training of the largest net they are
             fine-tunings, with a learning rate a tenth or less of its own.
         paths: Architectures that each step trains.
@@ -40,8 +43,10 @@ class OfaConfig(OneShotConfig):
     """
 
     method: ClassVar[str] = "ofa"
+    version: ClassVar[int] = 2
 
     phases: tuple[Phase, ...] = Field(("operators", "kernels", "depths", "widths"), min_length=1)
+    reorder: bool = True
     phase_trainer: dict[str, Any] = Field(default_factory=dict)
     paths: int = Field(2, ge=1, le=16)
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
@@ -56,6 +61,9 @@ class OfaConfig(OneShotConfig):
         for number, phase in enumerate(self.phases):
             if not _of(shared.space, (phase,)):
                 continue
+            if phase == "widths" and self.reorder:
+                args, kwargs = model.samples[0]
+                context.note(reordered=len(reorder_channels(shared.space, args, kwargs)))
             bind = shrinking(
                 task,
                 free=self.phases[: number + 1],
@@ -79,7 +87,7 @@ def ofa(model: Model, config: OfaConfig, context: Context) -> Model:
     Cai et al. 2020, "Once-for-All: Train One Network and Specialize it for Efficient Deployment" (arXiv:1908.09791):
     the largest architecture is trained first, then teaches smaller ones while one kind of decision after another is
     let go of. A smaller kernel is the centre of the largest, mapped by a learned matrix where the space's kernels say
-    ``transformed``, as in the paper; a smaller width is the first channels: the paper's reordering is left out.
+    ``transformed``, as in the paper; a smaller width is the first channels, which are put in the order of their weights.
 
     Args:
         model: The space's largest architecture; it says what the others take and give.

@@ -32,8 +32,8 @@ class OfaConfig(OneShotConfig):
 
     Attributes:
         phases: What is let go of in turn, each time for good; what is not named stays as large as it is.
-        reorder: Whether channels are put in the order of their weights before widths are let go of, so that smaller nets
-            keep the ones that matter.
+        reorder: Whether channels are put in the order of their weights before widths are let go of, so that smaller
+            nets keep the ones that matter.
         phase_trainer: Overrides of `trainer` for each phase; after the first training of the largest net they are
             fine-tunings, with a learning rate a tenth or less of its own.
         paths: Architectures that each step trains.
@@ -62,7 +62,7 @@ class OfaConfig(OneShotConfig):
             if not _of(shared.space, (phase,)):
                 continue
             if phase == "widths" and self.reorder:
-                args, kwargs = model.samples[0]
+                args, kwargs = model.samples
                 context.note(reordered=len(reorder_channels(shared.space, args, kwargs)))
             bind = shrinking(
                 task,
@@ -87,7 +87,7 @@ def ofa(model: Model, config: OfaConfig, context: Context) -> Model:
     Cai et al. 2020, "Once-for-All: Train One Network and Specialize it for Efficient Deployment" (arXiv:1908.09791):
     the largest architecture is trained first, then teaches smaller ones while one kind of decision after another is
     let go of. A smaller kernel is the centre of the largest, mapped by a learned matrix where the space's kernels say
-    ``transformed``, as in the paper; a smaller width is the first channels, which are put in the order of their weights.
+    ``transformed``, as in the paper; a smaller width is the first channels, put in the order of their weights before.
 
     Args:
         model: The space's largest architecture; it says what the others take and give.

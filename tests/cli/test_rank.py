@@ -120,6 +120,10 @@ def test_an_interrupted_ranking_goes_on_and_is_complete(
     assert "val alone: tau" in output
     assert str(Path("runs/nets") / run.name / "architectures.csv") in output
 
+    for shown in ("runs/nets/latest/ranking.json", f"runs/nets/{run.name}"):
+        assert main(["report", shown]) == 0
+    assert capsys.readouterr().out.endswith(output)
+
     monkeypatch.setattr(parts, "compute", interrupted_after(0))
     assert main(["rank", str(space), "--out", "again"]) == 0  # all is known
     assert ranking(Path("again")) == found

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,8 +82,9 @@ class _Drawing(TorchDispatchMode):
         self._graph.output(tuple(self._node(leaf) for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        nodes = pytree.tree_map(self._node, (tuple(args), kwargs or {}))
-        result = self._run(func, args, kwargs or {})
+        args, kwargs = tuple(args), dict(kwargs or {})
+        nodes = map_aggregate(args, self._node), map_aggregate(kwargs, self._node)
+        result = self._run(func, args, kwargs)
         node = self._graph.call_function(func, *nodes)
         if not isinstance(result, list | tuple):
             self._stands_for(node, result)
@@ -93,17 +95,17 @@ class _Drawing(TorchDispatchMode):
                 self._stands_for(self._graph.call_function(operator.getitem, (node, number)), part)
         return result
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        leaves, tree = pytree.tree_flatten((args, kwargs))
-        if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors: list[Tensor] = []
+        key = (func, map_aggregate(args, _shown(tensors)), map_aggregate(kwargs, _shown(tensors)))
+        if not any(tensor.is_meta for tensor in tensors):
             return func(*args, **kwargs)
-        schema = func._schema
-        if schema.is_mutable and any(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in leaves):
-            raise NotImplementedError("a tensor with values takes some of which only the shape is known")
-        args, kwargs = pytree.tree_unflatten(list(map(_on_meta, leaves)), tree)
-        if any(given.alias_info is not None for given in schema.returns):
+        if not all(tensor.is_meta for tensor in tensors):
+            if func._schema.is_mutable:
+                raise NotImplementedError("a tensor with values takes some of which only the shape is known")
+            args, kwargs = map_aggregate(args, _on_meta), map_aggregate(kwargs, _on_meta)
+        if any(given.alias_info is not None for given in func._schema.returns):
             return func(*args, **kwargs)
-        key = (func, tree, *map(_shown, leaves))
         if key not in self._known:
             self._known[key] = func(*args, **kwargs)
         return pytree.tree_map_only(Tensor, Tensor.detach, self._known[key])
@@ -133,8 +135,13 @@ def _on_meta(leaf: Any) -> Any:
     return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
 
 
-def _shown(leaf: Any) -> Any:
-    """Return what tells an operand apart; numbers that are equal may be of different types."""
-    if isinstance(leaf, Tensor):
+def _shown(tensors: list[Tensor]) -> Callable[[Any], Any]:
+    """Return what tells operands apart, and adds those that are tensors; equal numbers may be of different types."""
+
+    def shown(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return type(leaf), leaf
+        tensors.append(leaf)
         return leaf.shape, leaf.stride(), leaf.dtype
-    return type(leaf), leaf
+
+    return shown

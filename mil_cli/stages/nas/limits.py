@@ -30,7 +30,7 @@ _AGAIN = 0.25
 """What part of the evaluations another choice for a corrected latency takes; half of them were scored before."""
 
 _PARSERS = {"latency": parse_latency, "memory": parse_memory}
-_UNITS = {"latency": "s", "memory": "bytes of estimated memory"}
+_UNITS = {"memory": "bytes of estimated memory"}
 
 
 class LimitedConfig(DesignedConfig):
@@ -249,9 +249,9 @@ def _bound(
     most = _PARSERS.get(name, parse_kept)(target).resolve(whole)
     least = cost(space.smallest)
     if least > most:
-        unit = _UNITS.get(name, name)
+        shown, unit = (".6g", "s") if name == "latency" else (",.0f", _UNITS.get(name, name))
         raise StageError(
-            f"the smallest architecture has {least:,.6g} {unit}, the largest {whole:,.6g}",
+            f"the smallest architecture has {least:{shown}} {unit}, the largest {whole:{shown}}",
             where=f"{where}.{name}",
             value=target,
             hint="keep more, or put smaller choices into the model",

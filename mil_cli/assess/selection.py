@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from mil_cli.assess.active import Acquisition
 from mil_cli.assess.costs import Costs
@@ -158,6 +160,42 @@ def as_json(ranking: Ranking) -> dict[str, Any]:
     }
     cleaned: dict[str, Any] = _without_nan(content)
     return cleaned
+
+
+def from_json(content: Mapping[str, Any]) -> Ranking:
+    """Return the ranking that `as_json` gave.
+
+    Args:
+        content: Of version `VERSION`.
+
+    Raises:
+        ValueError: It is damaged: a part has values of another kind.
+        KeyError: A part is missing.
+        TypeError: A part is no list, or no mapping.
+        AttributeError: Likewise.
+    """
+    fields = {
+        "entries": content["architectures"],
+        "tau": _numbers(content["tau"]),
+        "coverage": _number(content["coverage"]),
+        "single": {name: _numbers(tau) for name, tau in content["tau_of_single_columns"].items()},
+        "curve": [
+            {**point, **{name: _numbers(point[name]) for name in ("tau", "regret")}} for point in content["curve"]
+        ],
+        "costs": {part.name: content["costs"][part.name] for part in fields_of(Costs)},
+        "settings": content["settings"],
+        "higher_is_better": content["higher_is_better"],
+    }
+    return TypeAdapter(Ranking).validate_python(fields)
+
+
+def _numbers(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _number(value) for name, value in content.items()}
+
+
+def _number(value: Any) -> Any:
+    """Return a number for programs as it was: what is null was no number."""
+    return math.nan if value is None else value
 
 
 def _without_nan(value: Any) -> Any:

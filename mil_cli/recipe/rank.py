@@ -31,6 +31,7 @@ class PartialTraining(BaseModel):
     Attributes:
         epochs: Passes.
         samples: Samples of `train` in each pass, other ones in each; None: all.
+        resolution: Share of their height and width that images have in this training and its evaluation; 1 leaves them.
         trainer: What else differs from the recipe's trainer.
     """
 
@@ -38,6 +39,7 @@ class PartialTraining(BaseModel):
 
     epochs: int = Field(2, ge=1)
     samples: int | None = Field(None, ge=1)
+    resolution: float = Field(1.0, gt=0, le=1)
     trainer: dict[str, Any] = {}
 
     @model_validator(mode="after")

@@ -14,6 +14,9 @@ FILE = "report.json"
 VERSION = 1
 """The version of the report that is read and shown."""
 
+AGAIN = "run the recipe again"
+"""What to do about a file that is damaged."""
+
 _PARTS = {"recipe": dict, "baseline": dict, "final": dict, "stages": list, "goals": list, "goals_met": bool}
 
 
@@ -30,13 +33,22 @@ def load_report(path: Path) -> Report:
     if not file.is_file():
         hint = "a run that did not end has none: run the same command again"
         raise OutputError("there is no report here", where=str(path), hint=hint)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"the report cannot be read: {error}", where=str(file), hint="run the recipe again") from None
+    content = read(file)
     check_report(content, where=str(file))
     report: Report = content
     return report
+
+
+def read(file: Path) -> Any:
+    """Return the content of a JSON file of a run.
+
+    Raises:
+        OutputError: It cannot be read.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"the report cannot be read: {error}", where=str(file), hint=AGAIN) from None
 
 
 def check_report(content: object, *, where: str) -> None:
@@ -45,15 +57,31 @@ def check_report(content: object, *, where: str) -> None:
     Raises:
         OutputError: Says what is wrong.
     """
-    if not isinstance(content, dict):
-        raise OutputError("the report is damaged: it is not a mapping", where=where, hint="run the recipe again")
-    version = content.get("version")
-    if version != VERSION:
-        newer = isinstance(version, int) and version > VERSION
-        hint = "install the newer mil that wrote it" if newer else "run the recipe again"
-        what = f"the report has another version than {VERSION}, which this mil reads"
-        raise OutputError(what, where=where, value=version, hint=hint)
+    parts = check_version(content, VERSION, what="the report", where=where)
     for name, kind in _PARTS.items():
-        if not isinstance(content.get(name), kind):
-            hint = "run the recipe again"
-            raise OutputError(f"the report is damaged: it has no proper '{name}'", where=where, hint=hint)
+        if not isinstance(parts.get(name), kind):
+            raise OutputError(f"the report is damaged: it has no proper '{name}'", where=where, hint=AGAIN)
+
+
+def check_version(content: object, version: int, *, what: str, where: str) -> dict[str, Any]:
+    """Return the content of a file, a mapping of the version that this mil reads.
+
+    Args:
+        content: What was read.
+        version: The version.
+        what: What the file holds, for errors.
+        where: The file.
+
+    Raises:
+        OutputError: It is no mapping, or has another version.
+    """
+    if not isinstance(content, dict):
+        raise OutputError(f"{what} is damaged: it is not a mapping", where=where, hint=AGAIN)
+    found = content.get("version")
+    if found != version:
+        newer = isinstance(found, int) and found > version
+        hint = "install the newer mil that wrote it" if newer else AGAIN
+        raise OutputError(
+            f"{what} has another version than {version}, which this mil reads", where=where, value=found, hint=hint
+        )
+    return content

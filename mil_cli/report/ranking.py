@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mil_cli.assess.costs import CLOCKS, Spending
 from mil_cli.assess.ranking import Interval
-from mil_cli.assess.selection import Entry, Ranking
+from mil_cli.assess.selection import VERSION, Entry, Ranking, from_json
+from mil_cli.errors import OutputError
 from mil_cli.report import text
+from mil_cli.report.load import AGAIN, check_version, read
 from mil_cli.report.terminal import line, list_files, new_table, show
 
 _PARTS = {
@@ -22,6 +25,8 @@ _PARTS = {
     "fit": "predictors",
 }
 
+Choices = Mapping[str, Mapping[str, str | int]]
+"""What was chosen in each architecture, by its name."""
 
 FILES = {
     "ranking.json": "this ranking for programs",
@@ -30,12 +35,31 @@ FILES = {
 """What the folder of a ranking holds for its user."""
 
 
+def load_ranked(file: Path) -> tuple[Ranking, Choices]:
+    """Return the ranking of a `ranking.json`, and what was chosen in its architectures.
+
+    Raises:
+        OutputError: It is damaged, or has another version.
+    """
+    content = check_version(read(file), VERSION, what="the ranking", where=str(file))
+    try:
+        return from_json(content), TypeAdapter(Choices).validate_python(content["choices"])
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except KeyError as problem:
+        wrong = f"it has no {problem}"
+    except (TypeError, AttributeError) as problem:
+        wrong = str(problem)
+    raise OutputError(f"the ranking is damaged: {wrong}", where=str(file), hint=AGAIN)
+
+
 def render_ranking(
     ranking: Ranking,
     console: Console,
     *,
     shown: int = 20,
-    choices: Mapping[str, Mapping[str, str | int]] | None = None,
+    choices: Choices | None = None,
     directory: Path | None = None,
 ) -> None:
     """Print a ranking.

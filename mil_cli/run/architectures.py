@@ -15,17 +15,20 @@ from torch import nn
 
 from mil_cli.assess.scores.registry import score
 from mil_cli.data.base import Batch, Data, Split
+from mil_cli.data.resized import Resized, is_image
 from mil_cli.data.shortened import Shortened
 from mil_cli.data.source import build_data
+from mil_cli.errors import DataError, MilError, ModelError
 from mil_cli.events import Progress
 from mil_cli.graph.model import Model
 from mil_cli.models.source import ModelSource, capture_module
-from mil_cli.run.surroundings import example_of, space_of
+from mil_cli.run.surroundings import EXAMPLE_BATCH, example_of, space_of
 from mil_cli.spaces import DesignedSpace
 from mil_cli.spaces.architecture import Chosen
 from mil_cli.task.base import Task
 from mil_cli.task.source import build_task
 from mil_cli.training.config import TrainerConfig
+from mil_cli.training.eager import EagerModule
 from mil_cli.training.loop import fit
 
 if TYPE_CHECKING:
@@ -87,7 +90,7 @@ class Training:
 
     epochs: list[dict[str, Any]]
     quality: float | None
-    model: Model
+    model: Model | EagerModule
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,55 @@ class Workplace:
         """Return the graph of an architecture."""
         return capture_module(self.source, module, example=self.example)
 
+    def at_resolution(self, module: nn.Module, model: Model, share: float) -> EagerModule:
+        """Return an architecture as it is trained on smaller images; a capture has taken their size as a constant.
+
+        Args:
+            module: The architecture, with its first weights.
+            model: Its capture.
+            share: Of the height and width of images.
+
+        Raises:
+            MilError: It does not take them, or the recipe's inputs are no images.
+        """
+        samples = self.check_resolution(module, share)
+        return EagerModule(module, spec=model.spec, samples=samples)
+
+    def check_resolution(self, module: nn.Module, share: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return example inputs with smaller images, after a run of an architecture and of the task's loss on them.
+
+        Raises:
+            DataError: No input is an image of floating-point numbers.
+            ModelError: The architecture or the task does not take images of this size.
+        """
+        where = "rank.partial.resolution"
+        batch = next(iter(Resized(self.data.train, share).batches(EXAMPLE_BATCH)))
+        args, kwargs = self.task.inputs(batch)
+        images = [value for value in (*args, *kwargs.values()) if is_image(value)]
+        if not images:
+            hint = "leave it out; to train on less, set rank.partial.samples"
+            raise DataError(
+                "no input is a batch of images, floating-point numbers (samples, channels, height, width)",
+                where=where,
+                value=share,
+                hint=hint,
+            )
+        try:
+            with torch.no_grad():
+                self.task.loss(module.eval()(*args, **kwargs), batch)
+        except (MilError, RuntimeError, ValueError, IndexError, TypeError) as problem:
+            height, width = images[0].shape[2:]
+            hint = (
+                "give a larger share or leave it out; a model that pools at its end (nn.AdaptiveAvgPool2d(1)) takes any"
+            )
+            raise ModelError(
+                f"the model cannot be trained on images of {height} x {width}: {str(problem).splitlines()[0]}",
+                where=where,
+                value=share,
+                hint=hint,
+            ) from problem
+        return args, kwargs
+
     def scores(self, model: Model, names: Sequence[str], *, seed: int) -> dict[str, dict[str, float]]:
         """Return ``value``, ``wall_seconds`` and ``cpu_seconds`` of each score.
 
@@ -152,11 +204,12 @@ class Workplace:
 
     def train(
         self,
-        model: Model,
+        model: Model | EagerModule,
         settings: TrainerConfig,
         *,
         seed: int,
         samples: int | None = None,
+        resolution: float = 1.0,
     ) -> Training:
         """Train a copy of an architecture.
 
@@ -165,9 +218,13 @@ class Workplace:
             settings: How; every epoch is evaluated.
             seed: Of the order and the augmentation.
             samples: Samples of each epoch; None: all.
+            resolution: Share of the height and width of images, in training and evaluation.
         """
         train = self.data.train if samples is None else Shortened(self.data.train, samples)
-        timed_train, timed_val = _Timed(train, []), _Timed(self.data.val, [])
+        val = self.data.val
+        if resolution < 1:
+            train, val = Resized(train, resolution), Resized(val, resolution)
+        timed_train, timed_val = _Timed(train, []), _Timed(val, [])
         timed = replace(self.data, train=timed_train, val=timed_val)
         result = fit(
             model,

@@ -83,10 +83,14 @@ class Campaign:
         """Draw the architectures; the recipe's folder must be importable.
 
         Raises:
-            MilError: Data or model cannot be built, the model holds no choice, or the range holds too few.
+            MilError: Data or model cannot be built, the model holds no choice or does not take the images of partial
+                trainings, or the range holds too few.
         """
         began = Clocks.now()
         place = Workplace.of(recipe)
+        if settings.partial is not None and settings.partial.resolution < 1:
+            for end in (place.space.smallest, place.space.largest):
+                place.check_resolution(place.build(end, seed=recipe.seed), settings.partial.resolution)
         candidates = _drawn(place, settings, seed=recipe.seed)
         return cls(
             recipe=recipe,
@@ -164,7 +168,8 @@ class Campaign:
             return scores
         fixed = {"epochs": partial.epochs, "early_stopping": None}  # curves are compared, so they are of one length
         trainer = TrainerConfig.model_validate(self.recipe.trainer.merged({**partial.trainer, **fixed}))
-        return (*scores, Part("partial", trainer, partial.samples, foretells=self.recipe.trainer.epochs))
+        foretells = self.recipe.trainer.epochs
+        return (*scores, Part("partial", trainer, partial.samples, foretells, partial.resolution))
 
     @cached_property
     def _whole(self) -> Part:

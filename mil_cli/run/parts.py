@@ -24,6 +24,8 @@ from mil_cli.training.config import TrainerConfig
 from mil_cli.workers import workers
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mil_cli.graph.model import Model
     from mil_cli.recipe.schema import Recipe
 
@@ -43,17 +45,19 @@ class Part:
         trainer: How it is trained; None: it is scored.
         samples: Samples of each epoch; None: all.
         foretells: Epochs of the whole training that a partial one is to foretell; None: it is no partial one.
+        resolution: Share of their height and width that images have in it.
     """
 
     name: str
     trainer: TrainerConfig | None = None
     samples: int | None = None
     foretells: int | None = None
+    resolution: float = 1.0
 
     def key(self) -> list[object]:
         """Return all that says what comes of it, JSON-able."""
         trainer = None if self.trainer is None else self.trainer.model_dump(mode="json")
-        return [self.name, trainer, self.samples, self.foretells]
+        return [self.name, trainer, self.samples, self.foretells, self.resolution]
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,13 @@ def compute(
 
 def _results(place: Workplace, job: Job, began: Clocks) -> list[Result]:
     """Compute the parts; the first one's seconds are also those of data, module and capture."""
-    model = place.capture(place.build(job.architecture, seed=job.seed))
+    module = place.build(job.architecture, seed=job.seed)
+    model = place.capture(module)
     before = began.until(Clocks.now())
     names = [part.name for part in job.parts if part.trainer is None]
     scores = place.scores(model, names, seed=job.seed) if names else {}
     results = [
-        scores[part.name] if part.trainer is None else _trained(place, model, part, part.trainer, seed=job.seed)
+        scores[part.name] if part.trainer is None else _trained(place, module, model, part, part.trainer, seed=job.seed)
         for part in job.parts
     ]
     for clock, seconds in before.items():
@@ -110,9 +115,12 @@ def _results(place: Workplace, job: Job, began: Clocks) -> list[Result]:
     return results
 
 
-def _trained(place: Workplace, model: Model, part: Part, trainer: TrainerConfig, *, seed: int) -> Result:
+def _trained(
+    place: Workplace, module: nn.Module, model: Model, part: Part, trainer: TrainerConfig, *, seed: int
+) -> Result:
     began = Clocks.now()
-    training = place.train(model, trainer, seed=seed, samples=part.samples)
+    start = model if part.resolution == 1 else place.at_resolution(module, model, part.resolution)
+    training = place.train(start, trainer, seed=seed, samples=part.samples, resolution=part.resolution)
     if part.foretells is None:
         found: Result = {"quality": training.quality}
     else:

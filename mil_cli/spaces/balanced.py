@@ -81,8 +81,12 @@ def draw_balanced(
     high: float,
     strata: int = 8,
     tries: int = 50,
+    fits: Callable[[Drawn], bool] = lambda _: True,
 ) -> list[Drawn]:
-    """Return what `sample_balanced` does, or fewer where fewer are met; its arguments are the same."""
+    """Return what `sample_balanced` does, or fewer where fewer are met; its arguments are the same.
+
+    `fits` is what is asked of an architecture beside its cost: it may take longer, and is asked of few.
+    """
     kept: list[list[Drawn]] = [[] for _ in range(strata)]
     seen: set[Hashable] = set()
     for _ in range(tries * count):
@@ -90,7 +94,9 @@ def draw_balanced(
             break
         architecture = space.sample(generator)
         place = math.floor((cost(architecture) - low) / (high - low) * strata)
-        if 0 <= place < strata and (form := space.form(architecture)) not in seen:
+        if not 0 <= place < strata or len(kept[place]) == count:  # more of a stratum than all are never given
+            continue
+        if (form := space.form(architecture)) not in seen and fits(architecture):
             seen.add(form)
             kept[place].append(architecture)
     in_turn = [one for round_ in zip_longest(*kept) for one in round_ if one is not None]

@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,15 +76,14 @@ class CostCounter:
     def _run(self, architecture: Architecture) -> Counter[tuple[str, str]]:
         args, kwargs = self._call
         counted = self._counted.work = Counter()
-        try:
-            with self._shapes.active(architecture), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self._counted:
-                self._shapes.module(*args, **kwargs)
-        except (RuntimeError, NotImplementedError) as problem:
-            raise ModelError(
-                f"the architecture does not run on the shapes of a sample: {str(problem).splitlines()[0]}",
-                value=str(architecture),
-                hint="all operators of a Choice must take the same shapes and give the same shapes",
-            ) from problem
+        with (
+            running_on_shapes(architecture),
+            self._shapes.active(architecture),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            self._counted,
+        ):
+            self._shapes.module(*args, **kwargs)
         return counted
 
     def params(self, architecture: Architecture) -> int:
@@ -95,6 +95,23 @@ class CostCounter:
                 for name, parameter in module.named_parameters(recurse=False):
                     counted.add((id(parameter), tuple(sliced.get(name, parameter).shape)))
         return sum(math.prod(shape) for _, shape in counted)
+
+
+@contextmanager
+def running_on_shapes(architecture: Architecture) -> Iterator[None]:
+    """Tell what an architecture that does not run on shapes alone is told as.
+
+    Raises:
+        ModelError: It does not run on the sample, or its `forward` depends on values.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as problem:
+        raise ModelError(
+            f"the architecture does not run on the shapes of a sample: {str(problem).splitlines()[0]}",
+            value=str(architecture),
+            hint="all operators of a Choice must take the same shapes and give the same shapes",
+        ) from problem
 
 
 class _WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -120,6 +120,10 @@ def test_an_interrupted_ranking_goes_on_and_is_complete(
     assert "val alone: tau" in output
     assert str(Path("runs/nets") / run.name / "architectures.csv") in output
 
+    for shown in ("runs/nets/latest/ranking.json", f"runs/nets/{run.name}"):
+        assert main(["report", shown]) == 0
+    assert capsys.readouterr().out.endswith(output)
+
     monkeypatch.setattr(parts, "compute", interrupted_after(0))
     assert main(["rank", str(space), "--out", "again"]) == 0  # all is known
     assert ranking(Path("again")) == found
@@ -182,6 +186,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown trainer key": (("+rank.partial.trainer={epoch: 1}",), ("rank.partial.trainer.epoch", "did you mean")),
     "epochs twice": (("+rank.partial.trainer={epochs: 1}",), ("rank.partial", "write epochs: there")),
     "fewer samples than a batch": (("rank.partial.samples=63",), ("rank.partial.samples", "at least 64")),
+    "images too small": (
+        ("+rank.partial.resolution=0.2",),
+        ("rank.partial.resolution: the model cannot be trained on images of 2 x 2", "a larger share"),
+    ),
+    "larger images": (("+rank.partial.resolution=2",), ("rank.partial.resolution", "less than or equal to 1")),
     "no whole curves": (("trainer.evaluate_every=2",), ("trainer.evaluate_every", "whole curves")),
     "range upside down": (("+rank.macs=[2k, 1k]",), ("rank.macs", "the smaller number first")),
     "range with too few": (

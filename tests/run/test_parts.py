@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from mil_cli.data.base import Data
+from mil_cli.data.tensors import TensorSplit
+from mil_cli.errors import DataError, ModelError
 from mil_cli.models.small_nets import small_nets
+from mil_cli.models.staged import Staged
 from mil_cli.recipe.load import load_recipe
-from mil_cli.run.architectures import Training
+from mil_cli.recipe.schema import Recipe
+from mil_cli.run import architectures
+from mil_cli.run.architectures import Training, Workplace
 from mil_cli.run.parts import Job, Part, compute, foretold
-from mil_cli.spaces import DesignedSpace
+from mil_cli.spaces import CostCounter, DesignedSpace
 from mil_cli.training.config import TrainerConfig
 
 RECIPE = """\
@@ -27,10 +37,14 @@ rank: {}
 """
 
 
-def test_a_partial_training_that_is_whole_says_what_the_whole_one_reaches(tmp_path: Path) -> None:
-    file = tmp_path / "recipe.yaml"
+def recipe_in(folder: Path) -> Recipe:
+    file = folder / "recipe.yaml"
     file.write_text(RECIPE, encoding="utf-8")
-    recipe = load_recipe(file)
+    return load_recipe(file)
+
+
+def test_a_partial_training_that_is_whole_says_what_the_whole_one_reaches(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)
     space = DesignedSpace(small_nets(widths=[[4], [8], [8]], blocks=[1, 1, 1]))
     trainer = recipe.trainer
     patient = TrainerConfig.model_validate(trainer.merged({"early_stopping": 2}))
@@ -56,6 +70,44 @@ def test_a_partial_training_that_is_whole_says_what_the_whole_one_reaches(tmp_pa
     assert all(result["cpu_seconds"] > 0 for result in (score, partial, whole, shorter, stopped))
 
 
+def test_a_partial_training_on_smaller_images_sees_them_throughout_and_costs_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[tuple[bool, int, int]] = set()
+    forward, fit = Staged.forward, architectures.fit
+
+    def seeing(self: Staged, x: Tensor) -> Tensor:
+        seen.add((self.training, *x.shape[2:]))
+        return forward(self, x)
+
+    def fitting(*args: Any, **options: Any) -> Any:
+        seen.clear()  # what went before is no training
+        return fit(*args, **options)
+
+    monkeypatch.setattr(Staged, "forward", seeing)
+    monkeypatch.setattr(architectures, "fit", fitting)
+    recipe = recipe_in(tmp_path)
+    space = DesignedSpace(small_nets(widths=[[4], [8], [8]], blocks=[1, 1, 1]))
+    (low,) = compute(recipe, Job(space.smallest, (Part("partial", recipe.trainer, None, 5, resolution=0.5),), seed=3))
+    assert seen == {(True, 4, 4), (False, 4, 4)}
+    assert low["val"] > 0.15  # by chance it would be 0.1
+    whole, small = (CostCounter(space, (torch.zeros(1, 1, side, side),)).macs(space.largest) for side in (8, 4))
+    assert small < 0.5 * whole
+
+
+def test_what_does_not_take_smaller_images_is_refused(tmp_path: Path) -> None:
+    place = Workplace.of(recipe_in(tmp_path))
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(ModelError, match=r"cannot be trained on images of 4 x 4") as caught:
+        place.check_resolution(flat, 0.5)
+    assert caught.value.where == "rank.partial.resolution"
+    assert "AdaptiveAvgPool2d" in str(caught.value.hint)
+    vectors = TensorSplit((torch.randn(8, 64), torch.arange(8)))
+    data = Data(name="vectors", train=vectors, val=vectors, test=vectors)
+    with pytest.raises(DataError, match="no input is a batch of images"):
+        replace(place, data=data).check_resolution(flat, 0.5)
+
+
 def test_a_part_is_known_by_all_that_decides_what_comes_of_it() -> None:
     trainer = TrainerConfig()
     longer = trainer.model_copy(update={"epochs": 11})
@@ -66,6 +118,7 @@ def test_a_part_is_known_by_all_that_decides_what_comes_of_it() -> None:
         Part("training", longer),
         Part("training", trainer, samples=9),
         Part("training", trainer, foretells=20),
+        Part("training", trainer, resolution=0.5),
     ]
     assert len({str(part.key()) for part in parts}) == len(parts)
 

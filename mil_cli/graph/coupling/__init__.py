@@ -10,6 +10,7 @@ from mil_cli.graph.coupling.norms import group_norms
 from mil_cli.graph.coupling.reorder import arrange, reorder
 from mil_cli.graph.coupling.rows import Rows, entry_spaces, find_rows
 from mil_cli.graph.coupling.selection import repair, step_of
+from mil_cli.graph.coupling.sketch import Sketcher
 
 __all__ = [
     "Counter",
@@ -22,6 +23,7 @@ __all__ = [
     "Removed",
     "Rows",
     "RunningCall",
+    "Sketcher",
     "Space",
     "analyse",
     "arrange",

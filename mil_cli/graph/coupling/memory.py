@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -156,9 +157,15 @@ class MemoryEstimate:
 def _place_of(node: Node) -> bool | None:
     """Whether a call's result lies where its operand lies: always, never, or (None) if nobody else reads that."""
     name = operator_name(node)
-    if name in _SAME_PLACE:
+    if name in _SAME_PLACE or (name == "slice" and _leaves_nothing_out(node)):
         return True
     return None if name in BATCH_NORMS or is_pointwise(node, name) else False
+
+
+def _leaves_nothing_out(node: Node) -> bool:
+    """Whether a slice takes a whole axis, as indexing by a colon does; a runtime drops it."""
+    start, end, step = (get_argument(node, name) for name in ("start", "end", "step"))
+    return start in (None, 0) and (end is None or end == sys.maxsize) and step == 1
 
 
 class _Buffers:

@@ -1,4 +1,4 @@
-"""What a candidate costs: operations, parameters, or latency from a table; never by building it."""
+"""What a candidate costs: operations, parameters, estimated memory, or latency from a table; never by building it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from mil_cli.device.profile import DeviceProfile
 from mil_cli.events import Progress
-from mil_cli.graph.coupling import Counter, Dropped, Removed
+from mil_cli.graph.coupling import Counter, Dropped, MemoryEstimate, Removed
 from mil_cli.measure.operators import OperatorLister, OperatorTable
 from mil_cli.stages.breeding import Candidate
 from mil_cli.stages.measured import WHOLE
@@ -15,7 +15,7 @@ from mil_cli.stages.nas.space import ElasticSpace
 from mil_cli.stages.nas.supernet import random_pool
 from mil_cli.stages.targets import Kernels
 
-Quantity = Literal["macs", "params", "latency"]
+Quantity = Literal["macs", "params", "latency", "memory"]
 
 _MEASURED_AHEAD = 300
 
@@ -59,6 +59,8 @@ class CandidateCost:
                 self._count = counter.macs
             case "params":
                 self._count = counter.params
+            case "memory":
+                self._count = MemoryEstimate(counter)
             case "latency":
                 lister = OperatorLister(counter, kernels, device.int8.policy)
                 operators = {key: seconds for key, seconds in known.items() if key != WHOLE}
@@ -76,7 +78,7 @@ class CandidateCost:
                     self._scale = self._whole / self(space.largest)
 
     def __call__(self, candidate: Candidate) -> float:
-        """Return the cost of a candidate: a count, or predicted seconds of one inference.
+        """Return the cost of a candidate: a count, estimated bytes, or predicted seconds of one inference.
 
         Raises:
             MeasureError: An operator's latency cannot be measured.

@@ -25,13 +25,22 @@ from mil_cli.stages.nas.space import ElasticSpace, depths_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, sandwich
 from mil_cli.stages.recovery import RecoveringConfig
 from mil_cli.stages.registry import stage
-from mil_cli.stages.targets import Kernels, LatencyTarget, RoundTo, Target, parse_latency, width_multiple
+from mil_cli.stages.targets import (
+    Kernels,
+    LatencyTarget,
+    MemoryTarget,
+    RoundTo,
+    Target,
+    parse_latency,
+    parse_memory,
+    width_multiple,
+)
 from mil_cli.units import Kept, parse_kept
 
 if TYPE_CHECKING:
     from mil_cli.stages.context import Context
 
-QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "latency")
+QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "latency", "memory")
 
 _BATCH = 64
 _PROVEN = 16
@@ -50,7 +59,10 @@ class ElasticConfig(RecoveringConfig):
         params: Parameters to keep, likewise.
         latency: Latency to keep, as a ratio or a duration (``2 ms``), predicted from a table of operators that are
             measured on the device. A duration is what the whole model takes, its median, where `measured` holds; else
-            what its operators add up to. Exactly one of `macs`, `params` and `latency` is given.
+            what its operators add up to.
+        memory: Estimated memory to keep, as a ratio or a size (``2 MB``): the bytes of the weights, of the constants
+            beside them, and of the largest set of activations that are live at once, for one sample in float. Exactly
+            one of `macs`, `params`, `latency` and `memory` is given.
         min_width: Smallest share of any width (channels, heads, hidden units) that a candidate may have.
         min_depth: Smallest share of a chain of residual branches; one branch of each is always kept.
         choices: Most widths to choose from on one axis.
@@ -81,6 +93,7 @@ class ElasticConfig(RecoveringConfig):
     macs: Target | None = None
     params: Target | None = None
     latency: LatencyTarget | None = None
+    memory: MemoryTarget | None = None
     min_width: float = Field(0.25, gt=0, le=1)
     min_depth: float = Field(0.3, gt=0, le=1)
     choices: int = Field(6, ge=2, le=1000)
@@ -102,7 +115,7 @@ class ElasticConfig(RecoveringConfig):
         given = [name for name in QUANTITIES if getattr(self, name) is not None]
         if len(given) != 1:
             shown = " and ".join(given) if given else "none"
-            raise ValueError(f"give exactly one of macs, params and latency, what is kept of it; {shown} is given")
+            raise ValueError(f"give exactly one of {', '.join(QUANTITIES)}, what is kept of it; {shown} is given")
         return self
 
     @property
@@ -114,7 +127,8 @@ class ElasticConfig(RecoveringConfig):
     def kept(self) -> Kept:
         """How much of it is kept."""
         asked = getattr(self, self.quantity)
-        return parse_latency(asked) if self.quantity == "latency" else parse_kept(asked)
+        parsers = {"latency": parse_latency, "memory": parse_memory}
+        return parsers.get(self.quantity, parse_kept)(asked)
 
     @property
     def measures_latency(self) -> bool:

@@ -1,12 +1,12 @@
-"""Searches of a designed space under hard bounds: of operations, parameters, and a latency that is measured at last."""
+"""Searches of a designed space under hard bounds: operations, parameters, memory, and a latency that is measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
@@ -14,12 +14,13 @@ from mil_cli.spaces import Architecture, CostCounter, DesignedSpace
 from mil_cli.stages.measured import Choice, Correction
 from mil_cli.stages.nas.designed import DesignedConfig
 from mil_cli.stages.nas.latency import PredictedLatency
+from mil_cli.stages.nas.memory import ArchitectureMemory
 from mil_cli.stages.nas.search.bounds import Bound, Bounds
 from mil_cli.stages.nas.search.driver import Found, search
 from mil_cli.stages.nas.search.evolution import Evolution
 from mil_cli.stages.nas.search.registry import Search
 from mil_cli.stages.nas.search.trial import Score, ranked
-from mil_cli.stages.targets import LatencyTarget, Target, parse_latency
+from mil_cli.stages.targets import LatencyTarget, MemoryTarget, Target, parse_latency, parse_memory
 from mil_cli.units import parse_kept
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 _AGAIN = 0.25
 """What part of the evaluations another choice for a corrected latency takes; half of them were scored before."""
+
+_PARSERS = {"latency": parse_latency, "memory": parse_memory}
+_UNITS = {"memory": "bytes of estimated memory"}
 
 
 class LimitedConfig(DesignedConfig):
@@ -36,6 +40,9 @@ class LimitedConfig(DesignedConfig):
         macs: Multiply-accumulates that the winner may have, as a share of the largest architecture's (``0.3``, ``30%``)
             or a count (``6M``).
         params: Parameters that it may have, likewise.
+        memory: Estimated memory that it may take, as a share of the largest architecture's or a size (``2 MB``): the
+            bytes of the weights, of the constants beside them, and of the largest set of activations that are live at
+            once, for one sample in float, as pruning estimates them.
         latency: Latency that it may have, as a share of the largest architecture's or a duration (``2 ms``). Several
             bounds may be given, or none.
         latency_samples: Architectures that are measured so that the latency of others can be predicted.
@@ -45,10 +52,22 @@ class LimitedConfig(DesignedConfig):
 
     macs: Target | None = None
     params: Target | None = None
+    memory: MemoryTarget | None = None
     latency: LatencyTarget | None = None
     latency_samples: int = Field(40, ge=8, le=1000)
     measured: bool = True
     search: Search = Field(default_factory=Evolution)
+
+    @model_validator(mode="after")
+    def _costs_are_known(self) -> Self:
+        known = ["macs", "params", *(name for name in ("memory", "latency") if getattr(self, name) is not None)]
+        unknown = [name for name in getattr(self.search, "costs", ()) if name not in known]
+        if unknown:
+            raise ValueError(
+                f"search.costs: {unknown[0]} of architectures is not known here; choose from {', '.join(known)}, or "
+                "bound memory or latency too"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -105,7 +124,7 @@ def search_limited(
         StageError: Even the smallest architecture is above a bound, or none was found that has a finite quality.
     """
     counter, where = CostCounter(space, *model.batch_input(1)), f"stages.{context.name}"
-    kept = _countable(space, counter, config, where)
+    kept = _countable(space, model, counter, config, where)
     if config.latency is None:
         bounds = Bounds(kept)
         return Limited(search(space, config.search, bounds=bounds, score=score, context=context), bounds, None, None)
@@ -141,13 +160,15 @@ def check_limits(space: DesignedSpace, model: Model, config: LimitedConfig, cont
     Raises:
         StageError: Even the smallest architecture is above a bound.
     """
-    _countable(space, CostCounter(space, *model.batch_input(1)), config, f"stages.{context.name}")
+    _countable(space, model, CostCounter(space, *model.batch_input(1)), config, f"stages.{context.name}")
 
 
 def _countable(
-    space: DesignedSpace, counter: CostCounter, config: LimitedConfig, where: str
+    space: DesignedSpace, model: Model, counter: CostCounter, config: LimitedConfig, where: str
 ) -> list[Bound[Architecture]]:
     costs: dict[str, Callable[[Architecture], float]] = {"macs": counter.macs, "params": counter.params}
+    if config.memory is not None:  # an architecture is built for it, which takes longer than to count
+        costs["memory"] = ArchitectureMemory(space, *model.batch_input(1))
     return [_bound(space, name, cost, config, where, whole=cost(space.largest)) for name, cost in costs.items()]
 
 
@@ -225,12 +246,12 @@ def _bound(
     target = getattr(config, name)
     if target is None:
         return Bound(name, cost)
-    most = (parse_latency(target) if name == "latency" else parse_kept(target)).resolve(whole)
+    most = _PARSERS.get(name, parse_kept)(target).resolve(whole)
     least = cost(space.smallest)
     if least > most:
-        unit = "s" if name == "latency" else name
+        shown, unit = (".6g", "s") if name == "latency" else (",.0f", _UNITS.get(name, name))
         raise StageError(
-            f"the smallest architecture has {least:,.6g} {unit}, the largest {whole:,.6g}",
+            f"the smallest architecture has {least:{shown}} {unit}, the largest {whole:{shown}}",
             where=f"{where}.{name}",
             value=target,
             hint="keep more, or put smaller choices into the model",

@@ -161,6 +161,16 @@ def test_what_is_read_later_is_not_written_over() -> None:
     assert MemoryEstimate(Counter(analyse(model))).activations({}) == 4 * 3 * 8
 
 
+def test_a_slice_of_a_whole_axis_is_no_copy() -> None:
+    class Part(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 2)[:, 2:] * 3
+
+    model = Model.capture(Part().eval(), (torch.randn(2, 8),))
+    assert sum("slice" in node.name for node in model.graph.graph.nodes) == 2  # one of samples: all of them
+    assert MemoryEstimate(Counter(analyse(model))).activations({}) == 4 * (8 + 8 + 6)
+
+
 class Attending(nn.Module):
     """One tensor is query, key and value; masks, positions and scales are no parameters."""
 

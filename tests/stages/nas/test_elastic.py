@@ -16,7 +16,7 @@ from mil_cli.data.tensors import TensorSplit
 from mil_cli.device.host import resolve
 from mil_cli.errors import StageError
 from mil_cli.events import SilentProgress
-from mil_cli.graph.coupling import Counter
+from mil_cli.graph.coupling import Counter, MemoryEstimate, analyse
 from mil_cli.graph.model import Model
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
@@ -265,6 +265,14 @@ def test_params_can_be_the_bound_and_a_time_budget_sets_how_many_are_scored(trai
     assert used.notes["scored"] == 8  # the fewest
 
 
+def test_memory_can_be_the_bound(trained: Model) -> None:
+    used = context()
+    small = elastic(trained, ElasticConfig(**{**QUICK, "macs": None, "memory": 0.5, "minutes": 0.001}), used)
+    before, left = (MemoryEstimate(Counter(analyse(model)))({}) for model in (trained, small))
+    assert (used.notes["before"], used.notes["left"]) == (before, left)
+    assert left <= 0.5 * before
+
+
 def test_a_bound_below_the_smallest_candidate_is_refused(trained: Model) -> None:
     with pytest.raises(StageError, match=r"(?s)smallest candidate has .* macs.*lower min_width") as caught:
         elastic(trained, ElasticConfig(**{**QUICK, "macs": 0.001}), context())
@@ -285,6 +293,7 @@ def test_a_model_without_anything_to_shrink_is_refused() -> None:
         ({"macs": 1.5}, "not what is kept"),
         ({"latency": "3 bananas"}, "a duration such as 2 ms"),
         ({"latency": "5M"}, "a duration such as 2 ms"),
+        ({"memory": "3 bananas"}, "a size such as 2 MB"),
         ({"latency": "0 ms"}, "a duration such as 2 ms"),
         ({"macs": 0.3, "min_width": 0}, "greater than 0"),
     ],

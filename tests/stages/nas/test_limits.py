@@ -8,9 +8,12 @@ from typing import Any, ClassVar
 import pytest
 
 from mil_cli.errors import StageError
+from mil_cli.graph.coupling import Counter, MemoryEstimate, analyse
+from mil_cli.graph.model import Model
 from mil_cli.stages import measured as measured_file
 from mil_cli.stages.nas.limits import Limited, LimitedConfig, search_limited
 from mil_cli.stages.nas.search.evolution import Evolution
+from mil_cli.stages.nas.search.nsga2 import NSGA2
 from tests.stages.nas.designed import context, incoming
 from tests.stages.nas.test_latency import COUNTER, SPACE, pretend, true_seconds
 
@@ -21,15 +24,19 @@ class Config(LimitedConfig):
 
 def run(workspace: Path | None = None, build: Any = None, **settings: Any) -> Limited:
     """Search for the architecture with most operations."""
-    search = Evolution(evaluations=32, population=12, batch=4)
+    settings.setdefault("search", Evolution(evaluations=32, population=12, batch=4))
     return search_limited(
         SPACE,
         incoming(),
-        Config(search=search, **settings),
+        Config(**settings),
         score=lambda architecture, fidelity: float(COUNTER.macs(architecture)),
         build=build,
         context=context(workspace, name="nas"),
     )
+
+
+def estimated(model: Model) -> int:
+    return MemoryEstimate(Counter(analyse(model)))({})
 
 
 def test_shares_are_of_the_largest_architecture_and_several_bounds_hold() -> None:
@@ -45,6 +52,26 @@ def test_what_even_the_smallest_does_not_keep_is_told() -> None:
     with pytest.raises(StageError, match="the smallest architecture has") as caught:
         run(params=10 / incoming().num_params())
     assert caught.value.where == "stages.nas.params"
+
+
+def test_memory_is_bounded_by_what_the_captured_winner_says() -> None:
+    limited = run(memory=0.6)
+    most = limited.bounds.most["memory"]
+    assert most == 0.6 * estimated(incoming())
+    built = context().capture(SPACE.build(limited.found.best.candidate))
+    assert estimated(built) == limited.facts()["memory"] <= most
+    assert limited.found.best.candidate != SPACE.largest  # which has most operations
+    with pytest.raises(StageError, match=r"the smallest architecture has .* bytes of estimated memory") as caught:
+        run(memory="1 kB")
+    assert caught.value.where == "stages.nas.memory"
+
+
+def test_only_what_is_known_of_architectures_can_be_made_small() -> None:
+    for name in ("size", "memory", "latency"):
+        with pytest.raises(ValueError, match=f"{name} of architectures is not known here; choose from macs, params, "):
+            Config(macs=0.5, search=NSGA2(costs=(name,)))
+    front = run(memory=0.8, search=NSGA2(evaluations=16, population=8, costs=("memory",))).found
+    assert len({trial.costs["memory"] for trial in front.trials}) > 1
 
 
 def test_the_winner_keeps_its_latency_when_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

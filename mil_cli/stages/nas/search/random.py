@@ -45,9 +45,7 @@ def _balanced(situation: Situation[C], count: int) -> list[C]:
     low = macs(space.smallest)
     if not low < high:
         return []
-
-    def cost(candidate: C) -> float:
-        return macs(candidate) if bounds.within(candidate) else -1.0  # below all strata, so that it is not met
-
-    drawn = draw_balanced(space, cost, situation.generator, count=count, low=low, high=high, tries=_TRIES)
+    drawn = draw_balanced(
+        space, macs, situation.generator, count=count, low=low, high=high, tries=_TRIES, fits=bounds.within
+    )
     return situation.drawing.given(drawn, count)

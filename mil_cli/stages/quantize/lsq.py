@@ -40,7 +40,7 @@ class LsqConfig(AwareConfig):
     """
 
     method: ClassVar[str] = "lsq"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     initialization: Initialization = "mse"
 

@@ -24,12 +24,15 @@ from mil_cli.errors import StageError
 from mil_cli.graph.nodes import calls, get_argument, op_name
 from mil_cli.graph.segment import overwritten
 from mil_cli.stages.quantize.layers import CONVOLUTIONS, NEVER, NO_TABLES, OVERWRITTEN, Layer, find_layers
-from mil_cli.stages.quantize.passing import after_rectifier, backwards, comes_from_any, goes_to_output
+from mil_cli.stages.quantize.passing import after_rectifier, backwards, comes_from_any, goes_to_output, readers
 
 Policy = Literal["cnn", "transformer"]
 
 _JOINS = frozenset({"add", "cat", "avg_pool2d", "adaptive_avg_pool2d", "mean"})
-_ATTENTION = frozenset({"scaled_dot_product_attention", "softmax", "_softmax"})
+_SHARES = frozenset({"softmax", "_softmax"})
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "mm", "einsum"})
+_BESIDE_SHARES = frozenset({"to", "_to_copy", "type_as", "expand", "mul", "where", "masked_fill", "nan_to_num"})
+"""What may lie between the shares of attention and their product with what is attended to, beside views and dropout."""
 _SILENT = "its input was nothing but zeros in calibration"
 
 Narrow = Callable[[Layer], bool]
@@ -85,11 +88,24 @@ class Placement:
 
 
 def choose_policy(graph: GraphModule) -> Policy:
-    """Return the policy that fits a graph: ``transformer`` if it has attention or no convolution, else ``cnn``."""
-    names = {op_name(node) for node in calls(graph)}
-    if names & CONVOLUTIONS and not names & _ATTENTION:
-        return "cnn"
-    return "transformer"
+    """Return the policy that fits a graph: ``transformer`` if it has attention or no convolution, else ``cnn``.
+
+    A softmax alone is no attention: it may make probabilities of scores, or weigh channels.
+    """
+    nodes = list(calls(graph))
+    attends = any(
+        op_name(node) == "scaled_dot_product_attention" or (op_name(node) in _SHARES and _is_multiplied(node))
+        for node in nodes
+    )
+    return "cnn" if not attends and any(op_name(node) in CONVOLUTIONS for node in nodes) else "transformer"
+
+
+def _is_multiplied(shares: Node) -> bool:
+    """Whether a softmax goes into a product of matrices."""
+    return any(
+        op_name(reader) in _PRODUCTS or (op_name(reader) in _BESIDE_SHARES and _is_multiplied(reader))
+        for reader in readers(shares)
+    )
 
 
 def place(

@@ -20,7 +20,7 @@ class StaticConfig(PostTrainingConfig):
     """
 
     method: ClassVar[str] = "static"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
 
     bias_correction: bool | None = None
 

@@ -60,6 +60,41 @@ def test_policy_follows_the_content() -> None:
     assert choose_policy(Model.capture(nn.Linear(3, 3).eval(), (torch.randn(2, 3),)).graph) == "transformer"
 
 
+class Weighed(nn.Module):
+    """Two convolutions of which each channel takes a share, and probabilities at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 4, 5, padding=2)
+        self.shares, self.head = nn.Linear(4, 8), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.stack([self.first(x), self.second(x)], 1)
+        shares = self.shares(both.sum(1).mean((2, 3))).view(-1, 2, 4, 1, 1).softmax(1)
+        return self.head((both * shares).sum(1).mean((2, 3))).softmax(-1)
+
+
+class ByHand(nn.Module):
+    """Attention in single operators, its shares masked, cast and dropped before the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv1d(2, 8, 2, 2)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).transpose(1, 2)
+        query, key, value = (layer(x) for layer in self.layers)
+        shares = (query @ key.mT).double().softmax(-1).to(x.dtype).unsqueeze(1)
+        mask = torch.ones(4, 4, dtype=torch.bool).tril()
+        return functional.dropout(shares.masked_fill(~mask, 0.0), 0.1, self.training) @ value.unsqueeze(1)
+
+
+def test_a_softmax_that_weighs_channels_or_ends_a_net_is_no_attention() -> None:
+    assert choose_policy(Model.capture(Weighed().eval(), (torch.randn(2, 1, 8, 8),)).graph) == "cnn"
+    assert choose_policy(Model.capture(ByHand().eval(), (torch.randn(2, 2, 8),)).graph) == "transformer"
+
+
 def test_layers_read_few_bits_while_sums_keep_more() -> None:
     placement = placed(Block(), (2, 1, 8, 8), "cnn", narrow=True)
     # What a and b read; the first layer and the head keep theirs.

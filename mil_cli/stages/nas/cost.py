@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 from mil_cli.device.profile import DeviceProfile
 from mil_cli.events import Progress
@@ -13,9 +12,8 @@ from mil_cli.stages.breeding import Candidate
 from mil_cli.stages.measured import WHOLE
 from mil_cli.stages.nas.space import ElasticSpace
 from mil_cli.stages.nas.supernet import random_pool
+from mil_cli.stages.target_config import Quantity
 from mil_cli.stages.targets import Kernels
-
-Quantity = Literal["macs", "params", "latency", "memory"]
 
 _MEASURED_AHEAD = 300
 
@@ -35,6 +33,7 @@ class CandidateCost:
 
     Raises:
         MeasureError: An operator's latency cannot be measured.
+        ValueError: Channels are asked for, which blocks that are left out have none of.
     """
 
     def __init__(
@@ -61,6 +60,8 @@ class CandidateCost:
                 self._count = counter.params
             case "memory":
                 self._count = MemoryEstimate(counter)
+            case "channels":
+                raise ValueError("candidates leave out blocks: their channels are not counted")
             case "latency":
                 lister = OperatorLister(counter, kernels, device.int8.policy)
                 operators = {key: seconds for key, seconds in known.items() if key != WHOLE}

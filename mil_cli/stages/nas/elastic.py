@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mil_cli.errors import StageError
 from mil_cli.graph.coupling import Coupling, analyse, group_norms, reorder, shared_cut
@@ -20,27 +20,15 @@ from mil_cli.stages.fitting import Fitting
 from mil_cli.stages.generations import Generations
 from mil_cli.stages.judging import quality_or_worst, with_fresh_statistics
 from mil_cli.stages.measured import Choice, Correction, latency_seconds
-from mil_cli.stages.nas.cost import CandidateCost, Quantity
+from mil_cli.stages.nas.cost import CandidateCost
 from mil_cli.stages.nas.space import ElasticSpace, depths_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, sandwich
-from mil_cli.stages.recovery import RecoveringConfig
 from mil_cli.stages.registry import stage
-from mil_cli.stages.targets import (
-    Kernels,
-    LatencyTarget,
-    MemoryTarget,
-    RoundTo,
-    Target,
-    parse_latency,
-    parse_memory,
-    width_multiple,
-)
-from mil_cli.units import Kept, parse_kept
+from mil_cli.stages.target_config import TargetConfig
+from mil_cli.stages.targets import width_multiple
 
 if TYPE_CHECKING:
     from mil_cli.stages.context import Context
-
-QUANTITIES: tuple[Quantity, ...] = ("macs", "params", "latency", "memory")
 
 _BATCH = 64
 _PROVEN = 16
@@ -51,24 +39,13 @@ _LEAST_EVALUATIONS = 8
 _SHOWN = 20
 
 
-class ElasticConfig(RecoveringConfig):
+class ElasticConfig(TargetConfig):
     """Settings of ``nas/elastic``.
 
     Attributes:
-        macs: Multiply-accumulates to keep, as a ratio of what comes in (``0.3``, ``30%``) or a count (``6M``).
-        params: Parameters to keep, likewise.
-        latency: Latency to keep, as a ratio or a duration (``2 ms``), predicted from a table of operators that are
-            measured on the device. A duration is what the whole model takes, its median, where `measured` holds; else
-            what its operators add up to.
-        memory: Estimated memory to keep, as a ratio or a size (``2 MB``): the bytes of the weights, of the constants
-            beside them, and of the largest set of activations that are live at once, for one sample in float. Exactly
-            one of `macs`, `params`, `latency` and `memory` is given.
         min_width: Smallest share of any width (channels, heads, hidden units) that a candidate may have.
         min_depth: Smallest share of a chain of residual branches; one branch of each is always kept.
         choices: Most widths to choose from on one axis.
-        round_to: Multiple that widths end on; ``auto`` takes the device's.
-        multiple: The kernels that the net will run on in the end: int8 for a model that is quantized later. They decide
-            which of the device's multiples ``auto`` takes, and what a latency is predicted for.
         trainer: Overrides of the recipe's trainer settings, for the supernet.
         random: Random candidates that each step trains, beside the whole net and the smallest one.
         temperature: By which class scores are divided where candidates learn from the whole net.
@@ -79,26 +56,15 @@ class ElasticConfig(RecoveringConfig):
             depends on the machine's speed. None: as many as `evaluations` says.
         search_samples: Samples of val that a score is taken on.
         recalibrate_samples: Training samples from which the batch norms of a candidate take their statistics.
-        measured: Whether a choice by predicted latency is corrected by measuring the whole candidate beside the model
-            that came in, until it keeps the target; not where `multiple` is int8, since it is not quantized yet.
     """
 
     family: ClassVar[str] = "nas"
     method: ClassVar[str] = "elastic"
     version: ClassVar[int] = 2
-    never_after: ClassVar[dict[str, str]] = {
-        "quantize": "quantizers are placed and scaled for the widths that they find"
-    }
 
-    macs: Target | None = None
-    params: Target | None = None
-    latency: LatencyTarget | None = None
-    memory: MemoryTarget | None = None
     min_width: float = Field(0.25, gt=0, le=1)
     min_depth: float = Field(0.3, gt=0, le=1)
     choices: int = Field(6, ge=2, le=1000)
-    round_to: RoundTo = "auto"
-    multiple: Kernels = "float"
     trainer: dict[str, Any] = Field(default_factory=dict)
     random: int = Field(2, ge=0, le=16)
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
@@ -108,32 +74,6 @@ class ElasticConfig(RecoveringConfig):
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
     search_samples: int = Field(5000, ge=1)
     recalibrate_samples: int = Field(1024, ge=0)
-    measured: bool = True
-
-    @model_validator(mode="after")
-    def _one_target(self) -> ElasticConfig:
-        given = [name for name in QUANTITIES if getattr(self, name) is not None]
-        if len(given) != 1:
-            shown = " and ".join(given) if given else "none"
-            raise ValueError(f"give exactly one of {', '.join(QUANTITIES)}, what is kept of it; {shown} is given")
-        return self
-
-    @property
-    def quantity(self) -> Quantity:
-        """What the target bounds."""
-        return next(name for name in QUANTITIES if getattr(self, name) is not None)
-
-    @property
-    def kept(self) -> Kept:
-        """How much of it is kept."""
-        asked = getattr(self, self.quantity)
-        parsers = {"latency": parse_latency, "memory": parse_memory}
-        return parsers.get(self.quantity, parse_kept)(asked)
-
-    @property
-    def measures_latency(self) -> bool:
-        """Whether a choice by predicted latency is corrected by measuring float models, as the stage has them."""
-        return self.measured and self.quantity == "latency" and self.multiple == "float"
 
 
 @stage(ElasticConfig)

@@ -48,6 +48,28 @@ def write_quantizers(onnx: GraphWriter, widths: Collection[int] = ALL_WIDTHS) ->
     return writer.notices()
 
 
+def _before_clip(marker: Marker) -> tuple[ir.Value, int, int]:
+    """Return what an activation's quantizer may read and its smallest and largest code, without the Clip before it.
+
+    Rounding keeps the order, so that codes can be clipped in place of values. onnxruntime drops a Clip by itself only
+    where it cuts nothing off the 8 bits; any other keeps the layer before it, whose output it is, in float.
+    """
+    whole = marker.x, marker.quant_min, marker.quant_max
+    clip = marker.x.producer()
+    if clip is None or (clip.domain, clip.op_type) != ("", "Clip") or marker.axis is not None:
+        return whole
+    if len(list(marker.x.uses())) > 1 or marker.x.is_graph_output() or clip.inputs[0] is None:
+        return whole
+    codes = [marker.quant_min, marker.quant_max]
+    for place, bound in enumerate(clip.inputs[1:]):
+        if bound is not None:
+            value = constant_of(bound)
+            if value is None:
+                return whole
+            codes[place] = int(marker.codes(value.astype(np.float32)).item())
+    return clip.inputs[0], codes[0], codes[1]
+
+
 class _Writer:
     """Writes markers as standard nodes."""
 
@@ -83,13 +105,14 @@ class _Writer:
         scale = self._onnx.constant("scale", marker.scale, ir.DataType.FLOAT)
         zero_point = self._onnx.constant("zero_point", marker.zero_point, dtype)
         attributes = {} if marker.axis is None else {"axis": marker.axis}
-        codes = self._onnx.insert(marker.node, "QuantizeLinear", [marker.x, scale, zero_point], attributes, dtype)
-        if (marker.quant_min, marker.quant_max) != limits:
+        x, least, most = _before_clip(marker)
+        codes = self._onnx.insert(marker.node, "QuantizeLinear", [x, scale, zero_point], attributes, dtype)
+        if (least, most) != limits:
             # QuantizeLinear saturates at the type's limits; narrower codes are clipped as integers, which keeps the
             # operator before it fused.
             bounds: list[ir.Value | None] = [
                 None if bound == limit else self._onnx.constant("limit", np.array(bound), dtype)
-                for bound, limit in zip((marker.quant_min, marker.quant_max), limits, strict=True)
+                for bound, limit in zip((least, most), limits, strict=True)
             ]
             codes = self._onnx.insert(marker.node, "Clip", [codes, *bounds], {}, dtype)
         values = self._onnx.insert(
@@ -97,6 +120,9 @@ class _Writer:
         )
         self._written[id(values)] = marker
         self._onnx.replace(marker.output, values, marker.node)
+        clip = marker.x.producer()
+        if clip is not None and x is not marker.x:
+            self._onnx.graph.remove(clip, safe=True)
 
     def _write_weight(self, marker: Marker, weight: npt.NDArray[np.float32]) -> None:
         name = (marker.x.name or "weight").removesuffix(".weight")

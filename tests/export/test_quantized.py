@@ -18,7 +18,7 @@ from mil_cli.export.packing import storage_bits
 from mil_cli.export.parity import check_parity, without_quantizers
 from mil_cli.export.session import OnnxModel
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import set_attribute
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_attribute
 
 Build = Callable[[str], Any]
 KERNELS = {
@@ -50,6 +50,35 @@ def test_every_layer_runs_on_an_integer_kernel(name: str, case: Build, tmp_path:
     values = [*proto.graph.input, *proto.graph.output]
     baseline = onnx.load(made.exported.path).graph
     assert values == [*baseline.input, *baseline.output]
+
+
+@pytest.mark.parametrize("wider", [1.0, 1.4])
+def test_a_clip_before_few_bits_is_one_of_codes_and_layers_stay_integer(
+    wider: float, case: Build, tmp_path: Path
+) -> None:
+    """onnxruntime itself leaves out a clip of floats only where it cuts nothing off what 8 bits can hold."""
+    made = case("mobilenet")
+    model, notes = made.quantize(weight_bits=4, activation_bits=4)
+    clipped = [
+        node
+        for node in calls(model.graph)
+        if op_name(node) == "quantize_affine" and op_name(get_argument(node, "x")) in ("relu6", "hardtanh")
+    ]
+    assert clipped
+    for node in clipped:  # ranges may have been learned beyond what the clip lets through
+        name = str(get_argument(node, "scale").target)
+        set_attribute(model.graph, name, wider * get_attribute(model.graph, name))
+    path = export_onnx(model, tmp_path / "model.onnx").path
+    coverage = integer_coverage(path)
+    assert coverage.float_layers == ()
+    assert coverage.integer_layers == notes["quantized_layers"]
+    assert all(
+        node.op_type != "Clip" or node.input[0].startswith("QuantizeLinear") for node in onnx.load(path).graph.node
+    )
+    inputs = made.inputs(32)
+    parity = check_parity(model, path, [(inputs, {})])
+    assert parity.noise_ratio is not None
+    assert parity.noise_ratio < 1.5
 
 
 def weight_bytes(path: Path) -> dict[str, int]:

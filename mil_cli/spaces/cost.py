@@ -45,9 +45,7 @@ class CostCounter:
             if isinstance(layer, Conv2d):
                 layer.maps = None  # no built module has them
         self._shapes = DesignedSpace(shapes)
-        self._call = pytree.tree_map_only(
-            Tensor, lambda one: one.detach().to("meta"), (tuple(args), dict(kwargs or {}))
-        )
+        self._call = shapes_of(args, kwargs)
         self._counted = _WorkCounter()
         for path, module in _remembered(self._shapes.module).items():
             holders = [decision.holder for decision in self._shapes.decisions if decision.touches(path)]
@@ -95,6 +93,14 @@ class CostCounter:
                 for name, parameter in module.named_parameters(recurse=False):
                     counted.add((id(parameter), tuple(sliced.get(name, parameter).shape)))
         return sum(math.prod(shape) for _, shape in counted)
+
+
+def shapes_of(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the inputs of a module with their tensors on the meta device."""
+    call: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+        Tensor, lambda one: one.detach().to("meta"), (tuple(args), dict(kwargs or {}))
+    )
+    return call
 
 
 @contextmanager

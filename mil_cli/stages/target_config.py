@@ -7,12 +7,10 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from mil_cli.stages.recovery import RecoveringConfig
-from mil_cli.stages.targets import Kernels, LatencyTarget, MemoryTarget, RoundTo, Target, parse_latency, parse_memory
-from mil_cli.units import Kept, parse_kept
+from mil_cli.stages.targets import Kernels, LatencyTarget, MemoryTarget, RoundTo, Target, parse_target
+from mil_cli.units import Kept
 
 Quantity = Literal["macs", "params", "channels", "latency", "memory"]
-
-_PARSERS = {"latency": parse_latency, "memory": parse_memory}
 
 
 class TargetConfig(RecoveringConfig):
@@ -64,7 +62,7 @@ class TargetConfig(RecoveringConfig):
     @property
     def kept(self) -> Kept:
         """How much of it is kept."""
-        return _PARSERS.get(self.quantity, parse_kept)(getattr(self, self.quantity))
+        return parse_target(self.quantity, getattr(self, self.quantity))
 
     @property
     def measures_latency(self) -> bool:

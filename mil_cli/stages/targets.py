@@ -74,6 +74,15 @@ def parse_memory(text: str | float) -> Kept:
     return _ratio_or(text, parse_bytes, "memory", "a size such as 2 MB")
 
 
+def parse_target(quantity: str, text: str | float) -> Kept:
+    """Parse how much of a quantity is to be kept: latency and memory have units of their own, the others are counts.
+
+    Raises:
+        ValueError: It is neither a ratio nor an amount of the quantity.
+    """
+    return {"latency": parse_latency, "memory": parse_memory}.get(quantity, parse_kept)(text)
+
+
 def parse_size(text: str | float) -> Kept:
     """Parse a file's size to keep: a ratio (``0.3``, ``30%``), or a size (``100 kB``).
 

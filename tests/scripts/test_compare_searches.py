@@ -9,9 +9,10 @@ import torch
 
 from mil_cli.models.cell_nets import cell_nets
 from mil_cli.spaces import CostCounter, DesignedSpace
+from scripts import compare_searches
 from scripts.compare_searches import _drawn, _mixture_macs, main
-from scripts.comparison import Point
 from scripts.pool import append_row, read_rows
+from tests.scripts.planned import planned_points
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "nas" / "darts_cell.yaml"
 TINY = [
@@ -40,16 +41,8 @@ def test_what_is_drawn_has_the_form_of_what_is_found() -> None:
 
 def test_the_page_tells_errors_and_what_was_trained_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "page.md"
-    points: list[Point] = []
-
-    def note(arguments: object, work: object, phases: list[list[Point]], page: object) -> int:
-        points.extend(point for phase in phases for point in phase)
-        return 0
-
     words = [str(RECIPE), "--out", str(out), "--seeds", "0", "1", "--methods", "random", "darts", "--known-only"]
-    with monkeypatch.context() as patched:
-        patched.setattr("scripts.compare_searches.carry_out", note)
-        main(words)
+    points = planned_points(compare_searches, words, monkeypatch)
     found = {"random": (0.9, 0.8, 5), "darts": (0.9, 0.9, 1)}
     for point in points:
         *qualities, tried = found[point["method"]]

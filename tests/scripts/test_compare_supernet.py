@@ -9,9 +9,10 @@ import torch
 
 from mil_cli.models.slimmable_resnet import slimmable_resnet
 from mil_cli.spaces import CostCounter, DesignedSpace
+from scripts import compare_supernet
 from scripts.compare_supernet import _drawn, main
-from scripts.comparison import Point
 from scripts.pool import append_row, read_rows
+from tests.scripts.planned import planned_points
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "nas" / "bignas_fashion.yaml"
 
@@ -28,16 +29,8 @@ def test_nets_are_drawn_over_the_whole_range() -> None:
 
 def test_the_page_tells_drops_and_their_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "page.md"
-    points: list[Point] = []
-
-    def note(arguments: object, work: object, phases: list[list[Point]], page: object) -> int:
-        points.extend(point for phase in phases for point in phase)
-        return 0
-
     words = [str(RECIPE), "--out", str(out), "--seeds", "0", "1", "--count", "3", "--known-only"]
-    with monkeypatch.context() as patched:
-        patched.setattr("scripts.compare_supernet.carry_out", note)
-        main(words)
+    points = planned_points(compare_supernet, words, monkeypatch)
     for point in points:
         seed = point["seed"]
         alone = {"quality": (0.8, 0.9)[seed], "macs": 1000, "params": 50, "net": "a"}

@@ -20,8 +20,7 @@ from mil_cli.stages.nas.search.driver import Found, search
 from mil_cli.stages.nas.search.evolution import Evolution
 from mil_cli.stages.nas.search.registry import Search
 from mil_cli.stages.nas.search.trial import Score, ranked
-from mil_cli.stages.targets import LatencyTarget, MemoryTarget, Target, parse_latency, parse_memory
-from mil_cli.units import parse_kept
+from mil_cli.stages.targets import LatencyTarget, MemoryTarget, Target, parse_target
 
 if TYPE_CHECKING:
     from mil_cli.stages.context import Context
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 _AGAIN = 0.25
 """What part of the evaluations another choice for a corrected latency takes; half of them were scored before."""
 
-_PARSERS = {"latency": parse_latency, "memory": parse_memory}
 _UNITS = {"memory": "bytes of estimated memory"}
 
 
@@ -246,7 +244,7 @@ def _bound(
     target = getattr(config, name)
     if target is None:
         return Bound(name, cost)
-    most = _PARSERS.get(name, parse_kept)(target).resolve(whole)
+    most = parse_target(name, target).resolve(whole)
     least = cost(space.smallest)
     if least > most:
         shown, unit = (".6g", "s") if name == "latency" else (",.0f", _UNITS.get(name, name))

@@ -6,12 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from mil_cli.graph.coupling import Counter, MemoryEstimate, Sketcher
 from mil_cli.spaces import Architecture, DesignedSpace
-from mil_cli.spaces.cost import running_on_shapes
+from mil_cli.spaces.cost import running_on_shapes, shapes_of
 
 
 class ArchitectureMemory:
@@ -29,9 +28,7 @@ class ArchitectureMemory:
 
     def __init__(self, space: DesignedSpace, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
         self._shapes = DesignedSpace(_on_meta(space.module))
-        self._call = pytree.tree_map_only(
-            Tensor, lambda one: one.detach().to("meta"), (tuple(args), dict(kwargs or {}))
-        )
+        self._call = shapes_of(args, kwargs)
         self._sketcher = Sketcher()
 
     def __call__(self, architecture: Architecture) -> int:

@@ -28,7 +28,7 @@ from mil_cli.training.checkpoint import CheckpointSlot, FileSlot, NullSlot
 from mil_cli.training.config import TrainerConfig
 from mil_cli.training.evaluate import Quality, evaluate, fixed_batch
 from mil_cli.training.loop import FitResult, fit
-from mil_cli.training.objective import Binding, StepHook
+from mil_cli.training.objective import Binding, StepHook, Stop
 from mil_cli.training.trainee import T
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Context:
         bind: Binding[T] | None = None,
         taps: Sequence[str] = (),
         companions: nn.Module | None = None,
-        stop: Callable[[], str | None] | None = None,
+        stop: Stop[T] | None = None,
         data: Data | None = None,
     ) -> FitResult[T]:
         """Train a copy of `model` by the one training loop, resumably.

@@ -30,7 +30,7 @@ from mil_cli.training.devices import Network, build_fabric, run_in_precision
 from mil_cli.training.ema import MovingAverage
 from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate, too_few_samples
 from mil_cli.training.layout import place, to_contiguous, use_channels_last
-from mil_cli.training.objective import Binding, Objective, Running, StepHook
+from mil_cli.training.objective import Binding, Objective, Running, StepHook, Stop
 from mil_cli.training.optimizers import build_optimizer, build_scheduler
 from mil_cli.training.trainee import T
 
@@ -72,7 +72,7 @@ def fit(
     taps: Sequence[str] = (),
     companions: nn.Module | None = None,
     steps: int | None = None,
-    stop: Callable[[], str | None] | None = None,
+    stop: Stop[T] | None = None,
     checkpoint: CheckpointSlot | None = None,
     progress: Progress | None = None,
     description: str = "training",
@@ -100,8 +100,8 @@ def fit(
             in checkpoints, no part of the result. Parameters that need no gradient are left to whoever changes them.
         steps: Train for so many steps, whatever the settings' `epochs`, and do not evaluate; passes over more than an
             epoch are of equal length, so that there may be a few more. None: as the settings say.
-        stop: Asked once after each epoch; a reason ends the training. It must follow from the steps taken and from
-            `companions`, so that a resumed training is told the same.
+        stop: Asked once after each epoch; a reason ends the training. It must follow from the steps taken, from the
+            model and from `companions`, so that a resumed training is told the same.
         checkpoint: Where to keep checkpoints; the last one stays there, so that a finished training is not repeated.
         progress: Where to report.
         description: What progress calls this training.
@@ -169,7 +169,7 @@ class _Loop(Generic[T]):
         taps: Sequence[str],
         companions: nn.Module,
         steps: int | None,
-        stop: Callable[[], str | None] | None,
+        stop: Stop[T] | None,
         slot: CheckpointSlot,
         progress: Progress,
         description: str,
@@ -217,17 +217,16 @@ class _Loop(Generic[T]):
         self._save_seconds = 0.0
         self._unsaved = True
         self._signature = self._sign()
-        self._objective = bind(
-            Running(
-                model=self._model,
-                steps=self._steps_so_far,
-                total_steps=settings.epochs * self._steps,
-                forward=partial(run_in_precision, fabric),
-                tapped=lambda: self._tapped,
-                device=fabric.device,
-                channels_last=self._channels_last,
-            )
+        self._running = Running(
+            model=self._model,
+            steps=self._steps_so_far,
+            total_steps=settings.epochs * self._steps,
+            forward=partial(run_in_precision, fabric),
+            tapped=lambda: self._tapped,
+            device=fabric.device,
+            channels_last=self._channels_last,
         )
+        self._objective = bind(self._running)
 
     def run(self) -> FitResult[T]:
         self._resume()
@@ -328,7 +327,7 @@ class _Loop(Generic[T]):
             (position.epoch + 1) % settings.evaluate_every == 0 or position.epoch + 1 == settings.epochs
         ):
             self._evaluate(entry)
-        reason = self._stop() if self._stop is not None else None
+        reason = self._stop(self._running) if self._stop is not None else None
         if position.stopped is None:
             position.stopped = reason
         position.epoch += 1
@@ -393,7 +392,7 @@ class _Loop(Generic[T]):
             self._load_weights(self._average.tensors())
         self._share_buffers()
         # What an objective holds, teachers on the GPU say, would stay until the cycle of both were collected.
-        del self._objective
+        del self._objective, self._running
         self._tapped = {}
         model = self._model
         for parameter in model.parameters():

@@ -17,7 +17,7 @@ Objective: TypeAlias = Callable[[Any, Batch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Running(Generic[T]):
-    """A training under way, as an objective sees it that is bound to it.
+    """A training under way, as what watches it sees it.
 
     Attributes:
         model: The model in training.
@@ -44,3 +44,6 @@ StepHook: TypeAlias = Callable[[T, int, int], None]
 
 Binding: TypeAlias = Callable[[Running[T]], Objective]
 """Makes an objective that needs more than outputs and batch."""
+
+Stop: TypeAlias = Callable[[Running[T]], str | None]
+"""Gives a reason to end the training under way, if there is one."""

@@ -297,7 +297,7 @@ def test_a_reason_to_stop_ends_it_with_the_weights_of_that_epoch(
 ) -> None:
     reasons = iter([None, "enough", "never asked"])
     settings = _settings(epochs=5, scheduler="constant", evaluate_every=5)
-    result = fit(tiny, task=task, data=patterns, settings=settings, seed=1, stop=lambda: next(reasons))
+    result = fit(tiny, task=task, data=patterns, settings=settings, seed=1, stop=lambda running: next(reasons))
     assert result.stopped == "enough"
     shorter = fit(tiny, task=task, data=patterns, settings=_settings(epochs=2, scheduler="constant"), seed=1)
     assert len(result.history) == 2

@@ -16,6 +16,7 @@ from mil_cli.data.base import batch_count, halves
 from mil_cli.errors import StageError
 from mil_cli.stages.nas.designed import DesignedConfig
 from mil_cli.stages.nas.shared import SharedModule
+from mil_cli.stages.nas.stability import too_many_skips, too_sharp
 from mil_cli.stages.nas.strengths import Strengths, Weights, count_skips, derive, operator_decisions
 from mil_cli.stages.recovery import RecoveringConfig
 from mil_cli.training.layout import place
@@ -49,6 +50,10 @@ class RelaxedConfig(DesignedConfig, RecoveringConfig):
         edges: How many edges into a node the architecture keeps, if the others can be nothing; None keeps all.
         max_skips: The search ends, with the strengths of the epoch before, when the architecture that it stands for
             comes to have more skips; None: it does not.
+        max_eigenvalue_growth: The search ends, with strengths from before, when the largest eigenvalue of the Hessian
+            of their loss grows to more than so many times what it was; the paper has 1.3. None: it does not.
+        eigenvalue_window: So many epochs that value is averaged over; it is held against the average of one fewer
+            epochs before. The paper's 5 need a search of nine epochs and more.
         skip_dropout: Share of what skips give that is dropped at the beginning, falling to none at the end.
         recover: Key of a train or distill stage of the recipe that trains the architecture found; None leaves it with
             fresh weights.
@@ -60,6 +65,8 @@ class RelaxedConfig(DesignedConfig, RecoveringConfig):
     frozen: float = Field(0.0, ge=0, lt=1)
     edges: int | None = Field(2, ge=1)
     max_skips: int | None = Field(None, ge=0)
+    max_eigenvalue_growth: float | None = Field(None, gt=0, allow_inf_nan=False)
+    eigenvalue_window: int = Field(5, ge=3)
     skip_dropout: float = Field(0.0, ge=0, lt=1)
 
 
@@ -111,20 +118,29 @@ def search_relaxed(model: Model, config: RelaxedConfig, relaxation: Relaxation, 
         pass  # what cannot be mixed so is told now
     settings = context.trainer(config.trainer).judged_at_the_end()
     own, other = halves(context.data.train, seed=context.seed)
+    batch_size = model.spec.fixed_batch or settings.batch_size
 
-    def shown() -> Architecture:
-        return derive(space, strengths.weights(), edges=config.edges, threshold=relaxation.threshold)
+    def shown(weights: Weights) -> Architecture:
+        return derive(space, weights, edges=config.edges, threshold=relaxation.threshold)
 
-    def watch() -> str | None:
-        strengths.record()
-        return _too_many(strengths, lambda: count_skips(space, shown()), config.max_skips)
+    def watch(running: Running[Mixture]) -> str | None:
+        growth, skips, reason = config.max_eigenvalue_growth, config.max_skips, None
+        if growth is None:
+            strengths.record()
+        else:
+            batch = next(endless(other, batch_size=batch_size, seed=context.seed, start=0))
+            strengths.record(mixed_loss(running, context.task, relaxation, batch))
+            reason = too_sharp(strengths, growth, window=config.eigenvalue_window)
+        if reason is None and skips is not None:
+            reason = too_many_skips(strengths, lambda weights: count_skips(space, shown(weights)), skips)
+        return reason
 
     bind = relaxing(
         context.task,
         strengths,
         relaxation,
         other,
-        batch_size=model.spec.fixed_batch or settings.batch_size,
+        batch_size=batch_size,
         frozen=config.frozen,
         skip_dropout=config.skip_dropout,
         seed=context.seed,
@@ -139,13 +155,14 @@ def search_relaxed(model: Model, config: RelaxedConfig, relaxation: Relaxation, 
         stop=watch,
         data=context.with_train(own),
     )
-    architecture = shown()
+    architecture = shown(strengths.weights())
     context.note(
         history=result.history,
         stopped=result.stopped,
         architecture=architecture.to_json(),
         skips=count_skips(space, architecture),
         weights=[_named(space, weights) for weights in strengths.history],
+        eigenvalues=strengths.eigenvalues,
     )
     found = context.capture(context.space().build(architecture, seed=context.seed))
     return config.recovered(found, context, name="winner")
@@ -210,30 +227,38 @@ def relaxing(
 
     def bind(running: Running[Mixture]) -> Objective:
         mixture, steps = running.model, running.steps
-        space = mixture.space
         batches: Iterator[Batch] | None = None
 
-        def loss(weights: Weights) -> Tensor:
-            nonlocal batches
-            if batches is None:
-                batches = endless(split, batch_size=batch_size, seed=seed, start=steps())
-            batch = place(next(batches), device=running.device, channels_last=running.channels_last)
-            args, kwargs = task.inputs(batch)
-            with space.active(space.largest), space.mixed(weights, share=relaxation.share):
-                value = task.loss(running.forward(space.module, *args, **kwargs), batch)
-            return value if relaxation.penalty is None else value + relaxation.penalty(weights)
-
         def weigh() -> Weights:
+            nonlocal batches
             if mixture.training and steps() >= frozen * running.total_steps:
-                strengths.step(loss)
+                if batches is None:
+                    batches = endless(split, batch_size=batch_size, seed=seed, start=steps())
+                strengths.step(mixed_loss(running, task, relaxation, next(batches)))
             return strengths.weights()
 
         if skip_dropout:
-            drop_skips(space, lambda: skip_dropout * (1 - steps() / running.total_steps))
+            drop_skips(mixture.space, lambda: skip_dropout * (1 - steps() / running.total_steps))
         mixture.mix(weigh, share=relaxation.share)
         return task.loss
 
     return bind
+
+
+def mixed_loss(
+    running: Running[Mixture], task: Task, relaxation: Relaxation, batch: Batch
+) -> Callable[[Weights], Tensor]:
+    """Return the loss of a batch, by the weights of operators: the task's, with the relaxation's penalty."""
+    space = running.model.space
+    batch = place(batch, device=running.device, channels_last=running.channels_last)
+    args, kwargs = task.inputs(batch)
+
+    def loss(weights: Weights) -> Tensor:
+        with space.active(space.largest), space.mixed(weights, share=relaxation.share):
+            value = task.loss(running.forward(space.module, *args, **kwargs), batch)
+        return value if relaxation.penalty is None else value + relaxation.penalty(weights)
+
+    return loss
 
 
 def endless(split: Split, *, batch_size: int, seed: int, start: int) -> Iterator[Batch]:
@@ -293,21 +318,6 @@ def normalise_pools(space: DesignedSpace) -> None:
 
 def _choices(space: DesignedSpace) -> list[Choice]:
     return [choice for decision in operator_decisions(space) for choice in space.choices_of(decision)]
-
-
-def _too_many(strengths: Strengths, skips: Callable[[], int], most: int | None) -> str | None:
-    """Keep the strengths of an epoch that has few enough skips; else go back to the last such, and say why.
-
-    Liang et al. 2019, "DARTS+: Improved Differentiable Architecture Search with Early Stopping" (arXiv:1909.06035).
-    Before strengths have learnt, and until there was such an epoch, skips are a matter of chance.
-    """
-    if most is None or not strengths.updates:
-        return None
-    count = skips()
-    if count <= most:
-        strengths.keep()
-        return None
-    return f"the architecture came to have {count} skips; the one before is taken" if strengths.restore() else None
 
 
 def _check(space: DesignedSpace, context: Context) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mil_cli.spaces import Node, OneOf, Zero
+from mil_cli.stages.nas.stability import largest_eigenvalue
 
 if TYPE_CHECKING:
     from mil_cli.spaces import Architecture, DesignedSpace
@@ -19,6 +20,9 @@ Weights = dict[str, Tensor]
 
 _SPREAD = 1e-3
 """The standard deviation that strengths begin with, as in the authors' code."""
+
+
+_RECORDS = ("history", "trace", "eigenvalues")
 
 
 class Strengths(nn.Module):
@@ -38,6 +42,9 @@ class Strengths(nn.Module):
         alpha: The strengths of operators (operators of all decisions,).
         beta: Those of edges (edges of all nodes,); empty if they have none.
         updates: How often they were trained.
+        history: The weights after each epoch that was recorded.
+        trace: The strengths after each such epoch since they learn.
+        eigenvalues: The largest of the Hessian of their loss after each of those, where it was asked for.
     """
 
     def __init__(
@@ -65,7 +72,8 @@ class Strengths(nn.Module):
             [self.alpha, self.beta], lr=learning_rate, betas=(0.5, 0.999), weight_decay=weight_decay
         )
         self.history: list[dict[str, list[float]]] = []
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self.trace: list[tuple[Tensor, Tensor]] = []
+        self.eigenvalues: list[float] = []
 
     def weights(self, alpha: Tensor | None = None, beta: Tensor | None = None) -> Weights:
         """Return the weights that strengths stand for; its own unless others are given, which gradients then reach."""
@@ -90,30 +98,31 @@ class Strengths(nn.Module):
         self._optimizer.zero_grad()
         self.updates += 1
 
-    def record(self) -> None:
-        """Keep the weights of this moment in the history."""
+    def record(self, loss: Callable[[Weights], Tensor] | None = None) -> None:
+        """Keep the weights of this moment, the strengths if they learn by now, and how sharply a loss bends there."""
         self.history.append({name: part.tolist() for name, part in self.weights().items()})
+        if not self.updates:
+            return
+        self.trace.append((self.alpha.clone(), self.beta.clone()))
+        if loss is not None:
+            sizes = [len(self.alpha), len(self.beta)]
+            flat = torch.cat([self.alpha, self.beta])
+            self.eigenvalues.append(largest_eigenvalue(lambda at: loss(self.weights(*torch.split(at, sizes))), flat))
 
-    def keep(self) -> None:
-        """Keep the strengths of this moment."""
-        self._kept = (self.alpha.clone(), self.beta.clone())
-
-    def restore(self) -> bool:
-        """Go back to the strengths that were kept last; return whether there are any."""
-        if self._kept is None:
-            return False
-        for one, kept in zip((self.alpha, self.beta), self._kept, strict=True):
+    def go_back(self, epochs: int) -> None:
+        """Take the strengths of so many recorded epochs before the last."""
+        for one, kept in zip((self.alpha, self.beta), self.trace[-1 - epochs], strict=True):
             one.copy_(kept)
-        return True
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what is beside the tensors of the module."""
-        return {"optimizer": self._optimizer.state_dict(), "history": self.history, "kept": self._kept}
+        return {"optimizer": self._optimizer.state_dict(), **{name: getattr(self, name) for name in _RECORDS}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what `get_extra_state` gave."""
         self._optimizer.load_state_dict(state["optimizer"])
-        self.history, self._kept = list(state["history"]), state["kept"]
+        for name in _RECORDS:
+            setattr(self, name, list(state[name]))
 
 
 def zero_one(weights: Weights) -> Tensor:

@@ -31,6 +31,7 @@ METHODS: dict[str, RelaxedConfig] = {
     "fair": DartsConfig(trainer=TRAINER, strength_learning_rate=0.05, fair=True, zero_one_weight=1.0, threshold=0.5),
     "pc_darts": PcDartsConfig(trainer=TRAINER, strength_learning_rate=0.05, share=2),
 }
+WATCHED = {"max_eigenvalue_growth": 1.3, "eigenvalue_window": 3}
 
 
 def stripes(samples: int, seed: int) -> TensorSplit:
@@ -121,13 +122,13 @@ def test_the_winner_is_trained_by_another_stage_and_begins_afresh() -> None:
     "method", [pytest.param(method, marks=pytest.mark.slow if method == "fair" else ()) for method in METHODS]
 )
 def test_a_killed_search_goes_on_to_the_same_bits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = METHODS[method].model_copy(update={"trainer": {**TRAINER, "epochs": 2}, "max_skips": 0})
+    config = METHODS[method].model_copy(update={"trainer": {**TRAINER, "epochs": 2}, "max_skips": 0, **WATCHED})
     model = incoming(space())
 
     def run(folder: Path) -> tuple[Model, Any]:
         used = context(folder)
         found = function_of(config)(model, config, used)
-        return found, {name: used.notes[name] for name in ("weights", "architecture", "stopped")}
+        return found, {name: used.notes[name] for name in ("weights", "architecture", "stopped", "eigenvalues")}
 
     notes: list[Any] = []
 
@@ -143,7 +144,7 @@ def test_a_killed_search_goes_on_to_the_same_bits(method: str, tmp_path: Path, m
 
 
 def test_a_search_that_skips_too_much_ends_before_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = iter([0, 0, 3, 3, 3])
+    counts = iter([0, 0, 0, 3, 0])  # of the first two epochs, then of the second and third
     monkeypatch.setattr("mil_cli.stages.nas.relaxed.count_skips", lambda searched, architecture: next(counts))
     used = context()
     config = METHODS["darts"].model_copy(update={"max_skips": 2})
@@ -151,6 +152,18 @@ def test_a_search_that_skips_too_much_ends_before_it_did(monkeypatch: pytest.Mon
     weights: Any = used.notes["weights"]
     assert len(weights) == 3
     assert "3 skips" in str(used.notes["stopped"])
+
+
+def test_a_search_whose_loss_comes_to_bend_sharply_ends_before_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([1.0, 1.0, 1.0, 1.2, 1.2, 2.0, 9.0])
+    monkeypatch.setattr("mil_cli.stages.nas.strengths.largest_eigenvalue", lambda loss, at: next(values))
+    used = context()
+    config = METHODS["darts"].model_copy(update={"max_eigenvalue_growth": 1.3, "eigenvalue_window": 3})
+    darts(incoming(space()), config, used)
+    weights: Any = used.notes["weights"]
+    assert used.notes["eigenvalues"] == [1.0, 1.0, 1.0, 1.2, 1.2, 2.0]  # 4.4 / 3 of the mean of the middle ones
+    assert len(weights) == 6
+    assert "grew to 1.38" in str(used.notes["stopped"])
 
 
 class Degenerate(nn.Module):
@@ -231,7 +244,14 @@ def test_train_that_cannot_be_divided_is_told() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"frozen": 1.0}, {"edges": 0}, {"skip_dropout": 1.0}, {"max_skips": -1}, {"strength_learning_rate": 0.0}],
+    [
+        {"frozen": 1.0},
+        {"edges": 0},
+        {"skip_dropout": 1.0},
+        {"max_skips": -1},
+        {"eigenvalue_window": 2},
+        {"strength_learning_rate": 0.0},
+    ],
 )
 def test_settings_out_of_range_are_told(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, cast
 
@@ -32,13 +30,11 @@ from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate, too_few
 from mil_cli.training.layout import place, to_contiguous, use_channels_last
 from mil_cli.training.objective import Binding, Objective, Running, StepHook, Stop
 from mil_cli.training.optimizers import build_optimizer, build_scheduler
+from mil_cli.training.state import Checkpoints, TrainingState
 from mil_cli.training.trainee import T
 
-_STATE_VERSION = 2
 _GUARD_STEPS = 100
 _SHOW_SECONDS = 0.5
-_EPOCH_SAVE_SECONDS = 2.0
-_SAVE_SHARE = 50  # a checkpoint is written at most so often that writing takes 1/50 of the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,22 +135,6 @@ def fit(
         return loop.run()
 
 
-@dataclass
-class _Position:
-    """How far training has come: everything that is not a tensor of the model."""
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: float | None = None
-    best_epoch: int = 0
-    stale: int = 0
-    stopped: str | None = None
-    diverged: bool = False
-    seconds: float = 0.0
-
-
 class _Loop(Generic[T]):
     def __init__(
         self,
@@ -178,7 +158,7 @@ class _Loop(Generic[T]):
     ) -> None:
         self._task, self._data, self._settings, self._seed = task, data, settings, seed
         self._before_step, self._stop = before_step, stop
-        self._slot, self._progress, self._description, self._clock = slot, progress, description, clock
+        self._progress, self._description, self._clock = progress, description, clock
         self._fabric = fabric
         self._model = model.clone().train()
         self._channels_last = use_channels_last(self._model, wanted=settings.channels_last)
@@ -207,16 +187,24 @@ class _Loop(Generic[T]):
         # On one device in full precision Fabric's wrappers do nothing but cost time, which small models feel.
         self._plain = fabric.world_size == 1 and settings.precision == "32-true"
         self._forward: Callable[..., Any] = graph if self._plain else self._network
-        self._weights = self._model.state_dict()
-        self._average = MovingAverage(self._weights, settings.ema) if settings.ema is not None else None
-        self._position = _Position()
-        self._best_state: dict[str, torch.Tensor] | None = None
-        self._initial = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=fabric.device)
-        self._saved_at = self._counted_at = clock()
-        self._save_seconds = 0.0
-        self._unsaved = True
-        self._signature = self._sign()
+        weights = self._model.state_dict()
+        self._average = MovingAverage(weights, settings.ema) if settings.ema is not None else None
+        self._state = TrainingState(
+            fabric=fabric,
+            weights=weights,
+            companions=self._companions,
+            optimizer=optimizer,
+            scheduler=self._scheduler,
+            average=self._average,
+            loss_sum=torch.zeros((), dtype=torch.float64, device=fabric.device),
+            seed=seed,
+        )
+        self._position, self._loss_sum = self._state.position, self._state.loss_sum
+        facts = [settings.model_dump(mode="json"), seed, self._steps]
+        self._checkpoints = Checkpoints(
+            self._state, slot, facts=facts, every=settings.checkpoint_every_seconds, clock=clock
+        )
+        self._initial = self._state.copy_weights()
         self._running = Running(
             model=self._model,
             steps=self._steps_so_far,
@@ -229,23 +217,22 @@ class _Loop(Generic[T]):
         self._objective = bind(self._running)
 
     def run(self) -> FitResult[T]:
-        self._resume()
+        if not self._checkpoints.resume():
+            self._progress.notice(f"{self._description}: a checkpoint of other settings is ignored")
         total = self._settings.epochs * self._steps
         position = self._position
         with self._progress.work(self._description, total, done=self._steps_so_far()) as bar:
             while position.epoch < self._settings.epochs and position.stopped is None:
                 self._run_epoch(bar)
-        if self._unsaved:
-            self._save()
+        self._checkpoints.finish()
         return self._finish()
 
     def _steps_so_far(self) -> int:
         return self._position.epoch * self._steps + self._position.step
 
     def _run_epoch(self, bar: Bar) -> None:
-        position, settings = self._position, self._settings
+        position = self._position
         clock, guard = self._clock, _GUARD_STEPS
-        every = settings.checkpoint_every_seconds
         shown_at, unshown = clock(), 0
         batches = self._data.train.batches(
             self._batch_size,
@@ -261,7 +248,6 @@ class _Loop(Generic[T]):
             self._check_full(batch)
             self._step(place(batch, device=self._fabric.device, channels_last=self._channels_last))
             position.step += 1
-            self._unsaved = True
             unshown += 1
             if position.step == self._steps:
                 break
@@ -271,13 +257,10 @@ class _Loop(Generic[T]):
             if now - shown_at >= _SHOW_SECONDS:
                 bar.advance(unshown, note=self._note())
                 shown_at, unshown = now, 0
-            if position.step < self._steps and now - self._saved_at >= max(every, _SAVE_SHARE * self._save_seconds):
-                self._save_if_sound()
+            self._checkpoints.after_step(now)
         self._end_epoch()
         bar.advance(unshown, note=self._note())
-        elapsed = clock() - self._saved_at
-        if elapsed >= max(min(every, _EPOCH_SAVE_SECONDS), _SAVE_SHARE * self._save_seconds):
-            self._save()
+        self._checkpoints.after_epoch()
 
     def _step(self, batch: Batch) -> None:
         args, kwargs = self._task.inputs(batch)
@@ -347,7 +330,7 @@ class _Loop(Generic[T]):
             best = None if position.best is None else Quality(**{**vars(quality), "value": position.best})
             if quality.better_than(best):
                 position.best, position.best_epoch, position.stale = quality.value, position.epoch + 1, 0
-                self._best_state = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
+                self._state.best = self._state.copy_weights()
                 return
         position.stale += 1
         if patience is not None and position.stale >= patience and position.epoch + 1 < self._settings.epochs:
@@ -375,7 +358,7 @@ class _Loop(Generic[T]):
     def _diverge(self, reason: str) -> None:
         position = self._position
         position.diverged = True
-        kept = f"those after epoch {position.best_epoch}" if self._best_state is not None else "those it started from"
+        kept = f"those after epoch {position.best_epoch}" if self._state.best is not None else "those it started from"
         position.stopped = f"{reason}; the best weights are kept, {kept}"
         self._progress.notice(
             f"{self._description} diverged: {position.stopped}. Try a lower trainer.learning_rate, or"
@@ -384,12 +367,12 @@ class _Loop(Generic[T]):
 
     def _finish(self) -> FitResult[T]:
         position = self._position
-        if position.diverged and self._best_state is None:
-            self._load_weights(self._initial)
-        elif (position.diverged or self._settings.early_stopping is not None) and self._best_state is not None:
-            self._load_weights(self._best_state)
+        if position.diverged and self._state.best is None:
+            self._state.load_weights(self._initial)
+        elif (position.diverged or self._settings.early_stopping is not None) and self._state.best is not None:
+            self._state.load_weights(self._state.best)
         elif self._average is not None:
-            self._load_weights(self._average.tensors())
+            self._state.load_weights(self._average.tensors())
         self._share_buffers()
         # What an objective holds, teachers on the GPU say, would stay until the cycle of both were collected.
         del self._objective, self._running
@@ -402,83 +385,8 @@ class _Loop(Generic[T]):
         model.eval()
         if self._fabric.world_size > 1:
             model = model.clone()  # without the hooks of the distributed wrapper
-        self._count_seconds()
+        self._checkpoints.count_seconds()
         return FitResult(model=model, history=position.history, stopped=position.stopped, seconds=position.seconds)
-
-    def _count_seconds(self) -> None:
-        now = self._clock()
-        self._position.seconds += now - self._counted_at
-        self._counted_at = now
-
-    def _resume(self) -> None:
-        state = self._slot.load()
-        if state is None:
-            return
-        if state.get("signature") != self._signature:
-            self._progress.notice(f"{self._description}: a checkpoint of other settings is ignored")
-            return
-        self._load_weights(state["model"])
-        self._companions.load_state_dict(state["companions"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
-        self._fabric.strategy.precision.load_state_dict(state["precision"])
-        if self._average is not None:
-            self._average.load_state_dict(state["average"])
-        self._position = _Position(**state["position"])
-        self._loss_sum.fill_(self._position.loss_sum)
-        self._best_state = state["best"]
-        self._unsaved = False
-        if self._fabric.global_rank == 0:
-            torch.set_rng_state(state["random"])
-            if self._fabric.device.type == "cuda" and state["random_device"] is not None:
-                torch.cuda.set_rng_state(state["random_device"], self._fabric.device)
-        else:
-            torch.manual_seed(mix_seed(self._seed, self._fabric.global_rank, self._position.epoch, self._position.step))
-
-    def _save_if_sound(self) -> None:
-        if math.isfinite(self._loss_sum.item()):
-            self._save()
-
-    def _save(self) -> None:
-        started = self._clock()
-        self._position.loss_sum = self._loss_sum.item()
-        self._count_seconds()
-        if self._fabric.global_rank == 0:
-            on_gpu = self._fabric.device.type == "cuda"
-            self._slot.save(
-                {
-                    "signature": self._signature,
-                    "position": {**vars(self._position)},
-                    "model": dict(self._weights),
-                    "companions": self._companions.state_dict(),
-                    "optimizer": self._raw_optimizer.state_dict(),
-                    "scheduler": self._scheduler.state_dict(),
-                    "precision": self._fabric.strategy.precision.state_dict(),
-                    "average": self._average.state_dict() if self._average is not None else None,
-                    "best": self._best_state,
-                    "random": torch.get_rng_state(),
-                    "random_device": torch.cuda.get_rng_state(self._fabric.device) if on_gpu else None,
-                }
-            )
-        self._unsaved = False
-        self._saved_at = self._clock()
-        self._save_seconds = self._saved_at - started if self._settings.checkpoint_every_seconds else 0.0
-
-    def _sign(self) -> str:
-        """Tell this training from others that might share its slot."""
-        tensors = {**self._weights, **self._companions.state_dict(prefix="companions.")}
-        shapes = {
-            name: [str(tensor.dtype), list(tensor.shape)]
-            for name, tensor in tensors.items()
-            if isinstance(tensor, torch.Tensor)  # what else a companion keeps has no form that is known before
-        }
-        facts = [_STATE_VERSION, self._settings.model_dump(mode="json"), self._seed, self._steps, shapes]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-    @torch.no_grad()
-    def _load_weights(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in self._weights.items():
-            tensor.detach().copy_(state[name])
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -486,12 +394,12 @@ class _Loop(Generic[T]):
         if self._average is None:
             yield
             return
-        live = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
-        self._load_weights(self._average.tensors())
+        live = self._state.copy_weights()
+        self._state.load_weights(self._average.tensors())
         try:
             yield
         finally:
-            self._load_weights(live)
+            self._state.load_weights(live)
 
     def _share_gradients(self) -> None:
         """Average the companions' gradients over the processes, which the wrapper around the model does not see."""

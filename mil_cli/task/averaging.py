@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mil_cli.errors import TaskError
 from mil_cli.task.divergence import check_same_shape
-from mil_cli.task.fields import Entry, output_tensor
 
 
 def mean_of_probabilities(
@@ -47,21 +46,6 @@ def weighted_mean(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> 
     """
     check_shapes(tensors)
     return torch.stack([weight * tensor for weight, tensor in zip(weights, tensors, strict=True)]).sum(0)
-
-
-def combine_scored(
-    outputs: Sequence[Any], output_key: Entry | None, combine: Callable[[list[torch.Tensor]], torch.Tensor]
-) -> Any:
-    """Return the first outputs with a combination of all in place of the tensor that is scored.
-
-    Args:
-        outputs: Those of each model.
-        output_key: Which tensor is scored; see `output_tensor`.
-        combine: Makes one tensor of several.
-    """
-    scored = [output_tensor(each, output_key) for each in outputs]
-    combined = combine(scored)
-    return tree_map(lambda leaf: combined if leaf is scored[0] else leaf, outputs[0])
 
 
 def weighted_mean_of_all(outputs: Sequence[Any], weights: Sequence[float]) -> Any:

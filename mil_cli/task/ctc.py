@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
@@ -13,23 +13,13 @@ from torchmetrics.text import WordErrorRate
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
-from mil_cli.task.averaging import combine_scored, mean_of_probabilities
 from mil_cli.task.divergence import softened_divergence
-from mil_cli.task.fields import (
-    Entry,
-    InputEntries,
-    check_choice,
-    entry,
-    model_inputs,
-    no_class_scores,
-    output_tensor,
-    target_entry,
-    task_fingerprint,
-)
+from mil_cli.task.entry_task import ClassTask
+from mil_cli.task.fields import Entry, check_choice, entry, model_inputs, no_class_scores, target_entry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ctc:
+class Ctc(ClassTask):
     """Connectionist temporal classification (Graves et al. 2006).
 
     The model gives scores before softmax of shape (batch, frames, classes). Batches are dicts, or the tuples of
@@ -50,8 +40,9 @@ class Ctc:
             ``inputs_lengths``, or the one other key that ends in ``_lengths``.
         target_lengths_key: The entry with the targets' lengths; None: position 3 of four, or ``target_lengths`` or
             ``<target>_lengths``.
-        output_key: Which output holds the scores.
     """
+
+    name: ClassVar[str] = "ctc"
 
     blank: int = 0
     unit: str = "token"
@@ -60,11 +51,8 @@ class Ctc:
     time_axis: int = 1
     batch_first: bool = True
     pad_value: int = -100
-    input_keys: InputEntries = None
-    target_key: Entry | None = None
     input_lengths_key: Entry | None = None
     target_lengths_key: Entry | None = None
-    output_key: Entry | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.unit, ("token", "word"), where="task.unit")
@@ -74,11 +62,6 @@ class Ctc:
             )
         if self.subsampling is not None and self.subsampling < 1:
             raise TaskError("must be at least 1", where="task.subsampling", value=self.subsampling)
-
-    @property
-    def name(self) -> str:
-        """What reports call the task."""
-        return "ctc"
 
     @property
     def metric_name(self) -> str:
@@ -143,18 +126,6 @@ class Ctc:
         """
         raise no_class_scores(self.name, "its frames have no labels")
 
-    def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
-        """Return outputs whose softened class probabilities are the weighted mean of the models'."""
-
-        def mean(each: Sequence[torch.Tensor]) -> torch.Tensor:
-            return mean_of_probabilities(each, weights, temperature=temperature)
-
-        return combine_scored(outputs, self.output_key, mean)
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of code and settings."""
-        return task_fingerprint(self)
-
     def _text(self, tokens: list[int]) -> str:
         if self.unit == "token":
             return " ".join(map(str, tokens))
@@ -167,7 +138,7 @@ class Ctc:
         return " ".join("-".join(map(str, word)) for word in words if word)
 
     def _scores(self, outputs: Any) -> torch.Tensor:
-        scores = output_tensor(outputs, self.output_key)
+        scores = self._scored(outputs)
         if scores.ndim != 3:
             raise TaskError(
                 f"scores must have three axes and have shape {tuple(scores.shape)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,26 +16,15 @@ from torchmetrics.functional.audio import scale_invariant_signal_distortion_rati
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
-from mil_cli.task.averaging import combine_scored, weighted_mean
-from mil_cli.task.divergence import check_same_shape
-from mil_cli.task.fields import (
-    Entry,
-    InputEntries,
-    check_choice,
-    entry,
-    model_inputs,
-    no_class_scores,
-    output_tensor,
-    target_entry,
-    task_fingerprint,
-)
+from mil_cli.task.entry_task import EntryTask
+from mil_cli.task.fields import check_choice
 
 _LOSSES = ("si_sdr", "spectral")
 _TINY = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Denoising:
+class Denoising(EntryTask):
     """A mask over the short-time spectrum of a noisy waveform.
 
     Batches hold waveforms of shape (batch, samples), noisy and clean. The model gets magnitudes of shape (batch, bins,
@@ -49,19 +38,16 @@ class Denoising:
         limit: For ``si_sdr``: dB from which a better estimate gains nothing.
         compression: For ``spectral``: exponent of the magnitudes.
         state_shapes: Shapes of the states that the model takes after the magnitudes, without the batch axis.
-        input_keys: See `InputEntries`; must give one waveform.
-        target_key: The entry with the clean waveform; None: the last of a tuple, or the usual key of a dict.
-        output_key: Which output is the mask; None: the only or first one.
+        input_keys: As in `EntryTask`; must give one waveform. The target is the clean one, the scored output the mask.
     """
+
+    name: ClassVar[str] = "denoising"
 
     loss_kind: str = "si_sdr"
     window: int = 256
     limit: float = 30.0
     compression: float = 0.3
     state_shapes: Sequence[Sequence[int]] = ()
-    input_keys: InputEntries = None
-    target_key: Entry | None = None
-    output_key: Entry | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.loss_kind, _LOSSES, where="task.loss_kind")
@@ -79,11 +65,6 @@ class Denoising:
                     value=self.state_shapes,
                     hint="give one list for each state, such as [[48, 126]]",
                 )
-
-    @property
-    def name(self) -> str:
-        """What reports call the task."""
-        return "denoising"
 
     @property
     def metric_name(self) -> str:
@@ -128,25 +109,9 @@ class Denoising:
     def distance(self, student_outputs: Any, teacher_outputs: Any, batch: Batch, *, temperature: float) -> Tensor:
         """Return the loss with the teacher's estimate in place of the clean speech; a temperature has no meaning."""
         noisy = self._noisy(batch)
+        self._compared(student_outputs, teacher_outputs)
         student, teacher = (self._masked(outputs, noisy) for outputs in (student_outputs, teacher_outputs))
-        check_same_shape(student, teacher)
         return self._apart(student, teacher, istft(teacher, window=self.window, length=noisy.shape[-1]))
-
-    def class_scores(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Refuse: there are no classes.
-
-        Raises:
-            TaskError: Always.
-        """
-        raise no_class_scores(self.name, "it has no classes")
-
-    def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
-        """Return outputs whose mask is the weighted mean of the models'; a temperature has no meaning here."""
-        return combine_scored(outputs, self.output_key, lambda each: weighted_mean(each, weights))
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of code and settings."""
-        return task_fingerprint(self)
 
     def _apart(self, estimate: Tensor, wanted: Tensor, waveform: Tensor) -> Tensor:
         """Return the loss of an estimated spectrum against the wanted one, whose waveform is given too."""
@@ -155,7 +120,7 @@ class Denoising:
         return si_sdr_loss(istft(estimate, window=self.window, length=waveform.shape[-1]), waveform, limit=self.limit)
 
     def _noisy(self, batch: Batch) -> Tensor:
-        args, kwargs = model_inputs(batch, self.input_keys, without=[target_entry(batch, self.target_key)])
+        args, kwargs = super().inputs(batch)
         found = [*args, *kwargs.values()]
         if len(found) != 1 or found[0].ndim != 2 or found[0].shape[-1] < self.window:
             raise TaskError(
@@ -167,7 +132,7 @@ class Denoising:
         return torch.as_tensor(found[0])
 
     def _clean(self, batch: Batch) -> Tensor:
-        clean, noisy = entry(batch, target_entry(batch, self.target_key), where="task.target_key"), self._noisy(batch)
+        clean, noisy = self._target(batch), self._noisy(batch)
         if clean.shape != noisy.shape:
             raise TaskError(
                 f"clean waveforms of shape {tuple(clean.shape)} do not fit noisy ones of {tuple(noisy.shape)}",
@@ -177,7 +142,7 @@ class Denoising:
         return clean
 
     def _masked(self, outputs: Any, noisy: Tensor) -> Tensor:
-        mask, spectrum = output_tensor(outputs, self.output_key), stft(noisy, window=self.window)
+        mask, spectrum = self._scored(outputs), stft(noisy, window=self.window)
         if mask.shape != spectrum.shape:
             raise TaskError(
                 f"a mask of shape {tuple(mask.shape)} does not fit a spectrum of shape {tuple(spectrum.shape)}",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils._pytree import tree_map
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError, did_you_mean
-from mil_cli.models.user_code import source_sha256
 
 Entry: TypeAlias = int | str
 """A position in a tuple batch, or a key of a dict batch."""
@@ -127,6 +125,11 @@ def output_tensor(outputs: Any, name: Entry | None) -> torch.Tensor:
     return chosen
 
 
+def replace_output(outputs: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    """Return outputs with one tensor in place of another that they hold."""
+    return tree_map(lambda leaf: new if leaf is old else leaf, outputs)
+
+
 def no_class_scores(task: str, reason: str) -> TaskError:
     """Return the error of a task that cannot give class scores with a label each."""
     return TaskError(
@@ -134,13 +137,6 @@ def no_class_scores(task: str, reason: str) -> TaskError:
         where="task",
         hint="distil by soft_labels, which uses the task's own distance",
     )
-
-
-def task_fingerprint(task: Any) -> str:
-    """Return the SHA-256 of a task's source file and of its settings (a dataclass)."""
-    settings = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
-    text = f"{source_sha256(type(task))} {type(task).__qualname__} {sorted(settings.items())!r}"
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_choice(value: str, known: Sequence[str], *, where: str) -> None:

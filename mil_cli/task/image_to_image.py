@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
@@ -13,19 +12,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
-from mil_cli.task.averaging import combine_scored, weighted_mean
-from mil_cli.task.divergence import check_same_shape
-from mil_cli.task.fields import (
-    Entry,
-    InputEntries,
-    check_choice,
-    entry,
-    model_inputs,
-    no_class_scores,
-    output_tensor,
-    target_entry,
-    task_fingerprint,
-)
+from mil_cli.task.entry_task import EntryTask
+from mil_cli.task.fields import check_choice
 
 _LOSSES = ("l1", "charbonnier", "mse")
 
@@ -34,7 +22,7 @@ HIGHEST_PSNR = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageToImage:
+class ImageToImage(EntryTask):
     """An image for an image: output and target of shape (batch, channels, height, width).
 
     Attributes:
@@ -43,19 +31,15 @@ class ImageToImage:
         minimum: Smallest value that an image can have; outputs are cut to the range before they are scored.
         border: Pixels at each edge that are not scored, as is usual in super-resolution.
         epsilon: Of the Charbonnier loss.
-        input_keys: See `InputEntries`.
-        target_key: The entry with the target; None: the last of a tuple, or the usual key of a dict.
-        output_key: Which output is scored; None: the only or first one.
     """
+
+    name: ClassVar[str] = "image_to_image"
 
     loss_kind: str = "l1"
     data_range: float = 1.0
     minimum: float = 0.0
     border: int = 0
     epsilon: float = 1e-3
-    input_keys: InputEntries = None
-    target_key: Entry | None = None
-    output_key: Entry | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.loss_kind, _LOSSES, where="task.loss_kind")
@@ -63,11 +47,6 @@ class ImageToImage:
             raise TaskError("must be above 0", where="task.data_range", value=self.data_range)
         if self.border < 0:
             raise TaskError("cannot be negative", where="task.border", value=self.border)
-
-    @property
-    def name(self) -> str:
-        """What reports call the task."""
-        return "image_to_image"
 
     @property
     def metric_name(self) -> str:
@@ -78,10 +57,6 @@ class ImageToImage:
     def higher_is_better(self) -> bool:
         """PSNR: yes."""
         return True
-
-    def inputs(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the model's arguments: all entries but the target, or those chosen."""
-        return model_inputs(batch, self.input_keys, without=[target_entry(batch, self.target_key)])
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """Return the mean loss over all pixels.
@@ -118,30 +93,12 @@ class ImageToImage:
 
     def distance(self, student_outputs: Any, teacher_outputs: Any, batch: Batch, *, temperature: float) -> torch.Tensor:
         """Return the mean absolute difference of the images; a temperature has no meaning here."""
-        student = output_tensor(student_outputs, self.output_key)
-        teacher = output_tensor(teacher_outputs, self.output_key)
-        check_same_shape(student, teacher)
+        student, teacher = self._compared(student_outputs, teacher_outputs)
         return functional.l1_loss(student, teacher)
 
-    def class_scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refuse: there are no classes.
-
-        Raises:
-            TaskError: Always.
-        """
-        raise no_class_scores(self.name, "it has no classes")
-
-    def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
-        """Return outputs that are the weighted mean of the models'; a temperature has no meaning here."""
-        return combine_scored(outputs, self.output_key, lambda each: weighted_mean(each, weights))
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of code and settings."""
-        return task_fingerprint(self)
-
     def _output_and_target(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        output = output_tensor(outputs, self.output_key)
-        target = entry(batch, target_entry(batch, self.target_key), where="task.target_key").to(output.dtype)
+        output = self._scored(outputs)
+        target = self._target(batch).to(output.dtype)
         if output.ndim != 4 or output.shape != target.shape:
             raise TaskError(
                 f"an output of shape {tuple(output.shape)} does not fit a target of shape {tuple(target.shape)}",

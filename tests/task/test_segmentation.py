@@ -68,7 +68,7 @@ def test_distance_is_that_of_the_pixels() -> None:
 @pytest.mark.parametrize(
     ("scores", "labels", "words"),
     [
-        (torch.randn(1, 3, 4, 4), torch.full((1, 4, 4), 7), "task.num_classes"),
+        (torch.randn(1, 3, 4, 4), torch.full((1, 4, 4), 7), "run from 7 to 7"),
         (torch.randn(1, 3, 4, 4), torch.zeros(1, 5, 5, dtype=torch.long), "do not fit"),
         (torch.randn(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long), "do not fit"),
         (torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4), "class indices"),

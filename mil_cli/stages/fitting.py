@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
 
-from mil_cli.stages.breeding import Candidate, with_choice
+from mil_cli.stages.breeding import Breedable, Candidate, with_choice
 
 
 class Narrowable(Protocol):
@@ -43,7 +44,8 @@ class Fitting:
     """
 
     def __init__(self, space: Narrowable, cost: Callable[[Candidate], float], bound: float) -> None:
-        self._space, self._cost, self._bound = space, cost, bound
+        self._space, self._bound = space, bound
+        self._cost = cache(cost)  # small spaces meet the same candidates again and again
 
     def shrunk(self, candidate: Candidate, generator: torch.Generator) -> Candidate:
         """Return a candidate within the bound: the given one after as few steps as are needed of a random sequence.
@@ -70,14 +72,23 @@ class Fitting:
         return space.canonical(paths[low])
 
     def fitted(self, candidate: Candidate, generator: torch.Generator) -> Candidate:
-        """Return a candidate that uses the bound: the given one, shrunk or widened by steps of a random sequence."""
-        if self._cost(candidate) > self._bound:
-            return self.shrunk(candidate, generator)
-        for place in self._sequence(tuple(map(operator.sub, self._space.last, candidate)), generator):
-            wider = with_choice(candidate, place, candidate[place] - 1)
+        """Return a candidate that uses the bound: the given one, shrunk if it must be, then widened while it can be.
+
+        Args:
+            candidate: A candidate that the space allows.
+            generator: Draws the sequences of steps.
+        """
+        found = self.shrunk(candidate, generator)
+        full: set[int] = set()  # a step that does not fit never will: others only widen
+        for place in self._sequence(tuple(map(operator.sub, self._space.last, found)), generator):
+            if place in full:
+                continue
+            wider = with_choice(found, place, found[place] - 1)
             if self._cost(wider) <= self._bound:
-                candidate = wider
-        return self._space.canonical(candidate)
+                found = wider
+            else:
+                full.add(place)
+        return self._space.canonical(found)
 
     def _sequence(self, candidate: Candidate, generator: torch.Generator) -> list[int]:
         """Return all axes in a random order, each as often as it can still be narrowed; a share of them goes first."""
@@ -87,3 +98,32 @@ class Fitting:
             times = torch.rand(most - choice, generator=generator).sort().values.tolist()
             steps += [(weights[place] * time, place) for time in times]
         return [place for _, place in sorted(steps)]
+
+
+class Filling:
+    """A space whose candidates are fitted to a bound as they are drawn and bred, so that each uses what it may.
+
+    Args:
+        space: The space.
+        fitting: Fits its candidates.
+    """
+
+    def __init__(self, space: Breedable[Candidate], fitting: Fitting) -> None:
+        self._space, self._fitting = space, fitting
+
+    @property
+    def smallest(self) -> Candidate:
+        """The candidate that costs least."""
+        return self._space.smallest
+
+    def sample(self, generator: torch.Generator) -> Candidate:
+        """Draw a candidate."""
+        return self._fitting.fitted(self._space.sample(generator), generator)
+
+    def mutate(self, candidate: Candidate, generator: torch.Generator, *, probability: float) -> Candidate:
+        """Return a candidate with some axes drawn anew, and others changed as the bound asks or allows."""
+        return self._fitting.fitted(self._space.mutate(candidate, generator, probability=probability), generator)
+
+    def cross(self, first: Candidate, second: Candidate, generator: torch.Generator) -> Candidate:
+        """Return a candidate made of two."""
+        return self._fitting.fitted(self._space.cross(first, second, generator), generator)

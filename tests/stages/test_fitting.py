@@ -42,9 +42,19 @@ def test_what_is_fitted_is_within_the_bound_and_no_step_more_is(bound: float) ->
         assert cost(found) <= bound
         if cost(candidate) <= bound:
             assert all(new <= old for new, old in zip(found, candidate, strict=True))
-            wider = [with_choice(found, place, choice - 1) for place, choice in enumerate(found) if choice]
-            assert all(cost(one) > bound for one in wider)
-        elif found != space.smallest:
+        wider = [with_choice(found, place, choice - 1) for place, choice in enumerate(found) if choice]
+        assert all(cost(one) > bound for one in wider)
+
+
+@pytest.mark.parametrize("bound", [9.0, 15.0, 24.0, 41.0])
+def test_what_is_shrunk_is_within_the_bound_and_a_step_back_is_not(bound: float) -> None:
+    space = Three()
+    fitting = Fitting(space, cost, bound)
+    for number, candidate in enumerate(EVERY):
+        found = fitting.shrunk(candidate, torch.Generator().manual_seed(number))
+        assert space.allows(found)
+        assert cost(found) <= bound
+        if found not in (candidate, space.smallest):
             assert all(new >= old for new, old in zip(found, candidate, strict=True))
             nearer = [with_choice(found, p, new - 1) for p, new in enumerate(found) if new > candidate[p]]
             assert any(cost(one) > bound for one in nearer)

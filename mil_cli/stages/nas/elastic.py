@@ -16,7 +16,7 @@ from mil_cli.graph.coupling import Coupling, analyse, group_norms, reorder, shar
 from mil_cli.graph.model import Model
 from mil_cli.graph.residual import ResidualBranch, leave_out, residual_chains
 from mil_cli.stages.breeding import Candidate, Scored
-from mil_cli.stages.fitting import Fitting
+from mil_cli.stages.fitting import Filling, Fitting
 from mil_cli.stages.generations import Generations
 from mil_cli.stages.judging import quality_or_worst, with_fresh_statistics
 from mil_cli.stages.measured import Choice, Correction, latency_seconds
@@ -60,7 +60,7 @@ class ElasticConfig(TargetConfig):
 
     family: ClassVar[str] = "nas"
     method: ClassVar[str] = "elastic"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     min_width: float = Field(0.25, gt=0, le=1)
     min_depth: float = Field(0.3, gt=0, le=1)
@@ -191,7 +191,8 @@ class _Search:
         space, context = self._space, self._context
         bound = max(target, self.cost(space.smallest))
         fitting = Fitting(space, self.cost, bound)
-        found = self._generations.best(space, fitting, bound, before=before, **self._state["plan"])
+        filling = Filling(space, fitting)
+        found = self._generations.best(filling, fitting, bound, before=before, **self._state["plan"])
         if not found:
             raise self._too_small("no candidate within the bound was found")
         best = found[0]

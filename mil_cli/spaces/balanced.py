@@ -49,8 +49,8 @@ def sample_balanced(
         cost: What the range is of, such as `CostCounter.macs`.
         generator: Where chance comes from.
         count: How many architectures.
-        low: Smallest cost.
-        high: Largest cost, above `low`.
+        low: Smallest cost that there may be.
+        high: Largest cost that there may be, above `low`.
         strata: How many parts of equal length the range has.
         tries: Most draws, as a multiple of `count`.
 
@@ -93,8 +93,11 @@ def draw_balanced(
         if all(len(stratum) * strata >= count for stratum in kept):
             break
         architecture = space.sample(generator)
-        place = math.floor((cost(architecture) - low) / (high - low) * strata)
-        if not 0 <= place < strata or len(kept[place]) == count:  # more of a stratum than all are never given
+        share = (cost(architecture) - low) / (high - low)
+        if not 0 <= share <= 1:
+            continue
+        place = min(math.floor(share * strata), strata - 1)
+        if len(kept[place]) == count:  # more of a stratum than all are never given
             continue
         if (form := space.form(architecture)) not in seen and fits(architecture):
             seen.add(form)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from mil_cli.errors import ModelError
+from mil_cli.errors import MilError, ModelError
 from mil_cli.spaces.architecture import Architecture
 from mil_cli.spaces.blocks import Choice, Repeat
 from mil_cli.spaces.decisions import join
@@ -112,9 +112,12 @@ def running_on_shapes(architecture: Architecture) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, NotImplementedError) as problem:
+    except MilError:
+        raise
+    except Exception as problem:  # what a user's own forward raises is anyone's guess
+        reason = next(iter(str(problem).splitlines()), "") or type(problem).__name__
         raise ModelError(
-            f"the architecture does not run on the shapes of a sample: {str(problem).splitlines()[0]}",
+            f"the architecture does not run on the shapes of a sample: {reason}",
             value=str(architecture),
             hint="all operators of a Choice must take the same shapes and give the same shapes",
         ) from problem

@@ -52,8 +52,10 @@ class Elastic(Searchable):
                 shared = getattr(whole, name)
                 getattr(layer, name).copy_(tensor).requires_grad_(shared.requires_grad)
                 if isinstance(shared, nn.Parameter):  # layers that share a weight share it in the copy
-                    key = (id(shared), tuple(tensor.shape))
-                    setattr(layer, name, ties(memo).setdefault(key, getattr(layer, name)))
+                    made, key = getattr(layer, name), (id(shared), tuple(tensor.shape))
+                    # A whole weight may be that of a layer of torch too, which the copy knows by the weight alone.
+                    tied = memo.setdefault(id(shared), made) if tensor is shared else ties(memo).setdefault(key, made)
+                    setattr(layer, name, tied)
         layer.train(whole.training)
         return layer
 
@@ -210,7 +212,7 @@ class BatchNorm2d(Elastic, nn.BatchNorm2d):
     Args:
         num_features: Channels.
         eps: As in torch.
-        momentum: As in torch, without None.
+        momentum: As in torch; None: running statistics are the mean of all batches.
         affine: Whether there are scales and shifts.
         track_running_stats: Whether evaluation uses running statistics; without, it uses the batch's.
     """
@@ -221,7 +223,7 @@ class BatchNorm2d(Elastic, nn.BatchNorm2d):
         self,
         num_features: int | Size,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
     ) -> None:
@@ -241,8 +243,10 @@ class BatchNorm2d(Elastic, nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (batch, channels, h, w); in training the running statistics of these channels move."""
         self._check_input_dim(input)
+        momentum = self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+            momentum = 1 / int(self.num_batches_tracked) if momentum is None else momentum
         tensors = self.tensors()
         mean = tensors.get("running_mean")
         return functional.batch_norm(
@@ -252,7 +256,7 @@ class BatchNorm2d(Elastic, nn.BatchNorm2d):
             tensors.get("weight"),
             tensors.get("bias"),
             self.training or mean is None,
-            self.momentum or 0.0,
+            momentum or 0.0,
             self.eps,
         )
 

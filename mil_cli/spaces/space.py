@@ -17,6 +17,7 @@ from mil_cli.spaces.blocks import Choice, OneOf
 from mil_cli.spaces.decisions import Decision, decision_order, find_decisions
 from mil_cli.spaces.forms import Form, Forms
 from mil_cli.spaces.initialise import initialise
+from mil_cli.spaces.layers import KernelMaps
 from mil_cli.spaces.plain import plain_copy
 
 
@@ -296,11 +297,18 @@ class DesignedSpace:
         choices = self.choices_of(self.decisions[number])
         if not choices:
             return indices
-        params = [
-            sum(one.numel() for choice in choices for one in choice.operator(index).parameters()) for index in indices
-        ]
+        params = [sum(_params(choice.operator(index)) for choice in choices) for index in indices]
         return sorted(indices, key=params.__getitem__)
 
     @staticmethod
     def _draw(count: int, generator: torch.Generator) -> int:
         return int(torch.randint(count, (), generator=generator))
+
+
+def _params(operator: nn.Module) -> int:
+    """Return how many numbers the parameters of an operator hold, without maps of kernels, which no built one has."""
+    maps = (part for part in operator.modules() if isinstance(part, KernelMaps))
+    counted, left_out = (
+        sum(parameter.numel() for part in parts for parameter in part.parameters()) for parts in ([operator], maps)
+    )
+    return counted - left_out

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from mil_cli.errors import ModelError
 from mil_cli.models.small_nets import small_nets
-from mil_cli.spaces import CostCounter, DesignedSpace, sample_balanced
+from mil_cli.spaces import CostCounter, DesignedSpace, Linear, Width, sample_balanced
 
 
 def test_every_stratum_has_its_share() -> None:
@@ -42,3 +43,11 @@ def test_what_is_seldom_met_is_made_up_for() -> None:
     space = DesignedSpace(small_nets())
     chosen = sample_balanced(space, lambda one: 0.1, torch.Generator(), count=7, low=0, high=1, strata=4, tries=3)
     assert len(chosen) == 7
+
+
+def test_both_ends_of_a_range_belong_to_it() -> None:
+    space = DesignedSpace(nn.Sequential(Linear(1, Width([1, 2, 3]), bias=False)))
+    counter = CostCounter(space, (torch.zeros(1, 1),))
+    generator = torch.Generator().manual_seed(0)
+    chosen = sample_balanced(space, counter.macs, generator, count=3, low=1, high=3, strata=2)
+    assert sorted(map(counter.macs, chosen)) == [1, 2, 3]

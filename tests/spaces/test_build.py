@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mil_cli.errors import ModelError
 from mil_cli.models.small_nets import small_nets
-from mil_cli.spaces import Choice, DesignedSpace, Linear, Width
+from mil_cli.spaces import Choice, CostCounter, DesignedSpace, Linear, Width
 from mil_cli.spaces.plain import Searchable
 from tests.spaces.nets import conv_net, samples, transformer
 
@@ -131,3 +131,18 @@ def test_tied_weights_stay_tied() -> None:
     built = DesignedSpace(net).build(DesignedSpace(net).smallest, inherit=True)
     assert {name for name, _ in built.named_parameters()} == {"first.weight", "third.weight"}
     assert built.get_parameter("second.weight") is built.get_parameter("first.weight")
+
+
+@pytest.mark.parametrize("first", ["table", "head"])
+def test_weights_stay_tied_to_those_of_layers_of_torch(first: str) -> None:
+    width = Width([2, 4])
+    table, head = nn.Embedding(5, 3), Linear(3, 5, bias=False)
+    head.weight = table.weight
+    ends = {"table": table, "head": head} if first == "table" else {"head": head, "table": table}
+    space = DesignedSpace(nn.ModuleDict({**ends, "inner": nn.Sequential(Linear(3, width), Linear(width, 3))}))
+    built = space.build(space.smallest, inherit=True)
+    assert built["head"].weight is built["table"].weight
+    assert built["head"].weight is not head.weight
+    torch.testing.assert_close(built["head"].weight, head.weight)
+    count = CostCounter(space, ()).params(space.smallest)
+    assert sum(parameter.numel() for parameter in built.parameters()) == count

@@ -80,6 +80,29 @@ def test_operators_that_do_not_fit_are_told() -> None:
         counter.macs(space.architecture({"0": "wide"}))
 
 
+class _Fails(nn.Module):
+    def __init__(self, problem: Exception) -> None:
+        super().__init__()
+        self.problem = problem
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise self.problem
+
+
+@pytest.mark.parametrize(
+    ("operator", "words"),
+    [
+        (nn.BatchNorm3d(3), "expected 5D input"),
+        (_Fails(IndexError("too many indices")), "too many indices"),
+        (_Fails(AssertionError()), "AssertionError"),
+    ],
+)
+def test_whatever_an_operator_raises_is_told(operator: nn.Module, words: str) -> None:
+    space = DesignedSpace(nn.Sequential(Choice({"fails": operator, "fits": nn.Linear(3, 4)})))
+    with pytest.raises(ModelError, match=words):
+        CostCounter(space, (torch.zeros(1, 3),)).macs(space.architecture({"0": "fails"}))
+
+
 @pytest.mark.parametrize("make", SPACES.values(), ids=SPACES)
 def test_work_has_all_operations_and_is_that_of_an_architecture_alone(
     make: Callable[[], tuple[DesignedSpace, Tensor]],

@@ -109,6 +109,15 @@ def test_a_norm_moves_the_statistics_of_its_channels_alone() -> None:
     assert layer.num_batches_tracked == 1
 
 
+def test_a_norm_without_momentum_has_the_mean_of_all_batches_as_torchs() -> None:
+    layer, torchs = BatchNorm2d(Width([2, 4]), momentum=None), nn.BatchNorm2d(4, momentum=None)
+    for _ in range(3):
+        x = 3 + 2 * torch.randn(8, 4, 3, 3)
+        layer(x), torchs(x)
+    torch.testing.assert_close(layer.running_mean, torchs.running_mean)
+    torch.testing.assert_close(layer.running_var, torchs.running_var)
+
+
 def test_a_norm_without_running_statistics_uses_those_of_the_batch_in_evaluation() -> None:
     layer = BatchNorm2d(Width([2, 4]), affine=False, track_running_stats=False).eval()
     x = torch.randn(8, 4, 3, 3)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mil_cli.errors import ModelError
-from mil_cli.spaces import Choice, Conv2d, DesignedSpace, Linear, Repeat, Width
+from mil_cli.spaces import Choice, Conv2d, DesignedSpace, Kernel, Linear, Repeat, Width
 from tests.spaces.nets import conv_net, samples, transformer
 
 
@@ -169,3 +169,11 @@ def test_a_part_that_stands_in_two_places_is_one_decision() -> None:
     space = DesignedSpace(nn.Sequential(Repeat([nn.ReLU(), nn.Sequential(block)], least=1), block))
     assert [decision.name for decision in space.decisions] == ["0", "0.1.0"]
     assert space.architecture({"0": 1, "0.1.0": "wide"}) == {"0": 1, "0.1.0": "wide"}
+
+
+def test_maps_of_kernels_make_no_operator_larger() -> None:
+    kernel = Kernel([3, 5, 7], transformed=True)
+    depthwise = Conv2d(8, 8, kernel, padding=kernel // 2, groups=8)  # 392 weights, and 706 numbers of maps
+    space = DesignedSpace(nn.Sequential(Choice({"dense": nn.Conv2d(8, 8, 3), "depthwise": depthwise})))
+    assert space.largest == space.architecture({"0": "dense"})
+    assert space.smallest == space.architecture({"0": "depthwise", "0.depthwise.kernel_size": 3})

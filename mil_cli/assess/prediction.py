@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import ndtri
 from sklearn.model_selection import RepeatedKFold  # type: ignore[import-untyped]
 
-from mil_cli.assess.predictors.base import Fitted, Prediction, Predictor
+from mil_cli.assess.predictors.base import Fitted, Prediction, Predictor, sklearn_seed
 from mil_cli.assess.ranking import DRAWS, Floats, Interval, bootstrap, pooled_tau, regret, tau_b
 from mil_cli.assess.table import Ints
 from mil_cli.errors import DataError
@@ -135,9 +135,9 @@ def out_of_fold(
     folds = min(folds, count // 2)
     mean, deviation = np.empty((repeats, count)), np.empty((repeats, count))
     numbers = np.empty((repeats, count), dtype=np.int64)
-    splits = RepeatedKFold(n_splits=folds, n_repeats=repeats, random_state=seed).split(features)
+    shuffled = RepeatedKFold(n_splits=folds, n_repeats=repeats, random_state=sklearn_seed(seed))
     with (progress or SilentProgress()).work("out of fold", folds * repeats) as bar:
-        for number, (seen, held) in enumerate(splits):
+        for number, (seen, held) in enumerate(shuffled.split(features)):
             repeat, fold = divmod(number, folds)
             mean[repeat, held], deviation[repeat, held] = predictor.fit(
                 features[seen], values[seen], seed + number

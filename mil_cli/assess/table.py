@@ -138,6 +138,9 @@ def table_of(records: Iterable[tuple[str, Mapping[str, Cell]]], columns: Columns
     if not groups:
         raise DataError("the table has no rows", hint="give at least one architecture")
     one_hot, names = _one_hot(choices, columns.categories)
+    if taken := sorted(set(names) & set(columns.all)):
+        hint = "give the column another name: choices of categories become columns named so"
+        raise DataError("a column has the name of a choice of another column", value=taken[0], hint=hint)
     return _merged(tuple(places), np.array(groups), np.array(numbers), one_hot, np.array(trained), columns, names)
 
 
@@ -197,8 +200,10 @@ def _records(stream: Iterable[str], path: Path, columns: Columns) -> Iterator[tu
         raise DataError("the table is empty", where=str(path), hint="its first line must name the columns")
     for column in columns.all:
         if header.count(column) != 1:
-            what = "there is no column" if column not in header else "there are two columns"
-            raise DataError(f"{what} '{column}'", where=f"{path}:1", hint=did_you_mean(column, set(header)))
+            what, hint = ("there are two columns", "give one of them another name")
+            if column not in header:
+                what, hint = "there is no column", did_you_mean(column, set(header))
+            raise DataError(f"{what} '{column}'", where=f"{path}:1", hint=hint)
     for cells in reader:
         where = f"{path}:{reader.line_num}"
         if not cells:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from mil_cli.assess.active import Acquisition
 from mil_cli.assess.columns import Columns
 from mil_cli.assess.costs import Clocks
+from mil_cli.assess.predictors.gaussian_process import GaussianProcess
 from mil_cli.assess.predictors.ridge import Ridge
 from mil_cli.assess.rank_intervals import rank_intervals
 from mil_cli.assess.rank_table import rank_table
@@ -162,6 +163,12 @@ class Recorder(SilentProgress):
         self.works.append((description, total))
         with super().work(description, total, done=done) as bar:
             yield bar
+
+
+def test_any_seed_of_a_recipe_will_do() -> None:
+    table, _ = made(0, architectures=10, trained=8)
+    config = RankConfig(predictor=GaussianProcess(), repeats=1, folds=2, refits=2, draws=100, seed=2**63 - 1)
+    assert len(rank_table(table, config).entries) == 10
 
 
 def test_progress_is_told() -> None:

@@ -93,7 +93,7 @@ def test_less_may_be_better() -> None:
         ("", ("table.csv", "empty", "first line")),
         (HEADER, ("no rows",)),
         (HEADER.replace("accuracy", "acuracy"), ("no column 'accuracy'", "table.csv:1", "did you mean 'acuracy'")),
-        (HEADER.replace("remark", "depth"), ("two columns 'depth'",)),
+        (HEADER.replace("remark", "depth"), ("two columns 'depth'", "another name")),
         (HEADER + "a,2,conv,1\n", ("4 cells", "header 10", "table.csv:2")),
         (ROWS + "d,deep,conv,1,1,,0,,,\n", ("table.csv:6", "'depth'", "no number", "'deep'", "categories")),
         (ROWS + "d,3,conv,1,1,good,0,,,\n", ("table.csv:6", "'accuracy'", "no number", "'good'")),
@@ -107,6 +107,12 @@ def test_a_wrong_table_says_where_and_what(tmp_path: Path, text: str, words: tup
         read_table(written(tmp_path, text), COLUMNS)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_column_named_as_a_choice_is_refused() -> None:
+    columns = Columns(features=("op=conv",), categories=("op",))
+    with pytest.raises(DataError, match="'op=conv'"):
+        table_of([("row", {"id": "a", "op": "conv", "op=conv": 1, "quality": 1})], columns)
 
 
 def test_files_that_are_no_text_or_missing_are_said(tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ class Predictor(Protocol):
         ...
 
 
+def sklearn_seed(seed: int) -> int:
+    """Return a seed that scikit-learn takes, which has no more than 32 bits."""
+    return seed % 2**32
+
+
 class PredictorConfig(BaseModel):
     """The settings of a predictor; subclasses add theirs, their `method` and their fit."""
 

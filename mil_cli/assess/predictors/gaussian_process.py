@@ -16,7 +16,7 @@ from sklearn.gaussian_process.kernels import (  # type: ignore[import-untyped]
     WhiteKernel,
 )
 
-from mil_cli.assess.predictors.base import Fitted, Prediction, PredictorConfig
+from mil_cli.assess.predictors.base import Fitted, Prediction, PredictorConfig, sklearn_seed
 from mil_cli.assess.predictors.scaling import Scaling
 from mil_cli.assess.predictors.targets import Target, fitted_to
 from mil_cli.assess.ranking import Floats
@@ -51,7 +51,7 @@ class GaussianProcess(PredictorConfig):
             kernel + WhiteKernel(0.1, (1e-5, 10.0)),
             normalize_y=True,
             n_restarts_optimizer=self.restarts,
-            random_state=seed,
+            random_state=sklearn_seed(seed),
         )
         with warnings.catch_warnings():
             # a parameter at its bound says that features tell nothing, or that nothing is noise

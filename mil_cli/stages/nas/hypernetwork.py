@@ -37,6 +37,7 @@ class HypernetworkConfig(OneShotConfig):
     """
 
     method: ClassVar[str] = "hypernetwork"
+    version: ClassVar[int] = 2
 
     hidden: int = Field(64, ge=1, le=4096)
     embedding: int = Field(16, ge=1, le=1024)
@@ -173,8 +174,6 @@ class _Runs(nn.Module):
     def __init__(self, space: DesignedSpace, hypernetwork: Hypernetwork) -> None:
         super().__init__()
         self.module, self.hypernetwork = space.module, hypernetwork
-        for parameter in self.module.parameters():
-            parameter.requires_grad_(parameter.ndim <= 1)
         self._space = space
         self.choose: Callable[[], Architecture] = lambda: space.largest
 

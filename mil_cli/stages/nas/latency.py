@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import nnls
 
-from mil_cli.assess.prediction import out_of_fold
+from mil_cli.assess.prediction import FEWEST, out_of_fold
 from mil_cli.assess.predictors.base import Prediction
 from mil_cli.assess.ranking import Floats
 from mil_cli.graph.model import Model
@@ -123,24 +123,32 @@ class PredictedLatency:
         self._features = np.array([self._work(one) for one in drawn])
         self._values = self.seconds * np.array(ratios)
         self._fitted = WorkRegression().fit(self._features, self._values, context.seed)
-        self._seed = context.seed % 2**32  # as much as scikit-learn takes
+        self._seed = context.seed
 
     def __call__(self, architecture: Architecture) -> float:
         """Return the predicted seconds of an architecture."""
         return float(self._fitted.predict(np.array([self._work(architecture)])).mean[0])
 
     def describe(self) -> dict[str, Any]:
-        """Return how many were measured, how far predictions were off for those held out, and what work takes."""
+        """Return how many were measured, how far predictions were off for those held out, and what work takes.
+
+        A space of few architectures has all of them measured, and none to hold out.
+        """
+        names = [*self._kinds, "run"]
+        return {
+            "measured": len(self._values),
+            **(self._errors() if len(self._values) >= FEWEST else {}),
+            "seconds": {name: float(one) for name, one in zip(names, self._fitted.weights, strict=True) if one > 0},
+        }
+
+    def _errors(self) -> dict[str, float]:
         held = out_of_fold(
             WorkRegression(), self._features, self._values, folds=_FOLDS, repeats=_REPEATS, seed=self._seed
         )
         errors = np.abs(held.mean / self._values - 1).ravel()
-        names = [*self._kinds, "run"]
         return {
-            "measured": len(self._values),
             "median_error": float(np.median(errors)),
             f"error_of_{100 * _SHOWN:.0f}_percent": float(np.quantile(errors, _SHOWN)),
-            "seconds": {name: float(one) for name, one in zip(names, self._fitted.weights, strict=True) if one > 0},
         }
 
     def _work(self, architecture: Architecture) -> list[int]:

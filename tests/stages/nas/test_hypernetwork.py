@@ -45,6 +45,25 @@ def test_maps_to_smaller_kernels_are_not_given() -> None:
     assert list(hypernetwork(torch.from_numpy(searched.encode(searched.largest)))) == ["0.weight"]
 
 
+def test_nets_that_are_built_of_it_have_nothing_frozen() -> None:
+    generated = _generated()
+    smallest = generated.space.smallest
+    for net in (generated.space.build(smallest), generated.plain(smallest)):
+        assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_maps_to_smaller_kernels_learn_beside_what_is_given() -> None:
+    kernel = Kernel([3, 5], transformed=True)
+    searched, model = DesignedSpace(nn.Sequential(Conv2d(1, 4, kernel, padding=kernel // 2))), incoming()
+    hypernetwork = Hypernetwork(searched, hidden=8, embedding=4, chunk=32)
+    generated = Generated(searched, hypernetwork, spec=model.spec, samples=model.samples)
+    generated.run(lambda: searched.smallest)
+    generated.train()(torch.randn(2, 1, 8, 8)).square().sum().backward()
+    (matrix,) = searched.module[0].maps.parameters()  # type: ignore[index, union-attr]
+    assert matrix.grad is not None
+    assert matrix.grad.any()
+
+
 def test_a_plain_net_computes_what_the_hypernetwork_runs() -> None:
     generated = _generated()
     searched = generated.space

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mil_cli.graph.model import Model
-from mil_cli.spaces import Architecture, CostCounter
+from mil_cli.spaces import Architecture, CostCounter, DesignedSpace, Linear, Width
 from mil_cli.stages.nas import latency as latency_file
 from mil_cli.stages.nas.latency import PredictedLatency, WorkRegression
 from tests.stages.contexts import Kill
@@ -95,6 +96,24 @@ def test_going_on_after_a_kill_measures_only_what_is_missing(tmp_path: Path, mon
             _predictor(tmp_path / "killed")
     assert _predictor(tmp_path / "killed").describe() == whole
     assert len(set(measured)) == len(measured) == 12
+
+
+def test_a_space_of_two_architectures_has_both_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_file, "latency_ratios", lambda models, *_: [0.5, 1.0][: len(models)])
+    monkeypatch.setattr(latency_file, "latency_seconds", lambda *_: 2e-3)
+    two = DesignedSpace(nn.Sequential(nn.Flatten(), Linear(64, Width([8, 1024]), bias=False)))
+    predictor = PredictedLatency(
+        two,
+        CostCounter(two, (torch.zeros(1, 1, 8, 8),)),
+        build=lambda one: one,  # type: ignore[arg-type, return-value]
+        original=None,  # type: ignore[arg-type]
+        context=context(tmp_path),
+        samples=12,
+    )
+    assert [predictor(one) for one in (two.smallest, two.largest)] == pytest.approx([1e-3, 2e-3])
+    facts = predictor.describe()
+    assert facts["measured"] == 2
+    assert "median_error" not in facts
 
 
 @pytest.mark.slow

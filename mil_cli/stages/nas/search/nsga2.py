@@ -66,10 +66,16 @@ class NSGA2(SearchConfig):
 
 
 def objectives(trials: Sequence[Trial[C]], costs: Sequence[str]) -> Floats:
-    """Return what is to be small, shape (trials, 1 + costs): minus the worth, and the costs named, or all."""
-    return np.array(
+    """Return what is to be small, shape (trials, 1 + costs): minus the worth, and the costs named, or all.
+
+    All of it is infinite for a trial that is worth nothing, so that one which is cheap and does not work is on no front
+    with others.
+    """
+    points = np.array(
         [[-trial.worth, *(trial.costs[name] for name in (costs or tuple(trial.costs)))] for trial in trials]
     )
+    points[np.isinf(points[:, 0])] = np.inf
+    return points
 
 
 def standings(points: Floats) -> Floats:

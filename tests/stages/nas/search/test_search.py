@@ -26,11 +26,12 @@ from mil_cli.stages.nas.search.bounds import Bound, Bounds
 from mil_cli.stages.nas.search.driver import Found, search
 from mil_cli.stages.nas.search.evolution import Evolution
 from mil_cli.stages.nas.search.halving import Halving
-from mil_cli.stages.nas.search.nsga2 import NSGA2
+from mil_cli.stages.nas.search.nsga2 import NSGA2, objectives, standings
 from mil_cli.stages.nas.search.pareto import crowding, fronts
 from mil_cli.stages.nas.search.random import Random
 from mil_cli.stages.nas.search.registry import SEARCHES, Search
 from mil_cli.stages.nas.search.strategy import SearchConfig
+from mil_cli.stages.nas.search.trial import Trial, ranked, worth_of
 from tests.stages.contexts import Kill, make_context
 from tests.stages.nas.search.landscapes import SPACE, Candidate, best, bounds, everything, macs, params, quality
 
@@ -217,6 +218,16 @@ def test_fronts_are_those_of_brute_force() -> None:
         assert set(front.tolist()) == expected
         left -= expected
     assert not left
+
+
+def test_a_cheap_net_without_a_quality_is_on_no_front_and_does_not_breed() -> None:
+    qualities = [math.nan, 0.5, 0.7, 0.6]
+    trials = [
+        Trial((cost,), 1.0, value, worth_of(value, higher_is_better=True), {"macs": float(cost)}, 0)
+        for cost, value in enumerate(qualities)
+    ]
+    assert [trial.candidate for trial in Found(ranked(trials)).front()] == [(2,), (1,)]
+    assert standings(objectives(trials, ["macs"]))[0] == 3
 
 
 def test_crowding_is_the_distance_of_the_neighbours() -> None:

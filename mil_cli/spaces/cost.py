@@ -59,6 +59,15 @@ class CostCounter:
         """
         return sum(count for (_, what), count in self._run(architecture).items() if what == _MACS)
 
+    def check(self) -> None:
+        """Run each choice of each decision at least once.
+
+        Raises:
+            ModelError: As `macs` does.
+        """
+        for architecture in dict.fromkeys(_covering(self._space)):
+            self.macs(architecture)
+
     def work(self, architecture: Architecture) -> dict[str, int]:
         """Return the work of one sample by its kind, from which a runtime's latency can be predicted.
 
@@ -202,6 +211,17 @@ def _remember(module: nn.Module, holders: Sequence[Any], counter: _WorkCounter) 
         return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
     module.forward = remembering
+
+
+def _covering(space: DesignedSpace) -> Iterator[Architecture]:
+    """Yield for each choice of each decision an architecture that has it and is else as large as it can be."""
+    for number, decision in enumerate(space.decisions):
+        for index in range(len(decision.choices)):
+            indices = list(space.largest_choices)
+            for other, allowed in decision.places[0].condition:
+                indices[other] = max(allowed)
+            indices[number] = index
+            yield space.at(indices)
 
 
 def _running(module: nn.Module) -> Iterator[nn.Module]:

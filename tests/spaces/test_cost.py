@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mil_cli.errors import ModelError
 from mil_cli.graph.model import Model
 from mil_cli.models.small_nets import small_nets
-from mil_cli.spaces import Choice, CostCounter, DesignedSpace
+from mil_cli.spaces import Choice, CostCounter, DesignedSpace, Repeat
 from tests.spaces.nets import conv_net, samples, transformer
 
 
@@ -134,3 +134,19 @@ def test_work_counted_by_hand() -> None:
         **{"product.macs": 300, "product.elements": 103, "product.calls": 1},
         **{"other.elements": 2 * 150 + 2 * 3, "other.calls": 2},
     }
+
+
+def test_each_choice_runs_in_a_check() -> None:
+    seen = []
+
+    class Operator(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(self.bias.shape[0] + self.in_features)
+            return super().forward(x)
+
+    inner = Choice({"a": Operator(3, 3), "b": nn.Sequential(Operator(3, 4), Operator(4, 3))})
+    choice = Choice({"large": nn.Linear(3, 3), "inner": nn.Sequential(Repeat([nn.Identity(), inner], 0))})
+    space = DesignedSpace(nn.Sequential(choice))
+    assert "0" in space.largest
+    CostCounter(space, (torch.zeros(1, 3),)).check()
+    assert set(seen) == {6, 7}

@@ -119,6 +119,7 @@ def search_limited(
         context: Gives the device, samples, generators and checkpoints.
 
     Raises:
+        ModelError: An operator does not run on the model's inputs.
         StageError: Even the smallest architecture is above a bound, or none was found that has a finite quality.
     """
     counter, where = CostCounter(space, *model.batch_input(1)), f"stages.{context.name}"
@@ -147,7 +148,7 @@ def search_limited(
 
 
 def check_limits(space: DesignedSpace, model: Model, config: LimitedConfig, context: Context) -> None:
-    """Check those bounds that need no measurement, before anything long.
+    """Check that all that can be chosen runs, and those bounds that need no measurement, before anything long.
 
     Args:
         space: The space.
@@ -156,6 +157,7 @@ def check_limits(space: DesignedSpace, model: Model, config: LimitedConfig, cont
         context: Names the stage.
 
     Raises:
+        ModelError: An operator does not run on the model's inputs.
         StageError: Even the smallest architecture is above a bound.
     """
     _countable(space, model, CostCounter(space, *model.batch_input(1)), config, f"stages.{context.name}")
@@ -164,6 +166,7 @@ def check_limits(space: DesignedSpace, model: Model, config: LimitedConfig, cont
 def _countable(
     space: DesignedSpace, model: Model, counter: CostCounter, config: LimitedConfig, where: str
 ) -> list[Bound[Architecture]]:
+    counter.check()
     costs: dict[str, Callable[[Architecture], float]] = {"macs": counter.macs, "params": counter.params}
     if config.memory is not None:  # an architecture is built for it, which takes longer than to count
         costs["memory"] = ArchitectureMemory(space, *model.batch_input(1))

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from torch import nn
 
-from mil_cli.errors import StageError
+from mil_cli.errors import ModelError, StageError
 from mil_cli.graph.coupling import Counter, MemoryEstimate, analyse
 from mil_cli.graph.model import Model
+from mil_cli.spaces import Architecture, Choice, DesignedSpace
 from mil_cli.stages import measured as measured_file
 from mil_cli.stages.nas.limits import Limited, LimitedConfig, search_limited
 from mil_cli.stages.nas.search.evolution import Evolution
@@ -52,6 +54,20 @@ def test_what_even_the_smallest_does_not_keep_is_told() -> None:
     with pytest.raises(StageError, match="the smallest architecture has") as caught:
         run(params=10 / incoming().num_params())
     assert caught.value.where == "stages.nas.params"
+
+
+def test_an_operator_that_does_not_run_is_told_before_anything_is_scored() -> None:
+    large = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 10))
+    operators: dict[str, nn.Module] = {"small": nn.Linear(64, 10), "odd": nn.Linear(65, 10), "large": large}
+    space = DesignedSpace(nn.Sequential(nn.Flatten(), Choice(operators)))
+    model = Model.capture(space.build(space.largest), incoming().samples[0])
+    assert "1=odd" not in (str(space.smallest), str(space.largest))
+
+    def score(architecture: Architecture, fidelity: float) -> float:
+        raise AssertionError
+
+    with pytest.raises(ModelError, match=r"does not run on the shapes of a sample.*1=odd"):
+        search_limited(space, model, Config(), score=score, build=None, context=context())  # type: ignore[arg-type]
 
 
 def test_memory_is_bounded_by_what_the_captured_winner_says() -> None:

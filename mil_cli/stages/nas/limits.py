@@ -192,7 +192,9 @@ class _Choices:
         settings: Search = self.config.search
         first: list[Architecture] = []
         if before:
-            settings = settings.model_copy(update={"evaluations": max(2, round(settings.evaluations * _AGAIN))})
+            evaluations, minutes = max(2, round(settings.evaluations * _AGAIN)), settings.minutes
+            less = {"evaluations": evaluations, "minutes": None if minutes is None else minutes * _AGAIN}
+            settings = settings.model_copy(update=less)
             trials = ranked(trial for found in self.before for trial in found.trials if bounds.keep(trial.costs))
             first = [trial.candidate for trial in trials][: settings.evaluations // 2]
         found = search(

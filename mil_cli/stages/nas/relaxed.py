@@ -14,6 +14,7 @@ from torch.nn.modules.pooling import _AvgPoolNd, _MaxPoolNd
 
 from mil_cli.data.base import batch_count, halves
 from mil_cli.errors import StageError
+from mil_cli.spaces.cost import CostCounter
 from mil_cli.stages.nas.designed import DesignedConfig
 from mil_cli.stages.nas.shared import SharedModule
 from mil_cli.stages.nas.stability import too_many_skips, too_sharp
@@ -99,11 +100,13 @@ def search_relaxed(model: Model, config: RelaxedConfig, relaxation: Relaxation, 
         context: Gives the space, data, trainer, fine-tuning and checkpoints.
 
     Raises:
+        ModelError: An operator does not run on the model's inputs.
         StageError: The recipe's model holds no choice between operators that can be mixed so.
     """
     mixture = Mixture.beside(model, context.space())
     space = mixture.space
     _check(space, context)
+    CostCounter(space, *model.batch_input(1)).check()
     settle_norms(space)
     normalise_pools(space)
     strengths = Strengths(

@@ -215,9 +215,15 @@ class WithoutWidth(OnlyConvolutionsSee):
         self.node = Node([Choice({"skip": nn.Identity(), "conv": nn.Conv2d(8, 8, 1)})])
 
 
+class Misfit(OnlyConvolutionsSee):
+    def __init__(self) -> None:
+        super().__init__()
+        self.node = Node([Choice({"skip": nn.Identity(), "conv": nn.Conv2d(4, 8, 1), "wide": nn.Conv2d(8, 8, 5)})])
+
+
 @pytest.mark.parametrize(
     ("module", "words"),
-    [(NoOperators, "holds no Choice"), (WithoutWidth, "one of 4 channels")],
+    [(NoOperators, "holds no Choice"), (WithoutWidth, "one of 4 channels"), (Misfit, "does not run on the shapes")],
 )
 def test_what_cannot_be_searched_is_told(module: type[nn.Module], words: str) -> None:
     searched = DesignedSpace(module())

@@ -44,7 +44,8 @@ class Parity:
         differing_fraction: The share of output values that differ by more than the float tolerance.
         quantized: Whether the model holds quantizers; one step of difference is then to be expected.
         noise_ratio: Root mean square of the differences over that of the model's own rounding noise (its outputs with
-            quantizers less those without); None for a float model.
+            quantizers less those without); None where there is none, as in a float model, or where all weights are on
+            their codes and nothing else is rounded.
     """
 
     max_abs_diff: float
@@ -64,11 +65,16 @@ class Parity:
             return (
                 None if self.max_abs_diff <= bound else f"it differs by {self.max_abs_diff:.3g}, {bound:.3g} is allowed"
             )
-        if self.relative_rms <= QUANTIZED_TOLERANCE or (self.noise_ratio or 0.0) <= NOISE_TOLERANCE:
+        if self.relative_rms <= QUANTIZED_TOLERANCE:
+            return None
+        differs = f"it differs by {100 * self.relative_rms:.2g} % (root mean square)"
+        if self.noise_ratio is None:
+            return f"{differs}, and the model's own rounding changes nothing"
+        if self.noise_ratio <= NOISE_TOLERANCE:
             return None
         return (
-            f"it differs by {100 * self.relative_rms:.2g} % (root mean square), {self.noise_ratio:.2g} times "
-            f"the model's own rounding noise; {NOISE_TOLERANCE:g} times is allowed"
+            f"{differs}, {self.noise_ratio:.2g} times the model's own rounding noise; {NOISE_TOLERANCE:g} times is "
+            "allowed"
         )
 
 

@@ -24,6 +24,8 @@ from mil_cli.export.packing import ALL_WIDTHS, index_bits, storage_bits, write_c
 from mil_cli.export.surgery import GraphWriter, constant_of
 from mil_cli.export.tables import lookups_in, write_lookups
 
+_FLOATS = np.finfo(np.float32).min, np.finfo(np.float32).max
+
 
 def write_quantizers(onnx: GraphWriter, widths: Collection[int] = ALL_WIDTHS) -> list[str]:
     """Replace every quantizer marker of a graph, in place.
@@ -66,8 +68,24 @@ def _before_clip(marker: Marker) -> tuple[ir.Value, int, int]:
             value = constant_of(bound)
             if value is None:
                 return whole
-            codes[place] = int(marker.codes(value.astype(np.float32)).item())
+            finite = np.clip(value.astype(np.float32), *_FLOATS)  # a bound of infinity is none
+            codes[place] = int(marker.codes(finite).item())
     return clip.inputs[0], codes[0], codes[1]
+
+
+def _activation_type(marker: Marker) -> tuple[ir.DataType, tuple[int, int]]:
+    """Return the type of an activation's codes, and its limits.
+
+    Raises:
+        ExportError: The codes do not fit into 8 bits.
+    """
+    unsigned = marker.quant_min >= 0
+    limits = (0, 255) if unsigned else (-128, 127)
+    if marker.quant_min < limits[0] or marker.quant_max > limits[1]:
+        raise ExportError(
+            "activations of more than 8 bits cannot be written as integers", value=(marker.quant_min, marker.quant_max)
+        )
+    return ir.DataType.UINT8 if unsigned else ir.DataType.INT8, limits
 
 
 class _Writer:
@@ -80,11 +98,13 @@ class _Writer:
         self._widened: dict[str, int] = {}
 
     def write(self, marker: Marker) -> None:
-        weight = constant_of(marker.x)
-        if weight is not None:
-            self._write_weight(marker, weight.astype(np.float32, copy=False))
-        else:
+        constant = constant_of(marker.x)
+        if constant is None:
             self._write_activation(marker)
+        elif marker.levels is None and marker.quant_min >= 0:
+            self._write_constant(marker, constant.astype(np.float32, copy=False))
+        else:
+            self._write_weight(marker, constant.astype(np.float32, copy=False))
 
     def notices(self) -> list[str]:
         return [f"{count} weight{'s' if count > 1 else ''}: {text}" for text, count in self._widened.items()]
@@ -94,14 +114,7 @@ class _Writer:
         if previous is not None and previous.same_codes(marker):
             self._onnx.replace(marker.output, marker.x, marker.node)
             return
-        unsigned = marker.quant_min >= 0
-        dtype = ir.DataType.UINT8 if unsigned else ir.DataType.INT8
-        limits = (0, 255) if unsigned else (-128, 127)
-        if marker.quant_min < limits[0] or marker.quant_max > limits[1]:
-            raise ExportError(
-                "activations of more than 8 bits cannot be written as integers",
-                value=(marker.quant_min, marker.quant_max),
-            )
+        dtype, limits = _activation_type(marker)
         scale = self._onnx.constant("scale", marker.scale, ir.DataType.FLOAT)
         zero_point = self._onnx.constant("zero_point", marker.zero_point, dtype)
         attributes = {} if marker.axis is None else {"axis": marker.axis}
@@ -123,6 +136,13 @@ class _Writer:
         clip = marker.x.producer()
         if clip is not None and x is not marker.x:
             self._onnx.graph.remove(clip, safe=True)
+
+    def _write_constant(self, marker: Marker, values: npt.NDArray[np.float32]) -> None:
+        """Write an activation that is always the same, positions or queries that were learned say, as its codes."""
+        dtype, _ = _activation_type(marker)
+        codes = self._onnx.constant(f"{marker.x.name}.codes", marker.codes(values), dtype)
+        found = self._dequantize(marker, marker.x.name or "constant", codes, marker.axis, dtype)
+        self._onnx.replace(marker.output, found, marker.node)
 
     def _write_weight(self, marker: Marker, weight: npt.NDArray[np.float32]) -> None:
         name = (marker.x.name or "weight").removesuffix(".weight")
@@ -190,9 +210,11 @@ class _Writer:
             steps = self._onnx.reshape(marker.node, steps, (-1, 1), ir.DataType.FLOAT)
         write_lookups(self._onnx, looks, codes, steps, by_row=by_row)
 
-    def _dequantize(self, marker: Marker, name: str, codes: ir.Value, axis: int | None) -> ir.Value:
+    def _dequantize(
+        self, marker: Marker, name: str, codes: ir.Value, axis: int | None, dtype: ir.DataType = ir.DataType.INT8
+    ) -> ir.Value:
         scale = self._onnx.constant(f"{name}.scale", marker.scale, ir.DataType.FLOAT)
-        zero_point = self._onnx.constant(f"{name}.zero_point", marker.zero_point, ir.DataType.INT8)
+        zero_point = self._onnx.constant(f"{name}.zero_point", marker.zero_point, dtype)
         attributes = {} if axis is None else {"axis": axis}
         inputs: list[ir.Value | None] = [codes, scale, zero_point]
         return self._onnx.insert(marker.node, "DequantizeLinear", inputs, attributes, ir.DataType.FLOAT)

@@ -44,6 +44,8 @@ class GraphWriter:
         self.graph = graph
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._inserted = 0
+        made = (value for node in ir.traversal.RecursiveGraphIterator(graph) for value in node.outputs)
+        self._names = {value.name for value in (*made, *graph.inputs, *graph.initializers.values())}
 
     def insert(
         self,
@@ -83,9 +85,10 @@ class GraphWriter:
         key = (dtype.name, values.shape, values.tobytes())
         if key not in self._constants:
             unique, number = name, 0
-            while unique in self.graph.initializers:
+            while unique in self._names:
                 number += 1
                 unique = f"{name}.{number}"
+            self._names.add(unique)
             value = ir.val(unique, const_value=ir.Tensor(values, dtype, name=unique))
             self.graph.register_initializer(value)
             self._constants[key] = value

@@ -59,6 +59,8 @@ def _windows(value: Tensor, node: Node) -> Iterator[Tensor]:
     """Yield the windows of a convolution, some at once, ``[windows, groups, inputs of a group]``."""
     weight = node.args[1].meta["val"]  # type: ignore[union-attr]
     dimensions = weight.ndim - 2
+    if value.ndim < weight.ndim:  # one sample without an axis of samples
+        value = value.unsqueeze(0)
     strides, dilations = (_tuple(get_argument(node, name), dimensions) for name in ("stride", "dilation"))
     padding = get_argument(node, "padding")
     if padding == "same":  # an odd one goes behind

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from mil_cli.errors import ExportError
 from mil_cli.export.coverage import integer_coverage
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.packing import storage_bits
-from mil_cli.export.parity import check_parity, without_quantizers
+from mil_cli.export.parity import Parity, check_parity, without_quantizers
 from mil_cli.export.session import OnnxModel
+from mil_cli.export.surgery import GraphWriter
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_attribute
 
@@ -279,3 +281,75 @@ def test_quantized_model_survives_its_archive(case: Build, tmp_path: Path) -> No
     first = export_onnx(model, tmp_path / "first.onnx").path
     second = export_onnx(loaded, tmp_path / "second.onnx").path
     assert first.read_bytes() == second.read_bytes()
+
+
+class Queries(nn.Module):
+    """Adds positions and reads queries, both learned: activations that are the same for all inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+        self.position, self.queries = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(1, 8))
+        self.query, self.head = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.second(self.first(x) + self.position.view(1, -1, 1, 1))
+        return self.head(x.mean((2, 3))), self.query(self.queries.unsqueeze(0))
+
+
+@pytest.mark.parametrize(("activations", "bits"), [("uint8", 8), ("uint8", 4), ("int8", 8)])
+def test_learned_activations_are_written_as_codes(
+    activations: str, bits: int, tmp_path: Path, make_case: Callable[..., Any]
+) -> None:
+    made = make_case(Queries(), lambda count: (torch.randn(count, 1, 8, 8),), tmp_path / "float.onnx")
+    model, notes = made.quantize({"activations": activations}, activation_bits=bits, first_last_bits=bits)
+    assert notes["quantized_layers"] == 4
+    path = export_onnx(model, tmp_path / "model.onnx").path
+    stored = {tuple(each.dims): each.data_type for each in onnx.load(path).graph.initializer}
+    assert stored[1, 8, 1, 1] == (onnx.TensorProto.UINT8 if activations == "uint8" else onnx.TensorProto.INT8)
+    args = made.inputs(8)
+    check_parity(model, path, [(args, {})])
+    with torch.no_grad():
+        torch.testing.assert_close(OnnxModel(path, model.spec)(*args)[1], model(*args)[1])
+
+
+def test_a_clip_without_an_upper_bound_and_values_that_were_cast(tmp_path: Path, make_case: Callable[..., Any]) -> None:
+    """A cast is a node ``to``, which is also what every module has."""
+
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x.float()).clamp(0.0, float("inf"))).mean((2, 3))
+
+    def bytes_of(count: int) -> tuple[Tensor, ...]:
+        return (torch.randint(0, 9, (count, 1, 8, 8), dtype=torch.uint8),)
+
+    made = make_case(Clipped(), bytes_of, tmp_path / "float.onnx")
+    model, _ = made.quantize()
+    path = export_onnx(model, tmp_path / "model.onnx").path
+    assert integer_coverage(path).integer == {"QLinearConv": 2}
+    check_parity(model, path, [(made.inputs(8), {})])
+
+
+def test_constants_get_names_that_no_value_has() -> None:
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=ir.Shape([2]))
+    node = ir.node("Shape", [x])
+    node.outputs[0].name = "shape"
+    graph = ir.Graph([x], [node.outputs[0]], nodes=[node], opset_imports={"": 21})
+    writer = GraphWriter(graph)
+    names = [writer.constant(name, np.array([1]), ir.DataType.INT64).name for name in ("shape", "x")]
+    names.append(writer.constant("x", np.array([2]), ir.DataType.INT64).name)
+    assert not {"x", "shape"} & {*names}
+    assert len({*names}) == 2
+
+
+@pytest.mark.parametrize(("difference", "noise", "fine"), [(0.009, None, True), (0.011, None, False), (0.1, 1.9, True)])
+def test_a_file_may_not_differ_where_the_model_rounds_nothing(
+    difference: float, noise: float | None, fine: bool
+) -> None:
+    """Weights that are on their codes already leave no noise to compare with."""
+    parity = Parity(difference, 1, 1.0, difference, 1.0, quantized=True, noise_ratio=noise)
+    assert (parity.problem() is None) == fine

@@ -116,3 +116,24 @@ def test_vectors_of_any_rank() -> None:
         )
     found = input_curvature(net, last, used, samples=6, batch_size=6)[0]
     torch.testing.assert_close(found, mean.double().outer(mean.double()), rtol=1e-5, atol=1e-6)
+
+
+def test_windows_of_one_sample_without_an_axis_of_samples() -> None:
+    inputs = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(0))
+
+    class First(nn.Module):
+        def __init__(self, layer: nn.Conv2d) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x[0])
+
+    layer = nn.Conv2d(4, 6, 3, groups=2).eval()
+    found = []
+    for module in (layer, First(layer)):
+        net = Model.capture(module, (inputs,), dynamic={})
+        found.append(
+            input_curvature(net, list(calls(net.graph))[-1], make_context(data_of(inputs)), samples=1, batch_size=1)
+        )
+    torch.testing.assert_close(*found)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mil_cli.errors import StageError
@@ -131,7 +131,7 @@ class QuantizerWriter:
         self._owner = _OWNER
         while hasattr(graph, self._owner):
             self._owner += "_"
-        self._names: set[str] = set()
+        self._names = set(dir(nn.Module()))  # what every module has is no name for one below it: a node may be `to`
 
     def store(self, name: str, scale: Tensor, zero_point: Tensor | None = None) -> str:
         """Keep a scale (float32) and a zero point (int32), if any, as buffers; returns the path of the pair."""

@@ -9,6 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from mil_cli.stages.quantize.observers import make_observer
+from mil_cli.stages.quantize.observers.channels import ChannelMean
 from mil_cli.stages.quantize.observers.entropy import Entropy, divergence
 from mil_cli.stages.quantize.observers.histogram import Histogram
 from mil_cli.stages.quantize.observers.moving_average import MovingAverage
@@ -189,3 +190,14 @@ def test_weight_codes() -> None:
     assert weight_codes(8, reduce_range=True) == CodeRange(-64, 64)
     assert weight_codes(4, reduce_range=True) == CodeRange(-8, 7)
     assert weight_codes(2, reduce_range=False) == CodeRange(-2, 1)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 3, 4)])
+def test_means_of_channels_of_any_rank(shape: tuple[int, ...]) -> None:
+    axis = shape.index(3)
+    values = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    statistic = ChannelMean(axis)
+    for batch in values:
+        statistic.update(batch)
+    others = [dimension for dimension in range(values.ndim) if dimension != axis + 1]
+    torch.testing.assert_close(statistic.mean, values.double().mean(others))

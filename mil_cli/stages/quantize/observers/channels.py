@@ -61,4 +61,4 @@ def _rows(values: Tensor, axis: int) -> Tensor:
     """Return values as ``[channels, rest]``."""
     if not bool(torch.isfinite(values).all()):
         raise ValueError("NaN or infinity among the values")
-    return values.detach().movedim(axis, 0).flatten(1)
+    return values.detach().movedim(axis, 0).reshape(values.shape[axis], -1)

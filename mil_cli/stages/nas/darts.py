@@ -21,11 +21,12 @@ class DartsConfig(RelaxedConfig):
     Attributes:
         fair: Whether each operator has a weight of its own (FairDARTS), so that one need not push out another.
         zero_one_weight: Of the loss that drives such weights to 0 or 1.
-        threshold: Of such weights: an edge whose operators all have less passes nothing on, if it may.
+        threshold: Of such weights: an edge whose operators all have less passes nothing on, if it may and another edge
+            into its node does.
     """
 
     method: ClassVar[str] = "darts"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     fair: bool = False
     zero_one_weight: float = Field(10.0, ge=0, allow_inf_nan=False)

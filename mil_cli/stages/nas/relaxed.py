@@ -80,7 +80,7 @@ class Relaxation:
         edges: Whether edges have strengths; see `Strengths`.
         share: One of so many channels passes through the operators; see `mil_cli.spaces.Choice`.
         penalty: Added to the loss that strengths are trained on.
-        threshold: Edges of smaller weights pass nothing on in the end.
+        threshold: Edges of smaller weights pass nothing on in the end; see `derive`.
     """
 
     apart: bool = False

@@ -164,8 +164,8 @@ def derive(
         weights: By decision, as from `Strengths.weights`.
         edges: How many edges into a node are kept: those whose operators have the largest weights; the others pass
             nothing on. None: all.
-        threshold: Edges whose operators all have smaller weights pass nothing on either. Only edges that may be a
-            `Zero` can be left out.
+        threshold: Edges into a node whose operators all have smaller weights pass nothing on either, but for the
+            strongest, without which nothing would pass the node. Only edges that may be a `Zero` can be left out.
 
     Returns:
         The architecture; what is chosen beside operators is as large as it can be.
@@ -183,12 +183,12 @@ def derive(
         indices[numbers[decision.name]], strongest[decision.name] = best, values[best]
         if zeros:
             nothing[decision.name] = zeros[0]
-    dropped = [name for name, value in strongest.items() if value < threshold]
-    for names in nodes_of(space) if edges is not None else ():
-        dropped += sorted(names, key=lambda name: -strongest[name])[edges:]
-    for name in dropped:
-        if name in nothing:
-            indices[numbers[name]] = nothing[name]
+    for names in nodes_of(space):
+        ranked = sorted(names, key=lambda name: -strongest[name])
+        for place, name in enumerate(ranked):
+            weak = place > 0 and strongest[name] < threshold
+            if name in nothing and (weak or (edges is not None and place >= edges)):
+                indices[numbers[name]] = nothing[name]
     return space.at(indices)
 
 

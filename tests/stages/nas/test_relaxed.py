@@ -213,9 +213,8 @@ def test_the_architecture_of_some_weights() -> None:
     whole = dict(zip(EDGES, ("skip", "layer", "skip"), strict=True))
     assert derive(space, weights, edges=None).to_json() == whole
     assert derive(space, weights, edges=1).to_json() == {**whole, "second.edges.1": "none"}
-    assert derive(space, weights, edges=2, threshold=0.65).to_json() == dict(
-        zip(EDGES, ("none", "layer", "none"), strict=True)
-    )
+    assert derive(space, weights, edges=2, threshold=0.65).to_json() == {**whole, "second.edges.1": "none"}
+    assert derive(space, weights, edges=2, threshold=0.9).to_json() == {**whole, "second.edges.1": "none"}
     assert count_skips(space, derive(space, weights, edges=None)) == 2
     assert count_skips(space, derive(space, weights, edges=1)) == 1
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -309,8 +310,13 @@ def test_learned_activations_are_written_as_codes(
     assert stored[1, 8, 1, 1] == (onnx.TensorProto.UINT8 if activations == "uint8" else onnx.TensorProto.INT8)
     args = made.inputs(8)
     check_parity(model, path, [(args, {})])
+    # Optimised, onnxruntime rounds what the product of a constant reads once more (MatMulNBits on integers).
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    given = session.run(None, {"x": args[0].numpy()})[1]
     with torch.no_grad():
-        torch.testing.assert_close(OnnxModel(path, model.spec)(*args)[1], model(*args)[1])
+        torch.testing.assert_close(torch.from_numpy(given), model(*args)[1])
 
 
 def test_a_clip_without_an_upper_bound_and_values_that_were_cast(tmp_path: Path, make_case: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ _NUMBER = re.compile(r"^\s*([+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|[+-]?\.\d+)\s*([
 
 
 def _parse(text: object, units: dict[str, float], kind: str) -> float:
-    if isinstance(text, bool):
+    if isinstance(text, bool) or (isinstance(text, float) and math.isnan(text)):  # no bound would refuse it
         raise ValueError(f"{text!r} is not {kind}")
     if isinstance(text, int | float):
         return float(text)

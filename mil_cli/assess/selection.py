@@ -15,6 +15,7 @@ from mil_cli.assess.costs import Costs
 from mil_cli.assess.prediction import CurvePoint
 from mil_cli.assess.predictors.ensemble import AnyPredictor, Ensemble
 from mil_cli.assess.ranking import Interval
+from mil_cli.files import finite
 
 VERSION = 1
 
@@ -158,7 +159,7 @@ def as_json(ranking: Ranking) -> dict[str, Any]:
         },
         "notices": ranking.notices,
     }
-    cleaned: dict[str, Any] = _without_nan(content)
+    cleaned: dict[str, Any] = finite(content)
     return cleaned
 
 
@@ -196,11 +197,3 @@ def _numbers(content: Mapping[str, Any]) -> dict[str, Any]:
 def _number(value: Any) -> Any:
     """Return a number for programs as it was: what is null was no number."""
     return math.nan if value is None else value
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -45,11 +45,12 @@ def compress(
 
     from mil_cli.report.html import write_html
     from mil_cli.report.terminal import render
+    from mil_cli.run.directory import PAGE
     from mil_cli.run.runner import run_recipe
 
     result = run_recipe(loaded, out=out, fresh=fresh, progress=progress)
     if not result.report:
         return 0  # a process of torchrun's that helped to train; the first one reports
-    write_html(result.report, result.directory / "report.html")
+    write_html(result.report, result.directory / PAGE)
     render(result.report, console.results(), directory=console.from_here(result.directory))
     return 0 if result.goals_met else 3

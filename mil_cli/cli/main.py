@@ -92,7 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted: what was reached is saved; the same command goes on from there")
         return INTERRUPTED
-    except (BrokenPipeError, SystemExit):
+    except (BrokenPipeError, SystemExit) as error:
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            _say(f"error: the recipe's code ended the program: SystemExit: {error}\n  -> let it raise an error instead")
+            return USAGE
         # The reader of our output is gone (`mil list | head`), which click ends with SystemExit: nothing is wrong.
         # Python must not flush what is left at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mil_cli.errors import MilError, RecipeError, RecipeErrors
+from mil_cli.errors import MilError, OutputError, RecipeError, RecipeErrors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,6 +42,7 @@ def run_sweep(recipe: Path, overrides: Sequence[str], *, out: Path | None, fresh
 
     Raises:
         RecipeErrors: A point is not valid; nothing has run.
+        OutputError: The folder holds points of another sweep.
     """
     from mil_cli.cli import console
     from mil_cli.cli.progress import progress_on
@@ -65,6 +66,8 @@ def run_sweep(recipe: Path, overrides: Sequence[str], *, out: Path | None, fresh
         raise RecipeError("this sweeper chooses its points as results come in", hint="plan single points, without -m")
 
     directory = out or new_directory(Path("runs") / recipe.stem)
+    if points is not None:
+        _refuse_other_points(directory, {str(point.number) for point in points})
     sweep(recipe, overrides, Point(path=recipe.absolute(), fresh=fresh), directory=directory)
 
     from mil_cli.report.sweep import render_sweep
@@ -88,6 +91,22 @@ def _check(path: Path, points: Sequence[Any]) -> list[Any]:
     if problems:
         raise RecipeErrors(list(problems.values()), where=str(path))
     return recipes
+
+
+def _refuse_other_points(directory: Path, names: Collection[str]) -> None:
+    """Refuse a folder with points of another sweep, which would count as this one's.
+
+    Raises:
+        OutputError: Names them.
+    """
+    from mil_cli.report.sweep import POINT_FILE
+
+    others = sorted(file.parent.name for file in directory.glob(f"*/{POINT_FILE}") if file.parent.name not in names)
+    if others:
+        hint = "remove their folders, or give another --out"
+        raise OutputError(
+            "the folder holds points of another sweep", where=str(directory), value=", ".join(others), hint=hint
+        )
 
 
 def _exit_codes(directory: Path, notice: Any) -> set[int]:
@@ -136,12 +155,14 @@ class Point:
         progress.notice(f"point {job.job.num}: {' '.join(overrides)}")
         _cap_threads(job.launcher)
         message = ""
+        (directory / POINT_FILE).unlink(missing_ok=True)  # if this one is killed, an earlier outcome is not its own
         try:
+            from mil_cli.run.directory import PAGE
             from mil_cli.run.runner import run_recipe
 
             recipe = build_recipe(plain(config, path=self.path), path=self.path)
             result = run_recipe(recipe, out=directory, fresh=self.fresh, progress=progress)
-            write_html(result.report, result.directory / "report.html")
+            write_html(result.report, result.directory / PAGE)
             code = 0 if result.goals_met else 3
         except MilError as error:
             code, message = error.exit_code, str(error)

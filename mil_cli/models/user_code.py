@@ -209,7 +209,7 @@ def _build(config: Mapping[str, Any], *, where: str, error: type[MilError], extr
         return function(**arguments)
     except MilError:
         raise
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         line = source_line(problem)
         raise error(
             f"calling {target} failed: {type(problem).__name__}: {problem}",
@@ -281,7 +281,7 @@ def _import_longest(
                 ) from problem
         except MilError:
             raise
-        except Exception as problem:
+        except (Exception, SystemExit) as problem:  # a script that is no module parses its arguments and exits
             if isinstance(problem, SyntaxError) and problem.filename:
                 line: str | None = f"{problem.filename}:{problem.lineno}"
             else:

@@ -108,7 +108,7 @@ def _explained(path: Path, overrides: Sequence[str] = ()) -> Iterator[None]:
         raise RecipeError(
             "this override cannot be read",
             where="command line",
-            value=error.override,
+            value=shown(error.override),
             hint="write key=value, such as stages.prune.macs=0.2, and quote it for the shell",
         ) from None
     except MissingConfigException as error:
@@ -119,6 +119,13 @@ def _explained(path: Path, overrides: Sequence[str] = ()) -> Iterator[None]:
         raise _composition_error(path, error, overrides) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"not a text file: {error}", where=str(path), hint="save the recipe as UTF-8") from None
+    except ValueError as error:
+        if "Config group override" not in str(error):  # what Hydra says of device=5
+            raise
+        hint = "write the name of a file of the group, such as device=host_cpu"
+        raise RecipeError(
+            "an option of a group is a name", where="command line", value=list(map(shown, overrides)), hint=hint
+        ) from None
     except OSError as error:
         raise RecipeError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,9 @@ def _stages(content: Mapping[str, Mapping[str, Any]], problems: list[MilError]) 
     stages: dict[str, StageConfig] = {}
     complete = [key for key, value in content.items() if "family" in value and "method" in value]
     for key, value in content.items():
+        if re.fullmatch(NAME, key) is None:
+            hint = "write a name without / and \\"
+            problems.append(RecipeError("a stage's key names a folder", where="stages", value=key, hint=hint))
         stage = _stage(f"stages.{key}", value, problems, keys=complete)
         if stage is not None:
             stages[key] = stage
@@ -245,10 +249,13 @@ def _check_trainer_overrides(
 
 
 def _check_recovery(stages: Mapping[str, StageConfig], keys: Iterable[str], problems: list[MilError]) -> None:
-    """Check that the stage by which another one recovers, or whose loss it trains on, exists and trains."""
+    """Check that the stage by which another one recovers, or whose loss it trains on, exists and trains.
+
+    What a field `by` names must exist; whether it is of the right kind is for its stage to say.
+    """
     known = set(keys)
     for key, stage in stages.items():
-        for field in ("recover", "distill", "regularise", "finetune"):
+        for field in ("recover", "distill", "regularise", "finetune", "by"):
             name = getattr(stage, field, None)
             if not isinstance(name, str):
                 continue
@@ -257,7 +264,7 @@ def _check_recovery(stages: Mapping[str, StageConfig], keys: Iterable[str], prob
                 problems.append(
                     RecipeError("there is no such stage", where=where, value=name, hint=did_you_mean(name, known))
                 )
-            elif name in stages and stages[name].family not in ("train", "distill"):
+            elif field != "by" and name in stages and stages[name].family not in ("train", "distill"):
                 hint = "name a stage of the family train or distill"
                 problems.append(RecipeError("that stage does not train", where=where, value=name, hint=hint))
 

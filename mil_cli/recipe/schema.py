@@ -12,8 +12,8 @@ from mil_cli.recipe.goals import Goals
 from mil_cli.stages.registry import StageConfig
 from mil_cli.training.config import TrainerConfig
 
-NAME = r"^[^/\\\x00]+$"
-"""What a recipe may be called: it names a folder."""
+NAME = r"^([^./\\\x00]|\.[^./\\\x00]|\.\.[^/\\\x00])[^/\\\x00]*$"
+"""What a recipe or a stage may be called: it names a folder, so it is no path, and neither ``.`` nor ``..``."""
 
 
 class MeasureConfig(BaseModel):

@@ -12,12 +12,13 @@ valid if everything that it had read still has the same fingerprint.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,8 @@ class Cache:
                 for name, checksum in record["files"].items():
                     if sha256_of_file(candidate / name) != checksum:
                         raise ValueError(f"{name} was changed")
-                with_time = time.time()
-                os.utime(candidate, (with_time, with_time))
+                with suppress(OSError):  # what another user stored in a shared cache only they may touch
+                    os.utime(candidate)
                 return Entry(candidate, record["facts"], trace)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 self._progress.notice(f"a damaged cache entry is computed again ({candidate}: {error})")
@@ -148,12 +149,21 @@ class Cache:
         Raises:
             OutputError: The cache cannot be written.
         """
-        folder = self.location / "work" / key
+        folder, begun = self.location / "work" / key, False
         try:
             with locked(folder, on_wait=lambda: self._progress.notice(f"{label}: waiting for another run of the same")):
-                yield Workspace(folder)
+                workspace, begun = Workspace(folder), True
+                yield workspace
         except OSError as error:
+            if begun and not self._is_ours(error):  # the recipe's own code could not read a file of its own, say
+                raise
             raise output_error(error, folder) from error
+
+    def _is_ours(self, error: OSError) -> bool:
+        """Whether an error is about the cache: about a file in it, or a full disk."""
+        if error.filename is None:
+            return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return Path(os.fsdecode(error.filename)).is_relative_to(self.location)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -226,18 +236,21 @@ class Cache:
 
     def entries(self) -> list[Listed]:
         """List what the cache holds, the newest first: finished results, and unfinished work."""
-        now = time.time()
         found = []
-        for folder in self.location.glob("entries/*/*"):
-            try:
-                record = json.loads((folder / ENTRY).read_text())
-                kind, label = str(record["kind"]), str(record["label"])
-            except (OSError, ValueError, KeyError, TypeError):
-                kind, label = "damaged", folder.name
-            found.append(Listed(folder, kind, label, _size(folder), now - folder.stat().st_mtime))
-        for folder in self.location.glob("work/*"):
-            found.append(Listed(folder, "unfinished", folder.name[:12], _size(folder), now - folder.stat().st_mtime))
-        return sorted(found, key=lambda listed: listed.age_seconds)
+        for place in (self.location, *self.location.glob("processes/*")):
+            for folder in place.glob("entries/*/*"):
+                try:
+                    record = json.loads((folder / ENTRY).read_text())
+                    kind, label = str(record["kind"]), str(record["label"])
+                except (OSError, ValueError, KeyError, TypeError):
+                    kind, label = "damaged", folder.name
+                found.append((folder, kind, label))
+            found += [(folder, "unfinished", folder.name[:12]) for folder in place.glob("work/*")]
+        listed = []
+        for folder, kind, label in found:
+            with suppress(FileNotFoundError):  # a run that goes on now stored or removed it
+                listed.append(Listed(folder, kind, label, _size(folder), time.time() - folder.stat().st_mtime))
+        return sorted(listed, key=lambda each: each.age_seconds)
 
     def clear(self, *, older_than_seconds: float = 0.0) -> tuple[int, int]:
         """Remove entries last used longer ago than that; return how many, and their bytes.
@@ -269,4 +282,8 @@ class Cache:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # a checkpoint that was still being written
+            size += path.stat().st_size if path.is_file() else 0
+    return size

@@ -14,6 +14,7 @@ from mil_cli.run.locks import try_lock
 RECIPE = "recipe.yaml"
 REPORT = "report.json"
 RANKING = "ranking.json"
+PAGE = "report.html"
 
 
 class RunDirectory:
@@ -49,6 +50,8 @@ class RunDirectory:
                 if lock is None:
                     raise OutputError(f"another run is writing {out}", hint="wait for it, or give another --out")
                 directory = cls(out, lock)
+                for name in (REPORT, RANKING, PAGE):  # what an earlier run left is not this one's
+                    (out / name).unlink(missing_ok=True)
             else:
                 parent = base / "runs" / recipe_name
                 directory = _unfinished(parent, resolved) or _new(parent, now)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mil_cli.errors import RecipeError
 from mil_cli.events import Progress, SilentProgress
-from mil_cli.files import write_json
+from mil_cli.files import finite, write_json
 from mil_cli.models.user_code import importable
 from mil_cli.run.cache import ENTRY, Cache, default_location
 from mil_cli.run.directory import REPORT, RunDirectory
@@ -258,5 +258,5 @@ def _stage_entry(result: StageResult, measured: dict[str, Any] | None) -> dict[s
         "seconds": facts["seconds"],
         "cached": result.cached,
         "measurement": {"quality": facts["quality"], **figures, **counts},
-        "notes": facts["notes"],
+        "notes": finite(facts["notes"]),
     }

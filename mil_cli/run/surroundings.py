@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from mil_cli.errors import DataError, ModelError, RecipeError
 from mil_cli.files import sha256_of_file
 from mil_cli.graph.model import Model
 from mil_cli.models.source import ModelSource, build_model, build_module, capture_module
-from mil_cli.models.user_code import user_code_fingerprint
+from mil_cli.models.user_code import locate_in, source_sha256
 from mil_cli.spaces import DesignedSpace
 from mil_cli.stages.surroundings import Surroundings, derive_seed, fingerprint_of
 from mil_cli.task.source import build_task
@@ -105,6 +105,16 @@ class _OtherData:
         return self._built[key]
 
 
+def _targets(settings: object) -> Iterator[str]:
+    """Yield the ``_target_`` of settings and of those inside them."""
+    if isinstance(settings, Mapping):
+        if isinstance(settings.get("_target_"), str):
+            yield settings["_target_"]
+        settings = list(settings.values())
+    for part in settings if isinstance(settings, list | tuple) else ():
+        yield from _targets(part)
+
+
 class _Sources:
     """Other models that a stage may ask for, such as teachers."""
 
@@ -118,9 +128,12 @@ class _Sources:
 
     def fingerprint(self, source: object) -> str:
         parsed = self._parse(source)
-        files = [sha256_of_file(path) for path in parsed.files(self._recipe.root) if path.is_file()]
-        code = user_code_fingerprint(self._recipe.root)
-        return fingerprint_of([parsed.model_dump(mode="json"), files, code])
+        root = self._recipe.root
+        files = [sha256_of_file(path) for path in parsed.files(root) if path.is_file()]
+        # Not of all modules that are loaded: that would hang on what was loaded before, and lack this source's own.
+        targets = _targets({"_target_": parsed.target, **parsed.arguments})
+        located = (locate_in(target, root=root, where="model._target_", error=ModelError) for target in targets)
+        return fingerprint_of([parsed.model_dump(mode="json"), files, [source_sha256(one) for one in located]])
 
     def _parse(self, source: object) -> ModelSource:
         from pydantic import ValidationError

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mil_cli.errors import MilError
 from mil_cli.stages.surroundings import Surroundings
 from mil_cli.training.checkpoint import CheckpointSlot
 
@@ -71,7 +72,7 @@ class Trace:
         """Whether everything that was read has the same fingerprint now."""
         try:
             return all(surroundings.fingerprint(name) == value for name, value in self.reads.items())
-        except (KeyError, AttributeError):
+        except (KeyError, AttributeError, MilError):  # it is not there any more
             return False
 
 

@@ -47,6 +47,7 @@ def raising(error: BaseException) -> object:
         (KeyboardInterrupt(), 130, "interrupted: what was reached is saved; the same command goes on from there\n"),
         (PermissionError(13, "Permission denied", "/nowhere/x"), 2, "error: cannot write /nowhere/x"),
         (OSError(28, "No space left on device", "/full/x"), 2, "free some space"),
+        (SystemExit(0), 2, "error: the recipe's code ended the program: SystemExit: 0\n  -> "),
     ],
 )
 def test_errors_of_the_user(verb, error, code, message, capsys) -> None:  # type: ignore[no-untyped-def]

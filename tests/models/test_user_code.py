@@ -109,6 +109,8 @@ def test_installed_packages_inside_the_folder_do_not_count(tmp_path: Path) -> No
         ("import json\njson.loads('{')\n", "JSONDecodeError", None),
         ("x = (\n", "SyntaxError", ":1"),
         ("import uc_absent_thing\n", "needs the module 'uc_absent_thing'", None),
+        ("import sys\nsys.exit(2)\n", "SystemExit: 2", ":2"),
+        ("def f():\n    raise SystemExit('oh')\n", "SystemExit: oh", ":2"),
     ],
 )
 def test_failures_name_the_users_line(text: str, words: str, line: str | None, tmp_path: Path) -> None:

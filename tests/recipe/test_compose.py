@@ -100,6 +100,13 @@ def test_bad_overrides_say_what_to_type(write: Write, overrides: list[str], expe
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize("override", ["device=5", "data=null", "=5"])
+def test_an_option_of_a_group_that_is_no_name(write: Write, override: str) -> None:
+    with pytest.raises(RecipeError, match="an option of a group is a name") as caught:
+        compose(write(), [override])
+    assert override in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

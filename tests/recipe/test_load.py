@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,30 @@ def test_problems_of_independent_parts_come_together(write: Write) -> None:
         "chain[0]",
     }
     assert all(problem.hint for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"name": ".."}, "name"),
+        ({"name": "a/b"}, "name"),
+        ({"stages": {"../../x": {"family": "quantize", "method": "static"}}}, "stages"),
+        ({"stages": {"q": {"family": "quantize", "method": "mixed", "average_bits": 4, "by": "lsqq"}}}, "stages.q.by"),
+        ({"goals": {"quality": {"max_drop": math.nan}}}, "goals.quality.max_drop"),
+    ],
+)
+def test_what_would_go_wrong_after_hours_is_refused_at_once(write: Write, change: dict[str, Any], where: str) -> None:
+    path = write()
+    content = load_recipe(path).resolved
+    stages = {**content["stages"], **change.get("stages", {})}
+    with pytest.raises(RecipeErrors) as caught:
+        build_recipe({**content, **change, "stages": stages}, path=path)
+    assert [problem.where for problem in caught.value.problems] == [where]
+
+
+@pytest.mark.parametrize("name", ["a", ".a", "..a", "...", "a.b", "a b", "\N{GREEK SMALL LETTER ALPHA}"])
+def test_names_of_folders_may_be_odd(write: Write, name: str) -> None:
+    assert load_recipe(write(), [f"name='{name}'"]).name == name
 
 
 def test_content_that_is_built_in_memory(write: Write) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from contextlib import suppress
@@ -140,6 +141,49 @@ def test_listing_and_clearing(cache: Cache) -> None:
     assert count == 3
     assert size > 0
     assert cache.find("k1", lambda reads: True) is None
+
+
+def test_what_other_processes_of_a_run_stored_is_listed_and_cleared(cache: Cache, recorder: Recorder) -> None:
+    store(Cache(cache.location / "processes" / "1-of-2", recorder), "k", "abc", {})
+    assert [listed.kind for listed in cache.entries()] == ["stage"]
+    assert cache.clear()[0] == 1
+    assert cache.entries() == []
+
+
+def test_files_that_a_living_run_removes_do_not_disturb_the_listing(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(cache, "k", "abc", {})
+    real = Path.is_file
+
+    def removed_right_after(path: Path) -> bool:
+        there = real(path)
+        if path.name == "data.txt":
+            path.unlink()
+        return there
+
+    monkeypatch.setattr(Path, "is_file", removed_right_after)
+    assert [listed.kind for listed in cache.entries()] == ["stage"]
+
+
+def test_an_entry_that_another_user_owns_is_taken(
+    cache: Cache, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(cache, "k", "a", {})
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr("mil_cli.run.cache.os.utime", refuse)
+    assert cache.find("k", lambda reads: True) is not None
+    assert recorder.notices == []
+
+
+def test_a_file_that_a_stage_cannot_read_is_not_taken_for_the_caches(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), cache.computing("k", "label"):
+        (tmp_path / "absent").read_text()
+    with pytest.raises(OutputError, match="the disk is full"), cache.computing("k", "label"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path: Path, recorder: Recorder) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mil_cli.errors import OutputError
-from mil_cli.run.directory import REPORT, RunDirectory
+from mil_cli.run.directory import PAGE, RANKING, REPORT, RunDirectory
 
 NOW = datetime(2024, 5, 6, 7, 8, 9)
 
@@ -53,6 +53,15 @@ def test_a_chosen_folder_is_used_as_it_is_and_one_run_at_a_time(tmp_path: Path) 
     assert directory.path == tmp_path / "mine"
     with pytest.raises(OutputError, match="another run"):
         open_directory(tmp_path, out=tmp_path / "mine")
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    for name in (REPORT, RANKING, PAGE, "notes.txt"):
+        (out / name).write_text("{}")
+    open_directory(tmp_path, out=out).close()
+    assert sorted(file.name for file in out.iterdir()) == ["notes.txt", "recipe.yaml"]
 
 
 def test_a_file_in_the_way_is_a_clear_error(tmp_path: Path) -> None:

@@ -153,3 +153,25 @@ def test_a_changed_setting(first: Path, tmp_path: Path, override: str) -> None:
     folder = tmp_path / "moved"
     shutil.copytree(first, folder)
     assert cached_stages(folder, override) == SETTINGS[override]
+
+
+def test_a_teachers_code_is_part_of_its_fingerprint_and_what_else_was_loaded_is_not(
+    first: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(first, folder)
+    project = folder / "project"
+    code = {"teacher.py": MODEL.replace("from torch", "from parts import GAIN\nfrom torch"), "parts.py": "GAIN = 1\n"}
+    for name, text in code.items():
+        (project / name).write_text(text)
+    recipe = load_recipe(project / "recipe.yaml")
+    with importable(recipe.root):
+        around = build_surroundings(recipe)
+        file = around.source_fingerprint("teacher.pt2")
+        teacher, nested = ({"_target_": "teacher.build"}, {"_target_": "model.build", "width": {"_target_": "parts.f"}})
+        (project / "parts.py").write_text("GAIN = 1\ndef f(): return 8\n")
+        before = [around.source_fingerprint(teacher), around.source_fingerprint(nested)]
+        assert around.source_fingerprint("teacher.pt2") == file
+        (project / "parts.py").write_text("GAIN = 2\ndef f(): return 9\n")
+        after = [around.source_fingerprint(teacher), around.source_fingerprint(nested)]
+    assert all(one != other for one, other in zip(before, after, strict=True))

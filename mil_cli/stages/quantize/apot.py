@@ -49,9 +49,10 @@ def quantize(model: Model, config: ApotConfig, context: Context) -> Model:
     the layer came with, instead of the paper's 1, so that layers without a batch norm keep their size.
 
     Activations are rounded evenly with learned scales, since that is what integer kernels multiply; the paper has
-    powers of two there as well. First and last layers are even too where they have more bits than those between. With
-    2 bits the levels are -1, 0 and 1: three of the four that the bits could tell apart. The levels of 7 and 8 bits
-    are too fine for integer kernels, which get them rounded (see `whole_levels`).
+    powers of two there as well. First and last layers are even too where they have more bits than those between, and
+    so are weights that are mostly their mean, such as filters that average, which normalising would undo. With 2 bits
+    the levels are -1, 0 and 1: three of the four that the bits could tell apart. The levels of 7 and 8 bits are too
+    fine for integer kernels, which get them rounded (see `whole_levels`).
 
     Args:
         model: A float model; not changed.
@@ -96,13 +97,13 @@ def _insert(model: Model, placement: Placement, seen: Seen[MeanSquaredError], ru
     inner = _inner_bits(placement, rules)
 
     def weight(layer: Layer) -> Quantizer:
-        levels = _levels(layer, rules, inner)
+        levels = _levels(graph, layer, rules, inner)
         return even(graph, layer, rules) if levels is None else _additive(graph, layer, levels, rules)
 
     weights = once_for_each_weight(placement.layers, weight)
     paths = insert_learned(model, placement, values, narrow, weights)
     for path, layer in dict(zip(paths.weights, placement.layers, strict=True)).items():
-        additive = _levels(layer, rules, inner)
+        additive = _levels(graph, layer, rules, inner)
         if additive is None:
             continue
         stored: Tensor = get_attribute(graph, str(layer.weight.target)).detach()
@@ -118,9 +119,16 @@ def _inner_bits(placement: Placement, rules: Rules) -> int:
     return min(inner, default=rules.weight_bits)
 
 
-def _levels(layer: Layer, rules: Rules, inner: int) -> Tensor | None:
-    """Return the levels of a layer's weight; None for a table, and a first or last layer that has more bits."""
+def _levels(graph: GraphModule, layer: Layer, rules: Rules, inner: int) -> Tensor | None:
+    """Return the levels of a layer's weight; None: it is even.
+
+    That are tables, first and last layers that have more bits, and weights whose mean is most of them, a filter that
+    averages say: normalised to mean 0 they would be something else, or nothing at all.
+    """
     bits = rules.of_layer(layer).weight_bits
+    weight: Tensor = get_attribute(graph, str(layer.weight.target)).detach()
+    if weight.mean().square() > weight.var(correction=0):
+        return None
     if layer.has_table or (any(each.edge for each in layer.sharing) and bits > inner):
         return None
     return whole_levels(bits, largest=rules.largest_weight)

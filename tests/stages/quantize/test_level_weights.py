@@ -273,3 +273,32 @@ def test_a_weight_that_is_a_buffer_is_put_on_levels_and_stays(kind: type[StageCo
     _, levels = weights_of(result)["table"]
     assert levels.round().unique().numel() <= 8
     assert float(torch.corrcoef(torch.stack([stored.flatten(), model.state_dict()["table"].flatten()]))[0, 1]) > 0.9
+
+
+class Averaging(nn.Module):
+    """A filter that averages, and a weight of one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(1, 4, 3)
+        self.blur = nn.Conv2d(4, 4, 3, groups=4, bias=False)
+        nn.init.constant_(self.blur.weight, 1 / 9)
+        self.gain = nn.Conv2d(1, 1, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.relu(self.blur(torch.relu(self.mix(self.gain(x))))).mean((2, 3)))
+        return logits
+
+
+def test_apot_leaves_a_mean_where_it_is_most_of_a_weight(data: Data, inserted: dict[str, Model]) -> None:
+    torch.manual_seed(0)
+    model = Model.capture(Averaging().eval(), (torch.randn(2, 1, 8, 8),))
+    run(ApotConfig, model, data, weight_bits=6, activation_bits=8, trainer={"epochs": 1})
+    settle(inserted["start"].graph)
+    found = weights_of(inserted["start"])
+    for name in ("blur.weight", "gain.weight"):
+        node, _ = found[name]
+        arguments = [get_attribute(inserted["start"].graph, str(source.target)) for source in node.args[:3]]
+        rounded = node.target(*arguments, *node.args[3:])
+        torch.testing.assert_close(rounded, model.state_dict()[name], rtol=0.02, atol=0)

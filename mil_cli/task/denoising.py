@@ -109,7 +109,6 @@ class Denoising(EntryTask):
     def distance(self, student_outputs: Any, teacher_outputs: Any, batch: Batch, *, temperature: float) -> Tensor:
         """Return the loss with the teacher's estimate in place of the clean speech; a temperature has no meaning."""
         noisy = self._noisy(batch)
-        self._compared(student_outputs, teacher_outputs)
         student, teacher = (self._masked(outputs, noisy) for outputs in (student_outputs, teacher_outputs))
         return self._apart(student, teacher, istft(teacher, window=self.window, length=noisy.shape[-1]))
 

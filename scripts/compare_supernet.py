@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("--count takes a number of at least 3")
     origins = {
         method: origin_of(recipe, Path(__file__), method, arguments.count, code=("stages", "training", "spaces"))
-        for method in arguments.methods
+        for method in (SHARED, ALONE)
     }
     columns = [{"net": number} for number in range(arguments.count)]
     phases = [
@@ -128,15 +128,12 @@ def _page(arguments: argparse.Namespace, origins: Mapping[str, str], rows: Rows)
     """Return the page's lines: each net's quality in the supernet beside that of the same net trained alone."""
     points, lines = [], []
     for number in range(arguments.count):
-        pairs, net = [], None
+        pairs: list[tuple[Result | None, Result | None]] = []
         for seed in arguments.seeds:
             own = [point_of(origins, SHARED, {}, seed), point_of(origins, ALONE, {"net": number}, seed)]
             points += own
-            shared, alone = (rows.result(point) for point in own)
-            net = alone or net
-            if shared is not None and alone is not None:
-                pairs.append((100 * shared["quality"][number], 100 * alone["quality"]))
-        lines.append(_line(net, pairs))
+            pairs.append((rows.result(own[0]), rows.result(own[1])))
+        lines.append(_line(number, pairs))
     seeds = ", ".join(map(str, arguments.seeds))
     return [
         "# Nets of a supernet beside the same nets trained alone",
@@ -151,16 +148,22 @@ def _page(arguments: argparse.Namespace, origins: Mapping[str, str], rows: Rows)
     ]
 
 
-def _line(net: Result | None, pairs: Sequence[tuple[float, float]]) -> str:
+def _line(number: int, pairs: Sequence[tuple[Result | None, Result | None]]) -> str:
+    """Return a net's line, from the results of each seed: those of the supernet, and that of the net alone."""
+    net = next((alone for _, alone in pairs if alone is not None), None)
     sizes = "- | -" if net is None else f"{net['macs']:,} | {net['params']:,}"
-    if not pairs:
-        return f"| {sizes} | - | - | - | 0 |"
-    shared, alone = (statistics.mean(column) for column in zip(*pairs, strict=True))
-    drops = [(100 * (1 - one / other), 0.0) for one, other in pairs]
-    interval = paired_interval(drops)
+    shared = [None if one is None else 100 * one["quality"][number] for one, _ in pairs]
+    alone = [None if one is None else 100 * one["quality"] for _, one in pairs]
+    drops = [100 * (1 - one / other) for one, other in zip(shared, alone, strict=True) if one and other]
+    interval = paired_interval([(drop, 0.0) for drop in drops])
     shown = "" if interval is None else f" ({interval[0]:+.2f} to {interval[1]:+.2f})"
-    drop = statistics.mean(one for one, _ in drops)
-    return f"| {sizes} | {shared:.2f} | {alone:.2f} | {drop:+.2f} %{shown} | {len(pairs)} |"
+    drop = f"{statistics.mean(drops):+.2f} %{shown}" if drops else "-"
+    return f"| {sizes} | {_mean(shared)} | {_mean(alone)} | {drop} | {len(drops)} |"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.2f}" if known else "-"
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def costs_of(table: Table, *, fit_cpu: float, fit_wall: float) -> Costs:
     given = ~np.isnan(table.inputs)
     has_scores: Bools = np.logical_or.reduce(given[:, features : features + scores], axis=1)
     has_partial: Bools = np.logical_or.reduce(given[:, features + scores :], axis=1)
-    one = table.spent("training", "cpu")[table.trained] / table.rows[table.trained]
+    one = table.spent("training", "cpu")[table.trained] / table.trainings[table.trained]
     said = one[~np.isnan(one)]
     return Costs(
         scores=_spending(table, "scores", has_scores),

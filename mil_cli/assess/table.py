@@ -41,7 +41,7 @@ class Table:
         inputs: What a predictor may read, shape (architectures, inputs), in the order of `columns.numeric`; NaN where
             it is not known.
         quality: What a whole training reached, the mean of all rows; NaN if there was none or if it collapsed.
-        trained: Whether there was one.
+        trainings: How many whole trainings were merged; those that collapsed too.
         seconds: Of each column of seconds, the sum of all rows; NaN where no row says.
         rows: How many rows were merged.
     """
@@ -50,12 +50,17 @@ class Table:
     columns: Columns
     inputs: Floats
     quality: Floats
-    trained: Bools
+    trainings: Ints
     seconds: Mapping[str, Floats]
     rows: Ints
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def trained(self) -> Bools:
+        """Whether there was a whole training."""
+        return self.trainings > 0
 
     @property
     def known(self) -> Bools:
@@ -163,7 +168,7 @@ def _merged(
         columns=columns.model_copy(update={"features": (*columns.features, *names), "categories": ()}),
         inputs=np.column_stack([_mean(column, groups, len(ids)) for column in inputs.T]),
         quality=_mean(quality, groups, len(ids)),
-        trained=np.bincount(groups, weights=trained, minlength=len(ids)) > 0,
+        trainings=np.bincount(groups[trained], minlength=len(ids)).astype(np.int64),
         seconds={name: _sum(column, groups, len(ids)) for name, column in zip(columns.seconds, seconds.T, strict=True)},
         rows=np.bincount(groups, minlength=len(ids)).astype(np.int64),
     )

@@ -22,6 +22,7 @@ ROWS: list[tuple[Cell, ...]] = [
     ("a", 1, 1.0, 2.0, 0.5, 0.9, 1, 2, 10, 100, 50),
     ("a", 1, 1.0, 2.0, 0.5, 0.8, 1, 2, 10, 140, 70),  # trained again
     ("b", 2, 1.0, None, None, "nan", 1, 2, None, 90, 45),  # collapsed
+    ("b", 2, None, None, 0.3, None, None, None, None, None, None),  # not trained again
     ("c", 3, 1.0, 2.0, 0.4, None, 1, 2, None, None, None),  # does not say what its partial training took
     ("d", 4, None, None, None, None, None, None, None, None, None),
 ]
@@ -31,7 +32,7 @@ def test_all_is_counted() -> None:
     table = table_of([("row", dict(zip(KEYS, row, strict=True))) for row in ROWS], COLUMNS)
     costs = costs_of(table, fit_cpu=7.0, fit_wall=8.0)
     assert costs.scores == Spending(3, 12.0, None, wall_unknown=3)
-    assert costs.partial == Spending(2, 20.0, None, cpu_unknown=1, wall_unknown=2)
+    assert costs.partial == Spending(3, 20.0, None, cpu_unknown=2, wall_unknown=3)
     assert costs.training == Spending(2, 330.0, 165.0)
     assert costs.fit == Spending(1, 7.0, 8.0)
     assert costs.total("cpu") == 12 + 20 + 330 + 7

@@ -79,7 +79,7 @@ def test_ranks_are_in_their_intervals_as_often_as_said(target: str) -> None:
 def test_ranks_and_recommendations_do_not_depend_on_the_scale_of_the_quality() -> None:
     """Bad trainings that lie far below the others neither widen intervals nor are asked for."""
     table, _ = made(0)
-    bent = Table(table.ids, table.columns, table.inputs, -np.exp(-4 * table.quality), table.trained, {}, table.rows)
+    bent = Table(table.ids, table.columns, table.inputs, -np.exp(-4 * table.quality), table.trainings, {}, table.rows)
     config = CONFIG.model_copy(update={"predictor": Ridge(), "noise": 0.0})
     np.testing.assert_array_equal(
         rank_intervals(table, config, SilentProgress()), rank_intervals(bent, config, SilentProgress())
@@ -105,7 +105,7 @@ def test_less_may_be_better() -> None:
         columns=table.columns.model_copy(update={"higher_is_better": False}),
         inputs=table.inputs,
         quality=-table.quality,
-        trained=table.trained,
+        trainings=table.trainings,
         seconds={},
         rows=table.rows,
     )
@@ -121,7 +121,7 @@ def test_collapsed_trainings_come_last_and_are_not_asked_for_again() -> None:
     table, _ = made(0)
     quality = table.quality.copy()
     quality[:2] = np.nan
-    collapsed = Table(table.ids, table.columns, table.inputs, quality, table.trained, {}, table.rows)
+    collapsed = Table(table.ids, table.columns, table.inputs, quality, table.trainings, {}, table.rows)
     ranking = rank_table(collapsed, CONFIG.model_copy(update={"next": Acquisition(batch=50)}))
     assert {entry.id for entry in ranking.entries[-2:]} == {"net0", "net1"}
     for entry in ranking.entries[-2:]:
@@ -133,7 +133,7 @@ def test_programs_get_json_without_nan_and_the_same_each_time() -> None:
     table, _ = made(0)
     inputs = table.inputs.copy()
     inputs[40, 3], inputs[2, 3] = np.nan, np.inf
-    odd = Table(table.ids, table.columns, inputs, table.quality, table.trained, {}, table.rows)
+    odd = Table(table.ids, table.columns, inputs, table.quality, table.trainings, {}, table.rows)
 
     def content() -> str:
         ticks = count()
@@ -187,9 +187,9 @@ def test_what_cannot_be_believed_is_said() -> None:
     noise = np.random.default_rng(0).normal(size=60)
     quality = np.where(table.trained, noise, np.nan)
     inputs = np.column_stack([table.inputs[:, :3], noise])
-    chance = Table(table.ids, table.columns, table.inputs, quality, table.trained, {}, table.rows)
+    chance = Table(table.ids, table.columns, table.inputs, quality, table.trainings, {}, table.rows)
     assert any("may be chance" in notice for notice in rank_table(chance, CONFIG).notices)
-    telling = Table(table.ids, table.columns, inputs, quality, table.trained, {}, table.rows)
+    telling = Table(table.ids, table.columns, inputs, quality, table.trainings, {}, table.rows)
     notices = rank_table(telling, CONFIG).notices
     assert not any("may be chance" in notice for notice in notices)
     assert any("as well as the predictor does: score" in notice for notice in notices)

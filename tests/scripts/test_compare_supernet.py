@@ -43,7 +43,19 @@ def test_the_page_tells_drops_and_their_interval(tmp_path: Path, monkeypatch: py
     text = out.read_text()
     # Drops of 10 and 0 %: the mean 5 has the half-width 12.706 * 7.071 / 2 ** 0.5.
     assert "| 1,000 | 50 | 81.00 | 85.00 | +5.00 % (-58.53 to +68.53) | 2 |" in text
-    assert "| - | - | - | - | - | 0 |" in text
+    assert "| - | - | 50.00 | - | - | 0 |" in text
+
+
+def test_nets_that_were_trained_alone_only_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "page.md"
+    words = [str(RECIPE), "--out", str(out), "--seeds", "0", "--count", "3", "--known-only", "--methods", "alone"]
+    points = planned_points(compare_supernet, words, monkeypatch)
+    assert len(points) == 3
+    result = {"quality": 0.8, "macs": 1000, "params": 50, "net": "a"}
+    environment = {"torch": "2", "gpu": None, "isa": "AVX2"}
+    append_row(out.with_suffix(".jsonl"), {"point": points[0], "result": result, "environment": environment})
+    assert main(words) == 0
+    assert "| 1,000 | 50 | - | 80.00 | - | 0 |" in out.read_text()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from mil_cli.data.base import Data
+from mil_cli.errors import StageError
 from mil_cli.graph.model import Model
 from mil_cli.graph.spec import ModelSpec
 from mil_cli.spaces import Architecture, DesignedSpace
@@ -61,7 +62,8 @@ def from_scratch(model: Model, config: FromScratchConfig, context: Context) -> M
         The trained winner, in evaluation mode.
 
     Raises:
-        StageError: The recipe's model holds no choice, or no architecture is within the bounds.
+        StageError: The recipe's model holds no choice, no architecture is within the bounds, or rungs of the search
+            train for as many epochs as each other.
     """
     space = context.space()
     trained = TrainedAlone(
@@ -74,6 +76,8 @@ def from_scratch(model: Model, config: FromScratchConfig, context: Context) -> M
         judged=config.search_samples,
         seed=context.seed,
     )
+    if isinstance(config.search, Halving):
+        _check_rungs(config.search, trained, where=f"stages.{context.name}")
 
     def build(architecture: Architecture) -> Model:
         return context.capture(space.build(architecture, seed=context.seed))
@@ -108,10 +112,14 @@ class TrainedAlone:
     judged: int
     seed: int
 
+    def epochs(self, fidelity: float) -> int:
+        """Return for how many epochs that share of the whole effort trains."""
+        return max(1, round(fidelity * self.settings.epochs))
+
     def __call__(self, architecture: Architecture, fidelity: float) -> float:
         """Return its quality on val; NaN if its outputs are not finite."""
         start = EagerModule(self.space.build(architecture, seed=self.seed), spec=self.spec, samples=self.samples)
-        epochs = max(1, round(fidelity * self.settings.epochs))
+        epochs = self.epochs(fidelity)
         settings = self.settings.model_copy(update={"epochs": epochs, "evaluate_every": epochs})
         result = fit(start, task=self.task, data=self.data, settings=settings, seed=self.seed)
         limit = min(self.judged, len(self.data.val))
@@ -119,3 +127,15 @@ class TrainedAlone:
             return evaluate(result.model, task=self.task, split=self.data.val, split_name="val", limit=limit).value
         except NotFiniteError:
             return float("nan")
+
+
+def _check_rungs(search: Halving, trained: TrainedAlone, *, where: str) -> None:
+    """Refuse rungs of which one trains no longer than the one before: it would only repeat its trainings."""
+    epochs = [trained.epochs(share) for share in search.shares]
+    if len({*epochs}) < len(epochs):
+        raise StageError(
+            f"two rungs train for as many epochs: they are of {', '.join(map(str, epochs))}",
+            where=f"{where}.trainer.epochs",
+            value=trained.settings.epochs,
+            hint=f"give more epochs, {search.eta ** (search.rungs - 1)} say, or take fewer rungs (search.rungs)",
+        )

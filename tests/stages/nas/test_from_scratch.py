@@ -68,3 +68,10 @@ def test_candidates_trained_in_several_processes_are_the_same() -> None:
 def test_a_model_without_choices_is_told() -> None:
     with pytest.raises(StageError, match="choices"):
         from_scratch(incoming(), FromScratchConfig(**QUICK), make_context(digits(), name="nas"))
+
+
+def test_rungs_that_would_train_alike_are_told(tmp_path: Path) -> None:
+    config = FromScratchConfig(**{**QUICK, "search": {**QUICK["search"], "rungs": 3}})
+    with pytest.raises(StageError, match="two rungs train for as many epochs: they are of 1, 1, 2") as told:
+        from_scratch(incoming(), config, context(tmp_path))
+    assert "4 say" in str(told.value.hint)

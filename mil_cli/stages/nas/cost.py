@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from mil_cli.device.profile import DeviceProfile
 from mil_cli.events import Progress
@@ -48,30 +49,35 @@ class CandidateCost:
         whole: Callable[[], float] | None = None,
     ) -> None:
         self._space = space
-        counter = Counter(space.coupling)
+        counters = [Counter(coupling) for coupling in space.couplings]  # by the size of the images
         self._table: OperatorTable | None = None
         self._whole: float | None = None
         self._scale = 1.0
-        self._count: Callable[[Removed, Dropped], float]
+        self._counts: list[Callable[[Removed, Dropped], float]]
         match quantity:
             case "macs":
-                self._count = counter.macs
+                self._counts = [counter.macs for counter in counters]
             case "params":
-                self._count = counter.params
+                self._counts = [counter.params for counter in counters]
             case "memory":
-                self._count = MemoryEstimate(counter)
+                self._counts = [MemoryEstimate(counter) for counter in counters]
             case "channels":
                 raise ValueError("candidates leave out blocks: their channels are not counted")
             case "latency":
-                lister = OperatorLister(counter, kernels, device.int8.policy)
+                listers = [OperatorLister(counter, kernels, device.int8.policy) for counter in counters]
                 operators = {key: seconds for key, seconds in known.items() if key != WHOLE}
                 self._table = table = OperatorTable(device, operators, progress)
-                self._count = lambda *cut: self._scale * table.seconds(lister.operators(*cut))
+                self._counts = [partial(self._predicted, lister, table) for lister in listers]
                 # What many candidates need is measured in one go: each go starts a process.
                 pool = [space.largest, space.smallest, *random_pool(space, seed=0, size=_MEASURED_AHEAD)]
-                parts = [(space.removed(candidate), space.dropped(candidate)) for candidate in pool]
-                table.measure(operator for removed, dropped in parts for operator in lister.operators(removed, dropped))
-                guessed = lister.approximated()
+                table.measure(
+                    operator
+                    for one in pool
+                    for operator in listers[space.resolution_choice(one)].operators(
+                        space.removed(one), space.dropped(one)
+                    )
+                )
+                guessed = listers[0].approximated()
                 if guessed:
                     progress.notice(f"latency is only guessed for {', '.join(guessed)}")
                 if whole is not None:
@@ -84,7 +90,11 @@ class CandidateCost:
         Raises:
             MeasureError: An operator's latency cannot be measured.
         """
-        return self._count(self._space.removed(candidate), self._space.dropped(candidate))
+        count = self._counts[self._space.resolution_choice(candidate)]
+        return count(self._space.removed(candidate), self._space.dropped(candidate))
+
+    def _predicted(self, lister: OperatorLister, table: OperatorTable, removed: Removed, dropped: Dropped) -> float:
+        return self._scale * table.seconds(lister.operators(removed, dropped))
 
     def table(self) -> dict[str, float]:
         """Return seconds of the operators measured, by operator, and of the whole model; empty if it is no latency."""

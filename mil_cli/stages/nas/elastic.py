@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import Field
 
-from mil_cli.errors import StageError
+from mil_cli.errors import ModelError, StageError
 from mil_cli.graph.coupling import Coupling, analyse, group_norms, reorder, shared_cut
 from mil_cli.graph.model import Model
 from mil_cli.graph.residual import ResidualBranch, leave_out, residual_chains
@@ -21,7 +21,7 @@ from mil_cli.stages.generations import Generations
 from mil_cli.stages.judging import quality_or_worst, with_fresh_statistics
 from mil_cli.stages.measured import Choice, Correction, latency_seconds
 from mil_cli.stages.nas.cost import CandidateCost
-from mil_cli.stages.nas.space import ElasticSpace, depths_of, widths_of
+from mil_cli.stages.nas.space import ElasticSpace, Resolution, depths_of, resolution_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, sandwich
 from mil_cli.stages.registry import stage
 from mil_cli.stages.target_config import TargetConfig
@@ -45,7 +45,9 @@ class ElasticConfig(TargetConfig):
     Attributes:
         min_width: Smallest share of any width (channels, heads, hidden units) that a candidate may have.
         min_depth: Smallest share of a chain of residual branches; one branch of each is always kept.
-        choices: Most widths to choose from on one axis.
+        min_resolution: Smallest share of the images' height and width: a candidate may shrink what it is given before
+            all else. 1: images stay as they are.
+        choices: Most widths, or sizes of images, to choose from on one axis.
         trainer: Overrides of the recipe's trainer settings, for the supernet.
         random: Random candidates that each step trains, beside the whole net and the smallest one.
         temperature: By which class scores are divided where candidates learn from the whole net.
@@ -60,10 +62,11 @@ class ElasticConfig(TargetConfig):
 
     family: ClassVar[str] = "nas"
     method: ClassVar[str] = "elastic"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     min_width: float = Field(0.25, gt=0, le=1)
     min_depth: float = Field(0.3, gt=0, le=1)
+    min_resolution: float = Field(1.0, ge=0.5, le=1)
     choices: int = Field(6, ge=2, le=1000)
     trainer: dict[str, Any] = Field(default_factory=dict)
     random: int = Field(2, ge=0, le=16)
@@ -81,11 +84,11 @@ def elastic(model: Model, config: ElasticConfig, context: Context) -> Model:
     """Return the best smaller net that a model holds under a bound.
 
     The channels and residual branches of the model are put in the order of their importance; a candidate keeps the
-    first ones of each. All candidates share the model's weights while they are trained together (Yu et al. 2020,
-    "BigNAS"; Cai et al. 2020, "Once-for-All"), then an evolutionary search scores candidates within the bound on val,
-    each with the statistics of its batch norms taken anew. The best is cut out, and fine-tuned if `recover` says so.
-    Where it takes another time than was predicted for a latency, the best are bred on, shortly, under a bound that
-    makes up for it.
+    first ones of each, and sees images of a size that it has chosen. All candidates share the model's weights while
+    they are trained together (Yu et al. 2020, "BigNAS"; Cai et al. 2020, "Once-for-All"), then an evolutionary search
+    scores candidates within the bound on val, each with the statistics of its batch norms taken anew. The best is cut
+    out, and fine-tuned if `recover` says so. Where it takes another time than was predicted for a latency, the best are
+    bred on, shortly, under a bound that makes up for it.
 
     Args:
         model: The trained model; not changed.
@@ -96,7 +99,8 @@ def elastic(model: Model, config: ElasticConfig, context: Context) -> Model:
         The smaller model, in evaluation mode.
 
     Raises:
-        StageError: Nothing of the model can shrink, or no candidate is within the bound.
+        StageError: Nothing of the model can shrink, it takes no smaller images though some are asked for, or no
+            candidate is within the bound.
     """
     ordered, space = prepare(model, config, context)
     search = _Search(model, space, config, context)
@@ -213,7 +217,7 @@ class _Search:
             problem,
             where=f"stages.{self._context.name}.{quantity}",
             value=getattr(self._config, quantity),
-            hint="keep more, or lower min_width and min_depth",
+            hint="keep more, or lower min_width, min_depth and min_resolution",
         )
 
 
@@ -221,7 +225,7 @@ def prepare(model: Model, config: ElasticConfig, context: Context) -> tuple[Mode
     """Return the model with its channels in the order of importance, and the space of its candidates.
 
     Raises:
-        StageError: Nothing of the model can shrink.
+        StageError: Nothing of the model can shrink, or it takes no smaller images though some are asked for.
     """
     ordered = model.clone().eval()
     coupling = analyse(ordered)
@@ -230,7 +234,7 @@ def prepare(model: Model, config: ElasticConfig, context: Context) -> tuple[Mode
     chains = residual_chains(coupling.graph)
     costs = _branch_costs(ordered, coupling, chains, config, context)
     depths = depths_of(chains, costs, smallest=config.min_depth)
-    if not widths and not depths:
+    if not widths and not depths and config.min_resolution == 1:
         raise StageError(
             "nothing of this model can shrink",
             where=f"stages.{context.name}",
@@ -238,7 +242,22 @@ def prepare(model: Model, config: ElasticConfig, context: Context) -> tuple[Mode
         )
     calls = list(context.calibration(samples=_PROVEN, batch_size=_PROVEN, model=model))
     reorder(ordered.graph, coupling, group_norms(ordered.graph, coupling), calls)
-    return ordered, ElasticSpace(coupling, widths, depths)
+    return ordered, ElasticSpace(coupling, widths, depths, _resolution(ordered, coupling, config, context))
+
+
+def _resolution(model: Model, coupling: Coupling, config: ElasticConfig, context: Context) -> Resolution | None:
+    """Return the sizes of images to choose from, if there is a choice."""
+    if config.min_resolution == 1:
+        return None
+    try:
+        return resolution_of(model, coupling, smallest=config.min_resolution, most=config.choices)
+    except ModelError as error:
+        raise StageError(
+            error.what,
+            where=f"stages.{context.name}.min_resolution",
+            value=error.value,
+            hint="leave min_resolution at 1; widths and depths can shrink all the same",
+        ) from None
 
 
 def _branch_costs(

@@ -1,8 +1,8 @@
-"""The elastic space of a captured model: how far each width and each chain of residual branches can shrink.
+"""The elastic space of a captured model: how far each width, each chain of residual branches and its images can shrink.
 
-A candidate says for every width how many of its coupled classes it keeps, and for every chain how many branches, as
-indices into the choices; 0 keeps everything. In each the most important come first, so that a candidate is a prefix of
-the whole model everywhere.
+A candidate says for every width how many of its coupled classes it keeps, for every chain how many branches, and how
+large the images are that it sees, as indices into the choices; 0 keeps everything. Of classes and branches the most
+important come first, so that a candidate is a prefix of the whole model everywhere.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
-from mil_cli.graph.coupling import Coupling, repair, step_of
+from mil_cli.errors import ModelError
+from mil_cli.graph.coupling import Coupling, analyse, repair, step_of
+from mil_cli.graph.model import Model
 from mil_cli.graph.residual import ResidualBranch
+from mil_cli.graph.resolution import at_resolution, first_image
 from mil_cli.stages.breeding import Candidate
 
 _SPREAD = 0.35
@@ -53,6 +57,21 @@ class Depth:
 
 
 @dataclass(frozen=True)
+class Resolution:
+    """How large the images are that a net sees.
+
+    Attributes:
+        name: The input whose images they are, the first one of several.
+        choices: Their heights, the whole one first.
+        couplings: For each height the analysis of the model that shrinks its images to it; their spaces are the same.
+    """
+
+    name: str
+    choices: tuple[int, ...]
+    couplings: tuple[Coupling, ...]
+
+
+@dataclass(frozen=True)
 class ElasticSpace:
     """All smaller nets that a model holds.
 
@@ -60,16 +79,31 @@ class ElasticSpace:
         coupling: The analysis of the model.
         widths: Its widths.
         depths: Its chains of residual branches.
+        resolution: The sizes of its images; None: they stay as they are.
     """
 
     coupling: Coupling
     widths: tuple[Width, ...]
     depths: tuple[Depth, ...]
+    resolution: Resolution | None = None
 
     @cached_property
-    def axes(self) -> tuple[Width | Depth, ...]:
-        """The widths, then the depths: what the places of a candidate stand for."""
-        return (*self.widths, *self.depths)
+    def axes(self) -> tuple[Width | Depth | Resolution, ...]:
+        """The widths, then the depths, then the resolution: what the places of a candidate stand for."""
+        return (*self.widths, *self.depths, *([] if self.resolution is None else [self.resolution]))
+
+    @property
+    def couplings(self) -> tuple[Coupling, ...]:
+        """The analyses of the model, by the choice of resolution."""
+        return (self.coupling,) if self.resolution is None else self.resolution.couplings
+
+    def resolution_choice(self, candidate: Candidate) -> int:
+        """Return a candidate's choice of resolution: an index into `couplings`."""
+        return 0 if self.resolution is None else candidate[-1]
+
+    def coupling_of(self, candidate: Candidate) -> Coupling:
+        """Return the analysis of the model on images as large as a candidate sees them."""
+        return self.couplings[self.resolution_choice(candidate)]
 
     @property
     def largest(self) -> Candidate:
@@ -100,11 +134,14 @@ class ElasticSpace:
         """By width: the calls that read a weight of it."""
         return [self.coupling.readers(width.space) for width in self.widths]
 
+    def _depth_choices(self, candidate: Candidate) -> Candidate:
+        return candidate[len(self.widths) : len(self.widths) + len(self.depths)]
+
     def branches(self, candidate: Candidate) -> list[ResidualBranch]:
         """Return the branches that a candidate leaves out."""
         return [
             branch
-            for depth, choice in zip(self.depths, candidate[len(self.widths) :], strict=True)
+            for depth, choice in zip(self.depths, self._depth_choices(candidate), strict=True)
             for branch in depth.branches[depth.choices[choice] :]
         ]
 
@@ -132,9 +169,9 @@ class ElasticSpace:
         left_out = self.branches(candidate)
         depths = (
             0 if any(outer.holds(branch) for outer in left_out for branch in depth.branches) else choice
-            for depth, choice in zip(self.depths, candidate[len(self.widths) :], strict=True)
+            for depth, choice in zip(self.depths, self._depth_choices(candidate), strict=True)
         )
-        return (*widths, *depths)
+        return (*widths, *depths, *candidate[len(self.widths) + len(self.depths) :])
 
     def sample(self, generator: torch.Generator) -> Candidate:
         """Draw a candidate around a level that is drawn first, so that small and large nets are as likely as middling.
@@ -165,7 +202,7 @@ class ElasticSpace:
         return self.canonical(tuple(a if coin < 0.5 else b for a, b, coin in zip(first, second, coins, strict=True)))
 
     def describe(self, candidate: Candidate) -> dict[str, list[dict[str, object]]]:
-        """Return what a candidate keeps of each width and depth; JSON-able."""
+        """Return what a candidate keeps of each width, each depth and the images' height; JSON-able."""
         removed = self.removed(candidate)  # not the choices: what shares an axis may have to be given back
         widths: list[dict[str, object]] = [
             {"name": width.name, "kept": width.choices[0] - len(removed.get(width.space, ())), "of": width.choices[0]}
@@ -173,9 +210,13 @@ class ElasticSpace:
         ]
         depths: list[dict[str, object]] = [
             {"name": depth.name, "kept": depth.choices[choice], "of": depth.choices[0]}
-            for depth, choice in zip(self.depths, candidate[len(self.widths) :], strict=True)
+            for depth, choice in zip(self.depths, self._depth_choices(candidate), strict=True)
         ]
-        return {"widths": widths, "depths": depths}
+        found = {"widths": widths, "depths": depths}
+        if (images := self.resolution) is not None:
+            height = images.choices[self.resolution_choice(candidate)]
+            found["resolutions"] = [{"name": images.name, "kept": height, "of": images.choices[0]}]
+        return found
 
 
 def widths_of(coupling: Coupling, *, smallest: float, multiple: int, most: int) -> tuple[Width, ...]:
@@ -215,6 +256,53 @@ def depths_of(
             ordered = tuple(sorted(chain, key=lambda branch: -importance[branch.addition]))
             found.append(Depth(chain[0].addition, ordered, tuple(range(len(chain), least - 1, -1))))
     return tuple(found)
+
+
+def resolution_of(model: Model, coupling: Coupling, *, smallest: float, most: int) -> Resolution:
+    """Return the sizes of a model's images that can be chosen from.
+
+    Heights end on as much as strides may want of them: a power of two that divides the whole height, an eighth of it
+    at most.
+
+    Args:
+        model: The model.
+        coupling: Its analysis.
+        smallest: Smallest share of its images' height and width.
+        most: Most heights; they are spread evenly.
+
+    Raises:
+        ModelError: The model takes no images, or runs on none that are smaller.
+    """
+    height = first_image(model).shape[2]
+    step = math.gcd(height, 2 ** int(math.log2(max(height / 8, 1))))
+    least = max(math.ceil(height * smallest - 1e-9), 1)
+    smaller = [size for size in range(height - 1, least - 1, -1) if size % step == 0]
+    found: dict[int, Coupling] = {height: coupling}
+    refused = ModelError("no smaller images are allowed", value=smallest, hint="lower the smallest share")
+    for size in _spread(smaller, most - 1):
+        try:
+            shrunk = analyse(at_resolution(model, size / height))
+        except ModelError as error:
+            refused = error
+        else:
+            if _same_spaces(shrunk, coupling):
+                found[size] = shrunk
+    if len(found) == 1:
+        raise refused
+    return Resolution(first_image(model).name, tuple(found), tuple(found.values()))
+
+
+def _same_spaces(one: Coupling, other: Coupling) -> bool:
+    """Whether two analyses found the same: the same classes of the same weights, of which the same can be cut."""
+    return len(one.spaces) == len(other.spaces) and all(
+        (a.origin, a.size, a.free) == (b.origin, b.size, b.free)
+        and len(a.members) == len(b.members)
+        and all(
+            (x.parameter, x.axis) == (y.parameter, y.axis) and np.array_equal(x.classes, y.classes)
+            for x, y in zip(a.members, b.members, strict=True)
+        )
+        for a, b in zip(one.spaces, other.spaces, strict=True)
+    )
 
 
 def _spread(choices: Sequence[int], most: int) -> list[int]:

@@ -73,12 +73,12 @@ def shared_candidate(space: ElasticSpace, candidate: Candidate, model: Model, *,
                 if schema_index(node, "momentum") is not None:
                     set_argument(node, "momentum", 0.0)
 
-    return shared_cut(space.coupling, space.removed(candidate), model.graph, edit=edit)
+    return shared_cut(space.coupling_of(candidate), space.removed(candidate), model.graph, edit=edit)
 
 
 def cut_candidate(space: ElasticSpace, candidate: Candidate, model: Model) -> Model:
     """Return a candidate as a model of its own, in evaluation mode, with copies of the weights that it keeps."""
-    result = cut(model, space.coupling, space.removed(candidate))
+    result = cut(model, space.coupling_of(candidate), space.removed(candidate))
     branches = space.branches(candidate)
     if branches:
         remove_branches(result.graph, branches)

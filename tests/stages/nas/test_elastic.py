@@ -16,6 +16,8 @@ from mil_cli.data.tensors import TensorSplit
 from mil_cli.device.host import resolve
 from mil_cli.errors import StageError
 from mil_cli.events import SilentProgress
+from mil_cli.export.onnx import export_onnx
+from mil_cli.export.parity import check_parity
 from mil_cli.graph.coupling import Counter, MemoryEstimate, analyse
 from mil_cli.graph.model import Model
 from mil_cli.models.resnet import resnet20
@@ -221,6 +223,26 @@ def test_a_transformer_loses_heads_and_blocks() -> None:
             assert shapes[part["name"]][0] == part["kept"]
 
 
+def test_images_can_shrink_and_the_file_takes_them_as_before(trained: Model, tmp_path: Path) -> None:
+    used = context()
+    small = elastic(trained, ElasticConfig(**{**QUICK, "min_width": 1, "min_depth": 1, "min_resolution": 0.5}), used)
+    assert small.macs() == used.notes["left"] <= 0.3 * trained.macs()
+    assert used.notes["architecture"]["resolutions"] == [{"name": "x", "kept": 4, "of": 8}]  # type: ignore[index]
+    assert used.evaluate(small).value > 0.5
+    exported = export_onnx(small, tmp_path / "small.onnx", device=used.device)
+    args, kwargs = used.task.inputs(next(iter(used.data.val.batches(64))))
+    assert check_parity(small, exported.path, [(args, kwargs)], threads=1).max_abs_diff < 1e-4
+    assert small.spec.inputs == trained.spec.inputs
+
+
+def test_smaller_images_are_refused_where_the_model_takes_none() -> None:
+    torch.manual_seed(0)
+    net = Model.capture(vit(image_size=8, patch=2, dim=32, depth=2, heads=4).eval(), (torch.randn(2, 1, 8, 8),))
+    with pytest.raises(StageError, match="does not run on smaller images") as told:
+        elastic(net, ElasticConfig(**{**QUICK, "min_resolution": 0.5}), context())
+    assert told.value.where == "stages.nas.min_resolution"
+
+
 @pytest.fixture(scope="module")
 def plain(trained: Model) -> Model:
     """The result of the quick settings."""
@@ -296,6 +318,7 @@ def test_a_model_without_anything_to_shrink_is_refused() -> None:
         ({"memory": "3 bananas"}, "a size such as 2 MB"),
         ({"latency": "0 ms"}, "a duration such as 2 ms"),
         ({"macs": 0.3, "min_width": 0}, "greater than 0"),
+        ({"macs": 0.3, "min_resolution": 0.4}, "greater than or equal to 0.5"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -8,7 +8,9 @@ from functools import cache
 
 import pytest
 import torch
+from torch import nn
 
+from mil_cli.errors import ModelError
 from mil_cli.graph.coupling import Counter, analyse
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls
@@ -16,7 +18,7 @@ from mil_cli.graph.residual import residual_chains
 from mil_cli.models.mobilenet import mobilenet
 from mil_cli.models.resnet import resnet20
 from mil_cli.models.vit import vit
-from mil_cli.stages.nas.space import ElasticSpace, depths_of, widths_of
+from mil_cli.stages.nas.space import ElasticSpace, depths_of, resolution_of, widths_of
 from mil_cli.stages.nas.supernet import cut_candidate, random_pool, shared_candidate
 from tests.graph.coupling.networks import NETWORKS
 
@@ -25,6 +27,8 @@ NETS = {
     "vit": lambda: vit(depth=3),
     "mobilenet": lambda: mobilenet(widths=(16, 32), blocks=(1, 3), last=64),
 }
+SEES_LESS = "mobilenet"
+"""Its candidates choose how large their images are too."""
 
 
 @cache
@@ -39,7 +43,8 @@ def space_of(name: str) -> tuple[Model, ElasticSpace]:
     chains = residual_chains(coupling.graph)
     costs = {branch.addition: float(place) for chain in chains for place, branch in enumerate(chain)}
     widths = widths_of(coupling, smallest=0.25, multiple=8, most=5)
-    return model, ElasticSpace(coupling, widths, depths_of(chains, costs, smallest=0.3))
+    images = resolution_of(model, coupling, smallest=0.5, most=3) if name == SEES_LESS else None
+    return model, ElasticSpace(coupling, widths, depths_of(chains, costs, smallest=0.3), images)
 
 
 @pytest.fixture(scope="module", params=sorted(NETS))
@@ -53,7 +58,7 @@ def test_a_cut_candidate_equals_the_one_by_shared_views(case: tuple[Model, Elast
     for candidate in [space.largest, space.smallest, *random_pool(space, seed=1, size=4)]:
         own = cut_candidate(space, candidate, model)
         assert torch.equal(own(x), shared_candidate(space, candidate, model, training=False)(x))
-        counter = Counter(space.coupling)
+        counter = Counter(space.coupling_of(candidate))
         macs = counter.macs(space.removed(candidate), space.dropped(candidate))
         assert (own.macs(), own.num_params()) == (
             macs,
@@ -199,3 +204,25 @@ def test_what_a_candidate_keeps_is_told_by_name() -> None:
     told = space.describe(space.smallest)
     assert {"name": "stem.weight", "kept": 8, "of": 16} in told["widths"]
     assert [entry["kept"] for entry in told["depths"]] == [1, 1, 1]
+
+
+def test_sizes_of_images_are_those_that_strides_divide_and_the_whole_one_comes_first() -> None:
+    model, space = space_of(SEES_LESS)
+    assert space.resolution is not None
+    assert space.resolution.choices == (28, 26, 14)
+    assert len(space.couplings) == 3
+    whole, small = space.largest, (*space.largest[:-1], 2)
+    x = torch.randn(3, 1, 28, 28)
+    seen = nn.functional.interpolate(x, size=14, mode="bilinear")
+    resized = cut_candidate(space, small, model)
+    assert torch.equal(resized(x), model(seen))
+    assert resized.macs() < cut_candidate(space, whole, model).macs() == model.macs()
+    assert space.describe(small)["resolutions"] == [{"name": "x", "kept": 14, "of": 28}]
+
+
+def test_nets_that_take_no_smaller_images_are_told() -> None:
+    model, space = space_of("vit")
+    with pytest.raises(ModelError, match="does not run on smaller images"):
+        resolution_of(model, space.coupling, smallest=0.5, most=3)
+    with pytest.raises(ModelError, match="no smaller images"):
+        resolution_of(model, space.coupling, smallest=0.99, most=3)

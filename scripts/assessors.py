@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
+from mil_cli.data.resized import Resized
 from mil_cli.errors import MilError
 from mil_cli.events import SilentProgress
 from mil_cli.graph.model import Model
@@ -22,6 +23,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.judging import quality_or_worst
 from mil_cli.stages.nas.one_shot import Judge, OneShotConfig
 from mil_cli.stages.registry import config_type
+from mil_cli.stages.surroundings import Surroundings
 from mil_cli.training.batch_norm import recalibrate_module
 from mil_cli.training.eager import EagerModule
 from mil_cli.training.loop import fit
@@ -38,10 +40,19 @@ class Few:
     Attributes:
         steps: How many; the learning rate's schedule is that of a whole training, shortened.
         samples: Of val, on which it is judged then.
+        resolution: Share of the height and width of images on which it is trained and judged.
     """
 
     steps: int
     samples: int = 5000
+    resolution: float = 1.0
+
+    def surroundings(self, around: Surroundings) -> Surroundings:
+        """Return what there is, with images of this resolution."""
+        if self.resolution == 1:
+            return around
+        smaller = {name: Resized(getattr(around.data, name), self.resolution) for name in ("train", "val")}
+        return replace(around, data=replace(around.data, **smaller))
 
     def judge(self, model: Model, recipe: Recipe, context: Context, drawn: Mapping[str, Architecture]) -> Result:
         """Return ``val`` and ``loss`` of each: quality on val, and minus the mean loss of the steps."""
@@ -80,6 +91,10 @@ class Shared:
     method: str
     epochs: int
 
+    def surroundings(self, around: Surroundings) -> Surroundings:
+        """Return what there is."""
+        return around
+
     def judge(self, model: Model, recipe: Recipe, context: Context, drawn: Mapping[str, Architecture]) -> Result:
         """Return ``val`` of each: quality on val with statistics of its own."""
         config = config_type("nas", self.method).model_validate({"trainer": {"epochs": self.epochs}})
@@ -90,6 +105,7 @@ class Shared:
 
 ASSESSORS: dict[str, Few | Shared] = {
     **{f"steps_{steps}": Few(steps) for steps in (20, 40, 80, 160)},
+    **{f"half_{steps}": Few(steps, resolution=0.5) for steps in (80, 160)},
     **{f"spos_{epochs}": Shared("spos", epochs) for epochs in (10, 30)},
     **{f"fairnas_{epochs}": Shared("fairnas", epochs) for epochs in (10,)},
     **{f"hypernetwork_{epochs}": Shared("hypernetwork", epochs) for epochs in (10,)},
@@ -112,13 +128,14 @@ def assess(recipe: Recipe, choices: Mapping[str, Mapping[str, Chosen]], point: P
     torch.set_num_threads(1)
     began = time.process_time()
     recipe = recipe.model_copy(update={"seed": point["seed"]})
+    assessor = ASSESSORS[point["method"]]
     with importable(recipe.root), TemporaryDirectory(prefix="assess-") as temporary:
-        around = build_surroundings(recipe)
+        around = assessor.surroundings(build_surroundings(recipe))
         model = source_model(recipe, around)
         context = Context(name="assess", surroundings=around, progress=SilentProgress(), workspace=Path(temporary))
         space = context.space()
         drawn = {name: _architecture(space, name, one) for name, one in choices.items()}
-        found = ASSESSORS[point["method"]].judge(model, recipe, context, drawn)
+        found = assessor.judge(model, recipe, context, drawn)
         return {**found, "cpu_seconds": time.process_time() - began}
 
 

@@ -153,10 +153,11 @@ def test_all_of_it_on_a_tiny_data_set(tmp_path: Path) -> None:
         "trainer: {epochs: 2, batch_size: 64}\n"
     )
     table, out = _table(tmp_path / "table.csv"), tmp_path / "page.md"
-    words = [str(recipe), "--table", str(table), "--out", str(out), "--methods", "steps_20", "spos_10"]
+    words = [str(recipe), "--table", str(table), "--out", str(out), "--methods", "steps_20", "half_80", "spos_10"]
     assert main(words) == 0
     text = out.read_text()
     assert "| steps_20 loss | few steps |" in text
+    assert "| half_80 val | few steps |" in text
     assert "| spos_10 val | supernet |" in text
     assert "| macs | size | - |" in text
     assert "At least 10 times faster" in text

@@ -25,7 +25,7 @@ from mil_cli.stages.registry import StageConfig, config_type, function_of
 from mil_cli.stages.surroundings import Surroundings, derive_seed
 from mil_cli.stages.trace import ReadData, ReadDevice, Trace, TracedSlot
 from mil_cli.training.checkpoint import CheckpointSlot, FileSlot, NullSlot
-from mil_cli.training.config import TrainerConfig
+from mil_cli.training.config import TrainerConfig, merged_settings
 from mil_cli.training.evaluate import Quality, evaluate, fixed_batch
 from mil_cli.training.loop import FitResult, fit
 from mil_cli.training.objective import Binding, StepHook, Stop
@@ -289,7 +289,7 @@ class Context:
             hint = "name a stage of the family train or distill"
             raise StageError(f"stage '{stage}' does not train", where=f"stages.{self.name}", hint=hint)
         config = config.for_finetuning()
-        merged = {**getattr(config, "trainer", {}), **(trainer or {})}
+        merged = merged_settings(getattr(config, "trainer", {}), trainer or {})
         config = config.model_copy(update={"trainer": merged})
         outer = self._before_step, self._steps
         self._before_step, self._steps = before_step, steps

@@ -84,14 +84,26 @@ class TrainerConfig(BaseModel):
         Overrides of `optimizer` and `scheduler` are merged key by key, unless they choose another one (``_target_`` or
         ``name``).
         """
-        result = self.model_dump()
-        for key, value in overrides.items():
-            old = result.get(key)
-            if isinstance(value, Mapping) and isinstance(old, dict) and not ({"_target_", "name"} & set(value)):
-                result[key] = {**old, **value}
-            else:
-                result[key] = value
-        return result
+        return merged_settings(self.model_dump(), overrides)
+
+
+def merged_settings(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return trainer settings, all of them or some, with overrides over them; neither is validated.
+
+    Args:
+        settings: Plain values.
+        overrides: Those of `optimizer` and `scheduler` are merged key by key, unless they choose another one
+            (``_target_`` or ``name``).
+    """
+    result = dict(settings)
+    for key, value in overrides.items():
+        old = result.get(key)
+        old = {"name": old} if isinstance(old, str) else old  # a scheduler may be written by its name alone
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and not ({"_target_", "name"} & set(value)):
+            result[key] = {**old, **value}
+        else:
+            result[key] = value
+    return result
 
 
 def check_scheduler(scheduler: Mapping[str, Any]) -> None:

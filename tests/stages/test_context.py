@@ -195,6 +195,18 @@ def test_fine_tuning_needs_a_stage_that_trains() -> None:
         reader.finetune(model, stage="quantize", name="a")
 
 
+def test_trainer_settings_of_fine_tuning_go_over_those_of_its_stage_key_by_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    adamw = {"_target_": "torch.optim.AdamW", "lr": 0.1, "weight_decay": 0.2}
+    stages = {"recover": config_type("train", "supervised")(trainer={"optimizer": adamw, "epochs": 3})}
+    reader = context(surroundings(stages=stages))
+    seen: list[TrainerConfig] = []
+    monkeypatch.setattr(reader, "fit", lambda model, *, settings, **options: seen.append(settings))
+    model: Any = None
+    reader.finetune(model, stage="recover", name="a", trainer={"optimizer": {"lr": 0.01}})
+    assert seen[0].optimizer == {**adamw, "lr": 0.01}
+    assert seen[0].epochs == 3
+
+
 def test_seeds_differ_by_stage_and_purpose_and_follow_the_recipe() -> None:
     assert derive_seed(0, "a") != derive_seed(0, "b") != derive_seed(1, "b")
     assert derive_seed(3, "a", "b") == derive_seed(3, "a", "b")

@@ -19,7 +19,7 @@ from mil_cli.graph.model import Model
 from mil_cli.task.classification import Classification
 from mil_cli.task.image_to_image import ImageToImage
 from mil_cli.training.checkpoint import FileSlot, NullSlot
-from mil_cli.training.config import TrainerConfig
+from mil_cli.training.config import TrainerConfig, merged_settings
 from mil_cli.training.ema import MovingAverage
 from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate
 from mil_cli.training.layout import to_contiguous, use_channels_last
@@ -45,6 +45,8 @@ class TestConfig:
         other = base.merged({"optimizer": {"_target_": "torch.optim.AdamW", "lr": 1.0}, "scheduler": "cosine"})
         assert TrainerConfig.model_validate(other).optimizer == {"_target_": "torch.optim.AdamW", "lr": 1.0}
         assert TrainerConfig.model_validate(other).scheduler == {"name": "cosine"}
+        partial = merged_settings({"scheduler": "cosine", "epochs": 3}, {"scheduler": {"warmup": 0.1}})
+        assert partial == {"scheduler": {"name": "cosine", "warmup": 0.1}, "epochs": 3}
 
     @pytest.mark.parametrize(
         "content",

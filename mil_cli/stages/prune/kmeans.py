@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -17,6 +16,7 @@ from mil_cli.errors import StageError
 from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, has_attribute, op_name, set_attribute
 from mil_cli.ops.codebook import lookup, nearest
+from mil_cli.stages.prune.skipping import check_patterns, skipped
 from mil_cli.stages.registry import StageConfig, stage
 
 if TYPE_CHECKING:
@@ -86,11 +86,12 @@ def kmeans(model: Model, config: KmeansConfig, context: Context) -> Model:
         The model with its batch norms folded; clustered weights are read from codebooks, which can be trained further.
 
     Raises:
-        StageError: No layer is left to cluster, or there is no stage `distill` that trains.
+        StageError: No layer is left to cluster, a pattern of `skip` fits none, or there is no stage `distill` that
+            trains.
     """
     clustered = fold_batch_norm(model)
     graph = clustered.graph
-    weights = _weights(graph, config)
+    weights = _weights(graph, config, where=f"stages.{context.name}")
     if not weights:
         raise StageError(
             "no layer of the model can be clustered",
@@ -186,11 +187,16 @@ def _fill_empty(values: Tensor, counts: Tensor, rows: Tensor, errors: Tensor) ->
         values[group, empty[: len(worst)]] = rows[group, worst]
 
 
-def _weights(graph: GraphModule, config: KmeansConfig) -> dict[str, list[Node]]:
-    """Return by name the weights to cluster, with the nodes that read the attribute."""
+def _weights(graph: GraphModule, config: KmeansConfig, *, where: str) -> dict[str, list[Node]]:
+    """Return by name the weights to cluster, with the nodes that read the attribute.
+
+    Raises:
+        StageError: A pattern of `skip` fits none.
+    """
     first = next((node for node in calls(graph) if op_name(node).startswith("conv")), None)
     found: dict[str, list[Node]] = {}
     left: set[str] = set()
+    names: list[str] = []
     for node in calls(graph):
         if op_name(node) not in _LAYERS:
             continue
@@ -198,14 +204,15 @@ def _weights(graph: GraphModule, config: KmeansConfig) -> dict[str, list[Node]]:
         if source.op != "get_attr":
             continue
         name, weight = str(source.target), get_attribute(graph, str(source.target))
+        names.append(name)
         depthwise = op_name(node).startswith("conv") and weight.shape[1] == 1 and get_argument(node, "groups") > 1
-        skipped = any(fnmatchcase(name, pattern) for pattern in config.skip)
-        if node is first or depthwise or skipped or weight.numel() < config.smallest:
+        if node is first or depthwise or skipped(name, config.skip) or weight.numel() < config.smallest:
             left.add(name)
         readers = [node for node in graph.graph.find_nodes(op="get_attr") if _value(graph, node) is weight]
         first_name = str(readers[0].target)  # a shared weight may have several
         left.update({first_name} if name in left else ())
         found[first_name] = readers
+    check_patterns(config.skip, names, where=where)
     return {name: nodes for name, nodes in found.items() if name not in left}
 
 

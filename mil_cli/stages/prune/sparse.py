@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from mil_cli.errors import StageError
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 from mil_cli.stages.judging import with_fresh_statistics
 from mil_cli.stages.prune.masks import insert_masks, settle_masks
+from mil_cli.stages.prune.skipping import check_patterns, skipped
 from mil_cli.stages.registry import METHODS, StageConfig
 
 if TYPE_CHECKING:
@@ -104,18 +104,21 @@ def sparse_layers(
         wanted: Says no to layers that the method cannot handle.
 
     Raises:
-        StageError: There is none.
+        StageError: There is none, or a pattern of `skip` fits none.
     """
     found: dict[str, Node] = {}
+    names: list[str] = []
     for node in calls(graph):
         source = get_argument(node, "weight") if op_name(node) in LAYERS else None
         if not isinstance(source, Node) or source.op != "get_attr":
             continue
         name, weight = str(source.target), get_attribute(graph, str(source.target))
+        names.append(name)
         divides = config.kept_of is None or weight.shape[1] % config.kept_of[1] == 0
-        skipped = any(fnmatchcase(name, each) for each in config.skip)
-        if divides and weight.numel() >= config.smallest and not skipped and wanted(node):
+        large = weight.numel() >= config.smallest
+        if divides and large and not skipped(name, config.skip) and wanted(node):
             found.setdefault(name, node)
+    check_patterns(config.skip, names, where=f"stages.{context.name}")
     if not found:
         hint = "lower smallest, skip less, or take another pattern"
         raise StageError("no layer of the model can become sparse", where=f"stages.{context.name}", hint=hint)

@@ -50,7 +50,8 @@ def sparse_magnitude(model: Model, config: SparseMagnitudeConfig, context: Conte
         The model with zeros among its weights; its shapes stay.
 
     Raises:
-        StageError: No layer can become sparse, or there is no stage `recover` that trains.
+        StageError: No layer can become sparse, a pattern of `skip` fits none, or there is no stage `recover` that
+            trains.
     """
     sparse = model.clone().eval()
     layers = sparse_layers(sparse.graph, config, context)

@@ -60,7 +60,8 @@ def wanda(model: Model, config: WandaConfig, context: Context) -> Model:
         The model with zeros among its weights; its shapes stay.
 
     Raises:
-        StageError: No layer can become sparse, or there is no stage `recover` that trains.
+        StageError: No layer can become sparse, a pattern of `skip` fits none, or there is no stage `recover` that
+            trains.
     """
     sparse = model.clone().eval()
     layers = sparse_layers(sparse.graph, config, context, wanted=lambda node: used_once(sparse.graph, node))

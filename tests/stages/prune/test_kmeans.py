@@ -213,6 +213,8 @@ def test_names_that_differ_in_a_dot_alone_have_codebooks_of_their_own() -> None:
 def test_what_cannot_be_is_told(trained: Model) -> None:
     with pytest.raises(StageError, match="no layer of the model can be clustered"):
         kmeans(trained, KmeansConfig(skip=("*",)), context())
+    with pytest.raises(StageError, match="'head' fits no weight of a layer"):
+        kmeans(trained, KmeansConfig(skip=("*", "head")), context())
     cut, quantized, clustered = MagnitudeConfig(macs=0.5), StaticConfig(), KmeansConfig()
     assert check_order([("cut", cut), ("cluster", clustered)]) == []
     for later in (cut, quantized):

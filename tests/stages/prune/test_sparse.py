@@ -258,6 +258,9 @@ def test_the_file_is_smaller_when_it_is_zipped(trained: Model, tmp_path: Path) -
 def test_what_cannot_be_is_told(trained: Model) -> None:
     with pytest.raises(StageError, match="no layer of the model can become sparse"):
         sparse_magnitude(trained, SparseMagnitudeConfig(skip=("*",)), context())
+    with pytest.raises(StageError, match="'head' fits no weight of a layer") as caught:
+        sparse_magnitude(trained, SparseMagnitudeConfig(skip=("*", "head")), context())
+    assert str(caught.value.where).endswith(".skip")
     with pytest.raises(StageError, match="no layer of the model can become sparse"):
         wanda(trained, WandaConfig(pattern="2:63"), context())
     grouped = Model.capture(nn.Conv2d(16, 16, 3, groups=2).eval(), (torch.randn(2, 16, 8, 8),))

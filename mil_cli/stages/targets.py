@@ -5,45 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from mil_cli.device.profile import DeviceProfile
 from mil_cli.units import Kept, parse_bytes, parse_drop, parse_kept, parse_seconds
 
 
-def _checked(value: str | float) -> str | float:
+def _checked(value: object) -> object:
     parse_kept(value)
     return value
 
 
-Target = Annotated[str | float, AfterValidator(_checked)]
+Target = Annotated[str | float, BeforeValidator(_checked)]
 """What is kept: a ratio of what comes in (``0.3``, ``30%``) or a count (``6M``)."""
 
 
-def _checked_latency(value: str | float) -> str | float:
+def _checked_latency(value: object) -> object:
     parse_latency(value)
     return value
 
 
-LatencyTarget = Annotated[str | float, AfterValidator(_checked_latency)]
+LatencyTarget = Annotated[str | float, BeforeValidator(_checked_latency)]
 """What is kept of a predicted latency: a ratio (``0.3``, ``30%``) or a duration (``2 ms``)."""
 
 
-def _checked_memory(value: str | float) -> str | float:
+def _checked_memory(value: object) -> object:
     parse_memory(value)
     return value
 
 
-MemoryTarget = Annotated[str | float, AfterValidator(_checked_memory)]
+MemoryTarget = Annotated[str | float, BeforeValidator(_checked_memory)]
 """What is kept of an estimated memory: a ratio (``0.3``, ``30%``) or a size (``2 MB``)."""
 
 
-def _checked_size(value: str | float) -> str | float:
+def _checked_size(value: object) -> object:
     parse_size(value)
     return value
 
 
-SizeTarget = Annotated[str | float, AfterValidator(_checked_size)]
+SizeTarget = Annotated[str | float, BeforeValidator(_checked_size)]
 """What is kept of an exported file: a ratio (``0.3``, ``30%``) or a size (``100 kB``)."""
 
 Drop = Annotated[float, BeforeValidator(parse_drop), Field(ge=0)]
@@ -56,7 +56,7 @@ Kernels = Literal["float", "int8"]
 """Which of the device's multiples ``auto`` takes: that of float kernels, or of int8 kernels."""
 
 
-def parse_latency(text: str | float) -> Kept:
+def parse_latency(text: object) -> Kept:
     """Parse a latency to keep: a ratio (``0.3``, ``30%``), or a duration (``2 ms``).
 
     Raises:
@@ -65,7 +65,7 @@ def parse_latency(text: str | float) -> Kept:
     return _ratio_or(text, parse_seconds, "latency", "a duration such as 2 ms")
 
 
-def parse_memory(text: str | float) -> Kept:
+def parse_memory(text: object) -> Kept:
     """Parse a memory to keep: a ratio (``0.3``, ``30%``), or a size (``2 MB``).
 
     Raises:
@@ -83,7 +83,7 @@ def parse_target(quantity: str, text: str | float) -> Kept:
     return {"latency": parse_latency, "memory": parse_memory}.get(quantity, parse_kept)(text)
 
 
-def parse_size(text: str | float) -> Kept:
+def parse_size(text: object) -> Kept:
     """Parse a file's size to keep: a ratio (``0.3``, ``30%``), or a size (``100 kB``).
 
     Raises:
@@ -92,7 +92,7 @@ def parse_size(text: str | float) -> Kept:
     return _ratio_or(text, parse_bytes, "size", "a size such as 100 kB")
 
 
-def _ratio_or(text: str | float, parse: Callable[[object], float], what: str, example: str) -> Kept:
+def _ratio_or(text: object, parse: Callable[[object], float], what: str, example: str) -> Kept:
     try:
         kept = parse_kept(text)
         if not kept.absolute:  # "2 m" would be two million of something

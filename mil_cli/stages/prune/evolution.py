@@ -68,7 +68,7 @@ def evolution(model: Model, config: EvolutionConfig, context: Context) -> Model:
     best, structures = found[0], breeding.structures
     _, check = search.proven(structures, best.candidate)
     return search.finish(
-        search.fresh(structures, best.candidate),
+        search.result(structures, best.candidate),
         best.cost,
         measured=measured,
         scored=len(state["scored"]),

@@ -171,7 +171,7 @@ class _Run:
         config = self._config
         recovers = config.recover is not None and (self.done < config.steps - 1 or config.recover_last)
         compares = self.done == 0 and config.compare_samples > 0 and config.method != "random"
-        fresh = made.model if recovers and not compares else self._fresh(made.model)
+        fresh = made.model if recovers and not compares else self._fresh(made)
         if compares:
             self._state["compared"] = self._compared(fresh, scored, made)
         if not recovers:
@@ -182,14 +182,16 @@ class _Run:
     def _compared(self, fresh: Model, scored: Scored, made: Round) -> dict[str, float | None]:
         """Return the quality after a cut, and after one of the same size whose classes are judged at random."""
         scores = random_scores(scored.coupling, self._context.generator("random"))
-        drawn = self._rounds.cut(replace(scored, scores=scores), made.facts["left"], must_reach=False).model
+        drawn = self._rounds.cut(replace(scored, scores=scores), made.facts["left"], must_reach=False)
         return {
             "quality_after_the_first_cut": self._quality(fresh),
             "quality_after_a_random_cut": self._quality(self._fresh(drawn)),
         }
 
-    def _fresh(self, model: Model) -> Model:
-        return with_fresh_statistics(model, self._context, samples=self._config.recalibrate_samples)
+    def _fresh(self, made: Round) -> Model:
+        """Return what a round made with fresh statistics; as it is where nothing was cut, since they hold then."""
+        samples = self._config.recalibrate_samples if any(made.removed.values()) else 0
+        return with_fresh_statistics(made.model, self._context, samples=samples)
 
     def _quality(self, model: Model) -> float | None:
         """Return the quality of a cut model on some of val before anything trains it; None if it is not finite."""

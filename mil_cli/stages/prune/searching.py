@@ -176,6 +176,10 @@ class Search:
         cut_ = self.cut(structures, candidate)
         return with_fresh_statistics(cut_, self._context, samples=self._config.recalibrate_samples)
 
+    def result(self, structures: Structures, candidate: Candidate) -> Model:
+        """Return a candidate as the stage gives it: with fresh statistics, but where nothing is cut, as it came in."""
+        return self.model if candidate == structures.whole else self.fresh(structures, candidate)
+
     def quality(self, model: Model) -> float:
         """Return a model's quality on some of val; the worst there is if its outputs are not finite."""
         return quality_or_worst(model, self._context, samples=self._config.search_samples)

@@ -98,7 +98,7 @@ def sensitivity(model: Model, config: SensitivityConfig, context: Context) -> Mo
         for name, curve in zip(structures.names, curves, strict=True)
     ]
     return search.finish(
-        search.fresh(structures, chosen),
+        search.result(structures, chosen),
         structures.cost(chosen),
         measured=measured,
         curves=facts,

@@ -155,6 +155,11 @@ def test_the_target_is_met_and_used(model: Model, quantity: str) -> None:
     assert around.notes["check"]["difference"] < 1e-5  # type: ignore[index]
 
 
+def test_a_target_that_keeps_all_changes_nothing(model: Model) -> None:
+    same = sensitivity(model, config(macs=1.0, points=1), blocks.context())
+    assert same.fingerprint() == model.fingerprint()
+
+
 def test_what_cannot_be_is_told(model: Model) -> None:
     with pytest.raises(
         StageError, match=r"the smallest that can be kept of [\d,]+ macs is .*max_per_chain 0.5"

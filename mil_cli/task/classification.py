@@ -61,13 +61,16 @@ class Classification(LabelTask):
             metric.update(right.float())
 
     def distance(self, student_outputs: Any, teacher_outputs: Any, batch: Batch, *, temperature: float) -> torch.Tensor:
-        """Return T^2 KL(teacher || student) of the softened classes, mean over the samples that count."""
+        """Return T^2 KL(teacher || student) of the softened classes, mean over the samples or positions.
+
+        Positions whose label does not count are left out; all count where a batch has no label for each, as other data
+        may not.
+        """
         student, teacher = self._scored(student_outputs), self._scored(teacher_outputs)
         divergence = softened_divergence(student, teacher, temperature=temperature)
         if divergence.ndim == 1:
             return divergence.mean()
-        counts = self._target(batch) != self.ignore_index
-        return (divergence * counts).sum() / counts.sum().clamp(min=1)
+        return self._mean_of_counted(divergence, batch)
 
     def _scores_and_labels(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         scores, labels = self._scored(outputs), self._target(batch)

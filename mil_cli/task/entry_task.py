@@ -147,6 +147,19 @@ class LabelTask(ClassTask):
         counts = labels != self.ignore_index
         return scores.movedim(self.class_axis, -1)[counts], labels[counts]
 
+    def _mean_of_counted(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return the mean of one value for each position over those that count: all, if a batch labels no positions.
+
+        The batches of other data, which teach by what a teacher says of them, have labels of their own or none.
+        """
+        labels = super()._target(batch)
+        if labels.ndim == values.ndim + 1 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if labels.shape != values.shape:
+            return values.mean()
+        counts = labels != self.ignore_index
+        return (values * counts).sum() / counts.sum().clamp(min=1)
+
     def _scores_and_labels(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return scores, and a label of int64 for each position of theirs.
 

@@ -76,12 +76,13 @@ class Segmentation(LabelTask):
             metric.update(right.float())
 
     def distance(self, student_outputs: Any, teacher_outputs: Any, batch: Batch, *, temperature: float) -> torch.Tensor:
-        """Return T^2 KL(teacher || student) of the softened classes, mean over the pixels that count."""
-        student, labels = self._scores_and_labels(student_outputs, batch)
-        counts = labels != self.ignore_index
-        teacher = self._scored(teacher_outputs)
+        """Return T^2 KL(teacher || student) of the softened classes, mean over the pixels that count.
+
+        Where a batch has no label for each pixel, as other data may not, all count.
+        """
+        student, teacher = self._scored(student_outputs), self._scored(teacher_outputs)
         divergence = softened_divergence(student, teacher, temperature=temperature, axis=self.class_axis)
-        return (divergence * counts).sum() / counts.sum().clamp(min=1)
+        return self._mean_of_counted(divergence, batch)
 
     def _scores_and_labels(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         scores, labels = self._scored(outputs), self._target(batch)

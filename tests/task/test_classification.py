@@ -71,6 +71,9 @@ def test_tokens_are_classified_one_by_one_and_padding_is_left_out() -> None:
     flat_teacher = torch.stack([teacher[0, 0], teacher[0, 1], teacher[1, 0]])
     expected = task.distance(flat, flat_teacher, (0, torch.tensor([1, 2, 0])), temperature=2.0)
     torch.testing.assert_close(task.distance(scores, teacher, {"labels": labels}, temperature=2.0), expected)
+    every = task.distance(scores, teacher, {"labels": torch.zeros_like(labels)}, temperature=2.0)
+    by_sample = {"labels": torch.full((2,), -100)}  # as data of another kind may have
+    torch.testing.assert_close(task.distance(scores, teacher, by_sample, temperature=2.0), every)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

@@ -63,6 +63,17 @@ def test_distance_is_that_of_the_pixels() -> None:
         functional.log_softmax(student_pixels, 1), functional.softmax(teacher_pixels, 1), reduction="batchmean"
     )
     torch.testing.assert_close(task.distance(scores, teacher, (None, labels), temperature=2.0), expected)
+    channelled = (None, labels.unsqueeze(1))
+    torch.testing.assert_close(task.distance(scores, teacher, channelled, temperature=2.0), expected)
+
+
+def test_all_pixels_count_where_other_data_have_no_masks() -> None:
+    task = Segmentation(num_classes=3)
+    scores, labels = _batches()[0]
+    teacher = torch.randn_like(scores)
+    expected = task.distance(scores, teacher, (None, torch.zeros_like(labels)), temperature=2.0)
+    by_image = torch.full((len(scores),), 255)
+    torch.testing.assert_close(task.distance(scores, teacher, (None, by_image), temperature=2.0), expected)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,15 @@ STATISTICS = ("running_mean", "running_var")
 def recalibrate(model: Model, calls: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]) -> Model:
     """Return a copy whose batch norms hold the statistics of some data, averaged over batches of equal weight.
 
+    A norm that reads one value a channel, as one over the features of a model that takes single samples does, keeps
+    what it has: one value has no variance.
+
     Args:
         model: A model in evaluation mode; not changed.
         calls: Inputs as (args, kwargs), without augmentation.
     """
     result = model.clone().eval()
-    nodes = norms_with_statistics(result)
+    nodes = [node for node in norms_with_statistics(result) if not _reads_one_value(node)]
     if not nodes:
         return result
     before = [(bool(get_argument(node, "training")), float(get_argument(node, "momentum"))) for node in nodes]
@@ -86,3 +89,12 @@ def norms_with_statistics(model: Model) -> list[Node]:
 
 def _keeps_statistics(node: Node) -> bool:
     return all(isinstance(source := get_argument(node, name), Node) and source.op == "get_attr" for name in STATISTICS)
+
+
+def _reads_one_value(node: Node) -> bool:
+    """Whether a batch norm reads one value a channel, whatever comes in: its batch is fixed to one sample then."""
+    source = get_argument(node, "input")
+    value = source.meta.get("val") if isinstance(source, Node) else None
+    return isinstance(value, Tensor) and all(
+        isinstance(size, int) and size == 1 for axis, size in enumerate(value.shape) if axis != 1
+    )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mil_cli.data.base import Data, repeated
 from mil_cli.data.tensors import TensorSplit
@@ -20,6 +21,7 @@ from mil_cli.run.prove import Prover
 from mil_cli.stages.context import Context
 from mil_cli.stages.judging import mean_loss
 from mil_cli.stages.quantize.static import StaticConfig, quantize
+from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.evaluate import evaluate
 from tests.run.toys import toy_surroundings
 from tests.stages.contexts import Notices, make_context
@@ -105,3 +107,23 @@ def test_a_file_of_a_fixed_batch_is_proven_and_measured(tmp_path: Path) -> None:
     assert proof.parity["samples"] == 8
     in_torch = evaluate(make_model(), task=around.task, split=split(9), split_name="test")
     assert in_torch.value == proof.quality["value"]
+
+
+def test_a_norm_of_one_value_a_channel_keeps_its_statistics() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+            self.features, self.last = nn.Linear(16, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.features(self.norm(self.conv(x)).reshape(1, 16)))
+
+    model = Model.capture(Single().eval(), (torch.randn(1, 1, 4, 4),))
+    inputs = [torch.randn(1, 1, 4, 4) for _ in range(3)]
+    found = recalibrate(model, [((x,), {}) for x in inputs]).state_dict()
+    means = torch.stack(
+        [functional.conv2d(x, found["conv.weight"], found["conv.bias"]).mean((0, 2, 3)) for x in inputs]
+    )
+    torch.testing.assert_close(found["norm.running_mean"], means.mean(0))
+    assert torch.equal(found["last.running_var"], model.state_dict()["last.running_var"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -92,7 +93,7 @@ class DataFreeConfig(StudentConfig):
 
     @model_validator(mode="after")
     def _low_below_high(self) -> DataFreeConfig:
-        if self.range is not None and not self.range[0] < self.range[1] < float("inf"):
+        if self.range is not None and not -math.inf < self.range[0] < self.range[1] < math.inf:
             raise ValueError("range is [low, high] with low below high, both finite")
         return self
 

@@ -261,7 +261,10 @@ def test_batches_have_the_form_that_the_task_reads(task: Classification) -> None
     assert data_free(student, DataFreeConfig.model_validate(TOY), context).fingerprint() != student.fingerprint()
 
 
-@pytest.mark.parametrize("content", [{"range": [1, 0]}, {"range": [0, float("inf")]}, {"every": 0}, {"bank": 0}])
+@pytest.mark.parametrize(
+    "content",
+    [{"range": [1, 0]}, {"range": [0, float("inf")]}, {"range": [-float("inf"), 0]}, {"every": 0}, {"bank": 0}],
+)
 def test_settings_out_of_range_are_refused(content: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         DataFreeConfig.model_validate(content)

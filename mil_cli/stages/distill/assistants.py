@@ -189,7 +189,7 @@ def _cut(teacher: Model, kept: float, number: int, by: str, context: Context) ->
         )
     # The assistant learns from the teacher next, so that the cut needs neither fine-tuning nor a comparison.
     targets = dict.fromkeys(getattr(pruning, "quantities", ()))
-    changes = {**targets, "macs": kept, "recover": None, "compare_samples": 0}
+    changes = {**targets, "macs": kept, "recover": None, "recover_last": False, "compare_samples": 0}
     settings = {name: value for name, value in changes.items() if name in fields}
     with _without_notes(context):
         return context.run_stage(teacher, stage=by, name=f"assistant{number}", settings=settings)

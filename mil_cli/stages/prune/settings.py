@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mil_cli.stages.target_config import Quantity, TargetConfig
 from mil_cli.stages.targets import Target
@@ -49,3 +49,9 @@ class StructuredPruningConfig(CutConfig):
     steps: int = Field(1, ge=1, le=1000)
     recover_last: bool = False
     compare_samples: int = Field(2000, ge=0)
+
+    @model_validator(mode="after")
+    def _recovers_by_a_stage(self) -> Self:
+        if self.recover_last and self.recover is None:
+            raise ValueError("recover_last needs recover, the key of the stage that fine-tunes")
+        return self

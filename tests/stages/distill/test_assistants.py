@@ -19,7 +19,9 @@ from mil_cli.stages.train.supervised import SupervisedConfig
 from tests.stages.contexts import run_through_kills
 from tests.stages.distill.planes import context_of, divergence, net, trained
 
-PRUNE = MagnitudeConfig.model_validate({"params": 0.5, "round_to": 1, "max_per_layer": 0.95, "recover": "train"})
+PRUNE = MagnitudeConfig.model_validate(
+    {"params": 0.5, "round_to": 1, "max_per_layer": 0.95, "recover": "train", "recover_last": True}
+)
 STAGES = {"prune": PRUNE, "train": SupervisedConfig()}
 
 

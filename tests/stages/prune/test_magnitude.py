@@ -194,6 +194,7 @@ def test_a_model_without_anything_to_cut_says_why() -> None:
         {"macs": "much"},
         {"macs": True},
         {"macs": 0.5, "norm": 3},
+        {"macs": 0.5, "recover_last": True},
         {"macs": 0.5, "max_per_layer": 1},
     ],
 )

@@ -16,7 +16,7 @@ class SoftRounding(nn.Module):
 
     Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization (2020): ``h`` in [0, 1] is a stretched
     and clipped sigmoid of what is learned, and starts at the weight's own fraction, so that the weight starts as it is
-    (clipped).
+    (clipped). Weights of 0 stay, so that a sparse layer does.
 
     Args:
         weight: The weight, any shape.
@@ -33,11 +33,12 @@ class SoftRounding(nn.Module):
         steps = weight.detach() / self._scale
         self._floor = steps.floor()
         share = (steps - self._floor - _GAMMA) / (_ZETA - _GAMMA)
+        self._moves = steps != 0
         self.logits = nn.Parameter(torch.logit(share))
 
     def shares(self) -> Tensor:
         """Return ``h``: how far each weight lies above the code below it, in [0, 1]."""
-        return (torch.sigmoid(self.logits) * (_ZETA - _GAMMA) + _GAMMA).clamp(0.0, 1.0)
+        return (torch.sigmoid(self.logits) * (_ZETA - _GAMMA) + _GAMMA).clamp(0.0, 1.0) * self._moves
 
     def forward(self) -> Tensor:
         """Return the weight as it is now."""

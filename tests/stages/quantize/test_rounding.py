@@ -67,3 +67,15 @@ def test_the_exponent_falls_in_a_line_behind_the_warm_up() -> None:
     points = [exponent_at(done, warmup=0.2, start=20.0, end=2.0) for done in (0.0, 0.19, 0.2, 0.6, 1.0)]
     assert points[:2] == [None, None]
     assert points[2:] == pytest.approx([20.0, 11.0, 2.0])
+
+
+def test_weights_of_0_stay_whatever_is_learned() -> None:
+    weight, form, _ = made()
+    weight[:, 1:] = 0
+    rounding = SoftRounding(weight, form)
+    with torch.no_grad():
+        rounding.logits += 10.0
+    for found in (rounding(), rounding.decided()):
+        assert not found[:, 1:].any()
+        assert (found[:, 0] >= weight[:, 0].minimum(3 * form.scale[:, None])).all()  # all went up
+    assert rounding.undecided() == 0

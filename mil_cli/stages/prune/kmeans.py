@@ -39,8 +39,8 @@ class KmeansConfig(StageConfig):
         clusters: Values that a weight may take, 2 to 256.
         channels_per_group: Output channels that share a codebook, where a layer's number of them divides by it; None:
             one codebook for the whole weight, which transposed convolutions always have.
-        keep_zero: Whether 0 is one of the values; ``auto``: where more than a tenth of the weight is 0. A later stage
-            that trains the values moves it.
+        keep_zero: Whether 0 is one of the values, at which weights of 0 stay; ``auto``: where more than a tenth of the
+            weight is 0. A later stage that trains the values moves it.
         smallest: Weights with fewer numbers stay as they are.
         skip: Layers to leave as they are: names of weights, or patterns with ``*``. The first convolution and depthwise
             ones always stay.
@@ -51,6 +51,7 @@ class KmeansConfig(StageConfig):
 
     family: ClassVar[str] = "prune"
     method: ClassVar[str] = "kmeans"
+    version: ClassVar[int] = 2
     never_after: ClassVar[dict[str, str]] = {"quantize": "weights are on a grid of their own already"}
     never_before: ClassVar[dict[str, str]] = {
         "prune": "a weight's values are shared by all of its channels",
@@ -139,12 +140,16 @@ class _Clustered:
 
 
 def _hold_zeros(layers: Mapping[str, _Clustered]) -> StepHook:
-    held = {layer.codebook: layer.zeros for layer in layers.values() if bool(layer.zeros.any())}
+    """Return what keeps, where 0 is a value, that value and the weights that are 0 as they are, by their gradients."""
+    holding = [layer for layer in layers.values() if bool(layer.zeros.any())]
 
     def before_step(training: Model, steps: int, total: int) -> None:
-        for name, parameter in training.named_parameters():
-            if name in held and parameter.grad is not None:
-                parameter.grad.masked_fill_(held[name].to(parameter.device), 0.0)
+        for layer in holding:
+            codebook, weight = (get_attribute(training.graph, name) for name in (layer.codebook, layer.name))
+            if codebook.grad is not None:
+                codebook.grad.masked_fill_(layer.zeros.to(codebook.device), 0.0)
+            if weight.grad is not None:
+                weight.grad.masked_fill_(weight.detach() == 0, 0.0)
 
     return before_step
 

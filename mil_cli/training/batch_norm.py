@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -37,9 +38,13 @@ def recalibrate(model: Model, calls: Iterable[tuple[Sequence[Any], Mapping[str, 
         for node in nodes
         for source in (get_argument(node, name) for name in STATISTICS)
     }
+    uses: Counter[int] = Counter()
     for node in nodes:
+        buffer = id(get_attribute(result.graph, str(get_argument(node, STATISTICS[0]).target)))
+        uses[buffer] += 1
         set_argument(node, "training", True)
-        set_argument(node, "momentum", 1.0)  # the buffers then hold the statistics of the last batch
+        # The buffers then hold the statistics of the last batch: the mean over its uses, where a norm is used again.
+        set_argument(node, "momentum", 1.0 / uses[buffer])
     result.graph.recompile()
     sums: dict[str, Tensor] = {name: torch.zeros_like(buffer, dtype=torch.float64) for name, buffer in buffers.items()}
     batches = 0

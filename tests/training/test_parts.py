@@ -18,6 +18,7 @@ from mil_cli.errors import OutputError
 from mil_cli.graph.model import Model
 from mil_cli.task.classification import Classification
 from mil_cli.task.image_to_image import ImageToImage
+from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.checkpoint import FileSlot, NullSlot
 from mil_cli.training.config import TrainerConfig, merged_settings
 from mil_cli.training.ema import MovingAverage
@@ -306,3 +307,20 @@ def test_image_to_image_trains_by_its_own_loss(patterns: Data) -> None:
     weights = {name: value.item() for name, value in result.model.state_dict().items()}
     assert weights == pytest.approx({"weight": -1.0, "bias": 1.0}, abs=1e-3)
     assert result.history[-1]["val"] > 50
+
+
+def test_the_statistics_of_a_norm_that_is_used_twice_are_those_of_both_uses() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.norm(x) + self.norm(y)
+
+    model = Model.capture(Twice().eval(), (torch.randn(4, 3), torch.randn(4, 3)))
+    pairs = [(torch.randn(8, 3), 5 + 2 * torch.randn(8, 3)) for _ in range(3)]
+    found = recalibrate(model, [(pair, {}) for pair in pairs]).state_dict()
+    values = [value for pair in pairs for value in pair]
+    torch.testing.assert_close(found["norm.running_mean"], torch.stack([value.mean(0) for value in values]).mean(0))
+    torch.testing.assert_close(found["norm.running_var"], torch.stack([value.var(0) for value in values]).mean(0))

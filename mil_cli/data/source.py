@@ -223,4 +223,7 @@ def _loader_config(config: Any, root: Path) -> LoaderConfig:
     workers = config.get("num_workers", 0)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise DataError("must be a count of processes, 0 or more", where=f"{where}.num_workers", value=workers)
-    return LoaderConfig(collate_fn=collate, num_workers=workers, val_fraction=config.get("val_fraction"))
+    fraction = config.get("val_fraction")
+    if fraction is not None and (isinstance(fraction, bool) or not isinstance(fraction, int | float)):
+        raise DataError("must be a number between 0 and 1", where=f"{where}.val_fraction", value=fraction)
+    return LoaderConfig(collate_fn=collate, num_workers=workers, val_fraction=fraction)

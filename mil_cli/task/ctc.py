@@ -60,6 +60,8 @@ class Ctc(ClassTask):
             raise TaskError(
                 "words need a separator", where="task.word_separator", hint="set it to the token of a space"
             )
+        if self.blank < 0:
+            raise TaskError("must be at least 0", where="task.blank", value=self.blank)
         if self.subsampling is not None and self.subsampling < 1:
             raise TaskError("must be at least 1", where="task.subsampling", value=self.subsampling)
 
@@ -162,6 +164,20 @@ class Ctc(ClassTask):
             lengths = (targets != self.pad_value).sum(1)
         else:
             lengths = entry(batch, target_lengths_key, where="task.target_lengths_key").long()
+        if self.blank >= scores.shape[-1]:
+            raise TaskError(
+                f"the model has {scores.shape[-1]} classes (0 to {scores.shape[-1] - 1}), and none for the blank",
+                where="task.blank",
+                value=self.blank,
+                hint="set the class of the blank, or give the model one more",
+            )
+        if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > targets.shape[1]):
+            raise TaskError(
+                f"the targets' lengths run from {int(lengths.min())} to {int(lengths.max())}, but they are padded to"
+                f" {targets.shape[1]}",
+                where="task.target_lengths_key",
+                hint="check what the collate function returns: the lengths belong to the targets before padding",
+            )
         inside = torch.arange(targets.shape[1], device=targets.device) < lengths.unsqueeze(1)
         tokens = targets[inside]
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= scores.shape[-1]):

@@ -132,6 +132,7 @@ def test_what_is_wrong_is_told(made: Any, words: str) -> None:
         ({"num_workers": -1}, "num_workers"),
         ({"collate_fn": "mil_cli.data.collate.pad_colate"}, "did you mean 'pad_collate'"),
         ({"val_fraction": 2.0}, "between 0 and 1"),
+        ({"val_fraction": "10%"}, "number between 0 and 1"),
         (3, "mapping"),
     ],
 )

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if error.filename is None:
             return _bug(error)
-        _say(f"error: {output_error(error, Path(os.fsdecode(error.filename)))}")
+        _say(f"error: {output_error(error, Path(os.fsdecode(error.filename)), doing='read or write')}")
         return USAGE
     except Exception as error:
         return _bug(error)

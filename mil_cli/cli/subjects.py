@@ -148,12 +148,16 @@ def signature(path: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Return input name -> (shape of one sample, dtype) of an ONNX file; free axes are 1.
 
     Raises:
-        ModelError: It is no ONNX file.
+        ModelError: It is no ONNX file, or takes what is no tensor.
     """
     import onnx
 
     found = {}
     for value in _inputs(path):
+        kind = value.type.WhichOneof("value")
+        if kind != "tensor_type":
+            what = f"its input {value.name} is no tensor but of the ONNX {kind or 'type unknown'}"
+            raise ModelError(what, where=str(path), hint="export a model whose inputs are tensors")
         tensor = value.type.tensor_type
         shape = tuple(axis.dim_value if axis.HasField("dim_value") else 1 for axis in tensor.shape.dim)
         found[value.name] = (shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))

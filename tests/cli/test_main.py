@@ -45,7 +45,7 @@ def raising(error: BaseException) -> object:
             "error: a.b: is wrong (got 3)\n  -> do this\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted: what was reached is saved; the same command goes on from there\n"),
-        (PermissionError(13, "Permission denied", "/nowhere/x"), 2, "error: cannot write /nowhere/x"),
+        (PermissionError(13, "Permission denied", "/nowhere/x"), 2, "error: cannot read or write /nowhere/x"),
         (OSError(28, "No space left on device", "/full/x"), 2, "free some space"),
         (SystemExit(0), 2, "error: the recipe's code ended the program: SystemExit: 0\n  -> "),
     ],

@@ -24,8 +24,8 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     """Load a checkpoint into a module, all of it.
 
     A tensor that the module has under several names (tied weights) may lack in the file under some of them, as in
-    safetensors. Wrappers such as ``{"state_dict": ...}``, and prefixes that DDP (``module.``), `torch.compile` (``_orig_mod.``) and
-    training frameworks (``model.``) put before names are understood.
+    safetensors. Wrappers such as ``{"state_dict": ...}``, and prefixes that DDP (``module.``), `torch.compile`
+    (``_orig_mod.``) and training frameworks (``model.``) put before names are understood.
 
     Args:
         module: The module; changed in place.

@@ -113,6 +113,23 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert done.stderr == b""
 
 
+def test_a_run_whose_reader_has_gone_goes_on_to_its_own_exit_code() -> None:
+    code = (
+        "import sys, typer\nfrom mil_cli.cli import console, main as m\n"
+        "app = typer.Typer()\n"
+        "@app.command()\ndef act():\n"
+        "    for stream in (console.messages(), console.results(), console.results()):\n"
+        "        stream.print('a line')\n"
+        "    return 3\n"
+        "m.app = app\nsys.exit(m.main([]))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=write, check=False)
+    os.close(write)
+    assert done.returncode == 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_interrupts(number: signal.Signals) -> None:
     # A shell starts what runs in the background with SIGINT ignored, which children inherit.

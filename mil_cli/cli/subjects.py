@@ -40,6 +40,8 @@ def check_exists(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         hint = "name an .onnx file, a .pt2 archive, or a recipe (.yaml) for its uncompressed model"
         raise ModelError("this is no model", where=str(path), hint=hint)
+    if path.is_dir():
+        raise ModelError("this is a folder", where=str(path), hint="name a file in it")
     if not path.is_file():
         siblings = [file.name for file in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings) if siblings else "check the path"

@@ -177,16 +177,9 @@ def _draw_val(train: Any, plain: Any, fraction: float) -> tuple[Any, Any, Any]:
             hint="return a val split from the data function",
         )
     if isinstance(train, Mapping) or (isinstance(train, tuple | list) and all(_is_array(item) for item in train)):
-        converted = _convert(train, "data.train")
-        values = list(converted.values()) if isinstance(converted, Mapping) else list(converted)
-        order, count = _val_order(len(values[0]), fraction)
-
-        def take(indices: torch.Tensor) -> Any:
-            if isinstance(converted, Mapping):
-                return {key: value[indices] for key, value in converted.items()}
-            return tuple(value[indices] for value in converted)
-
-        return take(order[count:]), take(order[:count]), None
+        whole = TensorSplit(_convert(train, "data.train"), where="data.train")
+        order, count = _val_order(len(whole), fraction)
+        return whole.part(order[count:]), whole.part(order[:count]), None
     if not (hasattr(train, "__getitem__") and hasattr(train, "__len__")):
         return train, None, plain
     order, count = _val_order(len(train), fraction)

@@ -37,7 +37,7 @@ class DatasetSplit:
         where: What messages call the split, such as ``data.train``.
 
     Raises:
-        DataError: The dataset has no length or no samples.
+        DataError: The dataset has no length or no samples, or `num_workers` is no count.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class DatasetSplit:
         num_workers: int = 0,
         where: str = "data",
     ) -> None:
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise DataError("must be a count of processes, 0 or more", where="data.num_workers", value=num_workers)
         self._dataset = dataset
         self._plain = dataset if plain is None else plain
         self._collate = stack_collate if collate_fn is None else collate_fn

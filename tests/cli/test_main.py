@@ -113,6 +113,18 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert done.stderr == b""
 
 
+def test_what_the_encoding_lacks_is_shown_as_escapes() -> None:
+    code = (
+        "import sys, typer\nfrom mil_cli.cli import console, main as m\n"
+        "app = typer.Typer()\n"
+        "@app.command()\ndef act():\n    console.results().print('f\\xfcr')\n"
+        "m.app = app\nsys.exit(m.main([]))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, rb"f\xfcr")
+
+
 def test_a_run_whose_reader_has_gone_goes_on_to_its_own_exit_code() -> None:
     code = (
         "import sys, typer\nfrom mil_cli.cli import console, main as m\n"

@@ -131,6 +131,12 @@ def test_errors_of_a_sample_say_the_same_with_and_without_workers(workers: int) 
     assert str(caught.value) == "data.root: cannot be read (got 'a.png')\n  -> replace it"
 
 
+@pytest.mark.parametrize("workers", [-1, "two", True])
+def test_workers_that_are_no_count_are_refused(workers: Any) -> None:
+    with pytest.raises(DataError, match=r"data\.num_workers"):
+        DatasetSplit(Noisy(), num_workers=workers)
+
+
 def test_a_loader_process_that_dies_is_told() -> None:
     class Deadly(Noisy):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:

@@ -15,7 +15,15 @@ from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
 from mil_cli.task.divergence import softened_divergence
 from mil_cli.task.entry_task import ClassTask
-from mil_cli.task.fields import Entry, check_choice, entry, model_inputs, no_class_scores, target_entry
+from mil_cli.task.fields import (
+    Entry,
+    check_choice,
+    entry,
+    model_inputs,
+    no_class_scores,
+    target_entry,
+    tensor_entry,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +160,7 @@ class Ctc(ClassTask):
     def _read(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         scores = self._scores(outputs)
         target_key, input_lengths_key, target_lengths_key = self._entries(batch)
-        targets = entry(batch, target_key, where="task.target_key")
+        targets = tensor_entry(batch, target_key, where="task.target_key")
         if targets.ndim != 2 or targets.is_floating_point() or len(targets) != len(scores):
             raise TaskError(
                 f"targets must be integer tokens of shape (batch, length), and are {targets.dtype} of shape"
@@ -163,7 +171,7 @@ class Ctc(ClassTask):
         if target_lengths_key is None:
             lengths = (targets != self.pad_value).sum(1)
         else:
-            lengths = entry(batch, target_lengths_key, where="task.target_lengths_key").long()
+            lengths = tensor_entry(batch, target_lengths_key, where="task.target_lengths_key").long()
         if self.blank >= scores.shape[-1]:
             raise TaskError(
                 f"the model has {scores.shape[-1]} classes (0 to {scores.shape[-1] - 1}), and none for the blank",
@@ -199,7 +207,7 @@ class Ctc(ClassTask):
     def _frames(self, scores: torch.Tensor, batch: Batch, key: Entry | None) -> torch.Tensor:
         if key is None:
             return torch.full((len(scores),), scores.shape[1], dtype=torch.long)
-        lengths = entry(batch, key, where="task.input_lengths_key").long()
+        lengths = tensor_entry(batch, key, where="task.input_lengths_key").long()
         if self.subsampling is not None:
             frames = torch.div(lengths + self.subsampling - 1, self.subsampling, rounding_mode="floor")
         else:

@@ -19,19 +19,25 @@ TEMPORARY_PREFIX = ".writing-"
 """How the names of files that are still being written begin; what a kill leaves behind can be found by it."""
 
 
-def output_error(error: OSError, path: Path) -> OutputError:
-    """Return the error to show a user for an OSError met while writing to `path`."""
+def output_error(error: OSError, path: Path, *, doing: str = "write") -> OutputError:
+    """Return the error to show a user for an OSError met at `path`.
+
+    Args:
+        error: What was met.
+        path: Where.
+        doing: What was not done there.
+    """
     hints = {
         errno.ENOSPC: "the disk is full: free some space (`mil cache` shows what the stage cache holds) and run again",
         errno.EDQUOT: "your disk quota is used up: free some space and run again",
         errno.EROFS: "the file system is read-only: choose another folder",
-        errno.EACCES: "you may not write there: choose another folder or change its permissions",
-        errno.EPERM: "you may not write there: choose another folder or change its permissions",
+        errno.EACCES: f"you may not {doing} there: choose another folder or change its permissions",
+        errno.EPERM: f"you may not {doing} there: choose another folder or change its permissions",
         errno.EEXIST: "a file is in the way: choose another folder",
         errno.ENOTDIR: "a file is in the way: choose another folder",
         errno.ENAMETOOLONG: "the path is too long: choose a shorter folder",
     }
-    what = f"cannot write {path}: {error.strerror or error}"
+    what = f"cannot {doing} {path}: {error.strerror or error}"
     return OutputError(what, hint=hints.get(error.errno or 0, "check the folder and run the same command again"))
 
 

@@ -20,9 +20,11 @@ def cache(
     from mil_cli.cli.progress import progress_on
     from mil_cli.run.cache import Cache, default_location
 
-    if older_than is not None and older_than < 0:
+    if older_than is not None and not older_than >= 0:  # NaN, too, which would take in every entry
         hint = "write 0 or more days"
-        raise CacheError("an age cannot be negative", where="--older-than", value=older_than, hint=hint)
+        raise CacheError(
+            "an age is a number of days, and cannot be negative", where="--older-than", value=older_than, hint=hint
+        )
     store = Cache(default_location(), progress_on(console.messages()))
     seconds = 0.0 if older_than is None else older_than * 86400
     if clear:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,16 +12,30 @@ WIDE = 160
 """Columns when the output is no terminal: wide enough that tables are not wrapped in a pipe or a log."""
 
 
+class _Console(Console):
+    """A console that falls silent when its reader has gone (``mil compress ... | head``).
+
+    rich would end the program, with an exit code that says nothing of the run's goals.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Write no more, and let Python flush what is left into nothing."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
+
 def results() -> Console:
     """Return a console on stdout."""
     width = None if sys.stdout.isatty() else WIDE
-    return Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
+    return _Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
 
 
 def messages() -> Console:
     """Return a console on stderr."""
     width = None if sys.stderr.isatty() else WIDE
-    return Console(file=sys.stderr, width=width, highlight=False, stderr=True)
+    return _Console(file=sys.stderr, width=width, highlight=False, stderr=True)
 
 
 def from_here(path: Path) -> Path:

@@ -17,7 +17,7 @@ def export(
 ) -> None:
     """Export a .pt2 model to ONNX and prove parity."""
     from mil_cli.cli.subjects import check_exists, check_writable, load_graph, named_device
-    from mil_cli.errors import ModelError
+    from mil_cli.errors import ModelError, OutputError
 
     check_exists(model)
     if model.suffix != ".pt2":
@@ -25,6 +25,8 @@ def export(
         raise ModelError("only a .pt2 archive can be exported", where=str(model), hint=hint)
     target = output or model.with_suffix(".onnx")
     check_writable(target, option="--output")
+    if target.exists() and target.samefile(model):
+        raise OutputError("this is the model itself", where="--output", value=str(target), hint="name another file")
     profile = named_device(device, runnable=False)
     graph = load_graph(model)
 

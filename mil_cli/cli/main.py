@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _interrupt_on_terminate()
     _let_waiting_threads_sleep()
+    _show_any_character()
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="mil", standalone_mode=False)
         if code == INTERRUPTED:
@@ -107,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if error.filename is None:
             return _bug(error)
-        _say(f"error: {output_error(error, Path(os.fsdecode(error.filename)))}")
+        _say(f"error: {output_error(error, Path(os.fsdecode(error.filename)), doing='read or write')}")
         return USAGE
     except Exception as error:
         return _bug(error)
@@ -134,6 +136,12 @@ def _let_waiting_threads_sleep() -> None:
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def _show_any_character() -> None:
+    """Write what a terminal's encoding lacks, such as letters of a folder's name, as escapes, as stderr does anyway."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _interrupt_on_terminate() -> None:

@@ -40,6 +40,8 @@ def check_exists(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         hint = "name an .onnx file, a .pt2 archive, or a recipe (.yaml) for its uncompressed model"
         raise ModelError("this is no model", where=str(path), hint=hint)
+    if path.is_dir():
+        raise ModelError("this is a folder", where=str(path), hint="name a file in it")
     if not path.is_file():
         siblings = [file.name for file in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings) if siblings else "check the path"
@@ -148,12 +150,16 @@ def signature(path: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Return input name -> (shape of one sample, dtype) of an ONNX file; free axes are 1.
 
     Raises:
-        ModelError: It is no ONNX file.
+        ModelError: It is no ONNX file, or takes what is no tensor.
     """
     import onnx
 
     found = {}
     for value in _inputs(path):
+        kind = value.type.WhichOneof("value")
+        if kind != "tensor_type":
+            what = f"its input {value.name} is no tensor but of the ONNX {kind or 'type unknown'}"
+            raise ModelError(what, where=str(path), hint="export a model whose inputs are tensors")
         tensor = value.type.tensor_type
         shape = tuple(axis.dim_value if axis.HasField("dim_value") else 1 for axis in tensor.shape.dim)
         found[value.name] = (shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))

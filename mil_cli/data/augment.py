@@ -30,8 +30,9 @@ class Augment:
 
     def __post_init__(self) -> None:
         for name in ("crop_padding", "cutout"):
-            if getattr(self, name) < 0:
-                raise DataError("cannot be negative", where=f"data.{name}", value=getattr(self, name))
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise DataError("must be a whole number of pixels, 0 or more", where=f"data.{name}", value=value)
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Return the augmented batch.

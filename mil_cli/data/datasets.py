@@ -37,7 +37,7 @@ class DatasetSplit:
         where: What messages call the split, such as ``data.train``.
 
     Raises:
-        DataError: The dataset has no length or no samples.
+        DataError: The dataset has no length or no samples, or `num_workers` is no count.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class DatasetSplit:
         num_workers: int = 0,
         where: str = "data",
     ) -> None:
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise DataError("must be a count of processes, 0 or more", where="data.num_workers", value=num_workers)
         self._dataset = dataset
         self._plain = dataset if plain is None else plain
         self._collate = stack_collate if collate_fn is None else collate_fn
@@ -92,15 +94,38 @@ class DatasetSplit:
         loader: DataLoader[Any] = DataLoader(
             _Seeded(dataset, stream, self._where),
             batch_sampler=chosen,
-            collate_fn=_Collate(self._collate),
+            collate_fn=_Collate(self._collate, self._where),
             num_workers=self._workers,
             # The loader draws a base seed for its workers: from here, so that the global generator does not move.
             generator=torch.Generator().manual_seed(mix_seed(*stream)),
         )
-        for batch in loader:
+        for batch in self._loaded(loader):
             if isinstance(batch, _Failure):
-                raise DataError(batch.what, where=batch.where, hint=batch.hint)
+                raise DataError(batch.what, where=batch.where, hint=batch.hint, **batch.value)
             yield as_batch(batch)
+
+    def _loaded(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Give what a loader gives.
+
+        Raises:
+            DataError: A loader process has ended before its time.
+        """
+        loaded = iter(loader)
+        while True:
+            try:
+                batch = next(loaded)
+            except StopIteration:
+                return
+            except RuntimeError as problem:
+                if "DataLoader worker" not in str(problem):
+                    raise
+                raise DataError(
+                    f"a loader process has ended: {problem}",
+                    where=self._where,
+                    hint="most likely the memory (or shared memory) ran out: set fewer num_workers, or 0 to load in one"
+                    " process",
+                ) from problem
+            yield batch
 
     def part(self, indices: torch.Tensor) -> DatasetSplit:
         """Return a split of some of the samples; see `mil_cli.data.base.Divisible`."""
@@ -153,11 +178,27 @@ class _Failure:
     what: str
     where: str | None
     hint: str | None
+    value: dict[str, Any]
+
+    @classmethod
+    def of(cls, problem: MilError) -> _Failure:
+        return cls(problem.what, problem.where, problem.hint, {"value": _Shown(problem)} if problem.has_value else {})
+
+
+class _Shown:
+    """A value as messages show it: it goes from process to process whatever the value was."""
+
+    def __init__(self, problem: MilError) -> None:
+        self._text = repr(problem.value)
+
+    def __repr__(self) -> str:
+        return self._text
 
 
 class _Collate:
-    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
+    def __init__(self, collate: Callable[[Sequence[Any]], Any], where: str) -> None:
         self._collate = collate
+        self._where = where
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         for sample in samples:
@@ -165,8 +206,12 @@ class _Collate:
                 return sample
         try:
             return self._collate(samples)
-        except DataError as problem:
-            return _Failure(problem.what, problem.where, problem.hint)
+        except MilError as problem:
+            return _Failure.of(problem)
+        except Exception as problem:
+            line = source_line(problem)
+            what = f"collating a batch failed: {type(problem).__name__}: {problem}"
+            return _Failure(what, self._where, f"raised at {line}" if line else None, {})
 
 
 class _Seeded(Dataset[Any]):
@@ -183,8 +228,8 @@ class _Seeded(Dataset[Any]):
         if get_worker_info() is not None:
             try:
                 return self._read(index, seed)
-            except DataError as problem:
-                return _Failure(problem.what, problem.where, problem.hint)
+            except MilError as problem:
+                return _Failure.of(problem)
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()
         try:
             return self._read(index, seed)

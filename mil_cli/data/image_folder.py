@@ -79,6 +79,8 @@ def image_folder(
     for name, values in zip(("mean", "std"), statistics, strict=True):
         if len(values) != channels:
             raise DataError(f"needs {channels} numbers, one per channel", where=f"data.{name}", value=list(values))
+    if any(value <= 0 for value in statistics[1]):
+        raise DataError("must be above 0 for each channel", where="data.std", value=list(statistics[1]))
 
     def view(name: str, *, augment: bool) -> ImageFiles:
         return ImageFiles(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mil_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,7 +49,11 @@ def read_image(path: Path, mode: str) -> Image:
 
     try:
         with Image.open(path) as opened:
-            return opened.convert(mode)
+            # Pillow cuts 16-bit grey off at 255, which makes almost all of it white; of 16-bit colour it keeps the
+            # high bytes itself.
+            grey16 = opened.mode == "I" or opened.mode.startswith("I;16")
+            image = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)) if grey16 else opened
+            return image.convert(mode)
     except (OSError, UnidentifiedImageError) as problem:
         raise DataError(
             f"an image cannot be read: {problem}",

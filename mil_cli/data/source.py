@@ -177,16 +177,9 @@ def _draw_val(train: Any, plain: Any, fraction: float) -> tuple[Any, Any, Any]:
             hint="return a val split from the data function",
         )
     if isinstance(train, Mapping) or (isinstance(train, tuple | list) and all(_is_array(item) for item in train)):
-        converted = _convert(train, "data.train")
-        values = list(converted.values()) if isinstance(converted, Mapping) else list(converted)
-        order, count = _val_order(len(values[0]), fraction)
-
-        def take(indices: torch.Tensor) -> Any:
-            if isinstance(converted, Mapping):
-                return {key: value[indices] for key, value in converted.items()}
-            return tuple(value[indices] for value in converted)
-
-        return take(order[count:]), take(order[:count]), None
+        whole = TensorSplit(_convert(train, "data.train"), where="data.train")
+        order, count = _val_order(len(whole), fraction)
+        return whole.part(order[count:]), whole.part(order[:count]), None
     if not (hasattr(train, "__getitem__") and hasattr(train, "__len__")):
         return train, None, plain
     order, count = _val_order(len(train), fraction)
@@ -223,4 +216,7 @@ def _loader_config(config: Any, root: Path) -> LoaderConfig:
     workers = config.get("num_workers", 0)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise DataError("must be a count of processes, 0 or more", where=f"{where}.num_workers", value=workers)
-    return LoaderConfig(collate_fn=collate, num_workers=workers, val_fraction=config.get("val_fraction"))
+    fraction = config.get("val_fraction")
+    if fraction is not None and (isinstance(fraction, bool) or not isinstance(fraction, int | float)):
+        raise DataError("must be a number between 0 and 1", where=f"{where}.val_fraction", value=fraction)
+    return LoaderConfig(collate_fn=collate, num_workers=workers, val_fraction=fraction)

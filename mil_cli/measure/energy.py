@@ -18,7 +18,9 @@ SECONDS = 2.0
 
 
 def counters(powercap: Path = POWERCAP) -> list[Path]:
-    """Return the folders of the readable energy counters of whole processors; sub-domains would count twice.
+    """Return the folders of the readable energy counters of whole processors.
+
+    Their parts would count twice, and so would the platform as a whole.
 
     Args:
         powercap: Linux' folder of power counters.
@@ -26,9 +28,15 @@ def counters(powercap: Path = POWERCAP) -> list[Path]:
     found = []
     for folder in sorted(powercap.glob("intel-rapl:*")):
         files = [folder / "energy_uj", folder / "max_energy_range_uj"]
-        if folder.name.count(":") == 1 and all(os.access(file, os.R_OK) for file in files):
+        if folder.name.count(":") == 1 and not _is_platform(folder) and all(os.access(file, os.R_OK) for file in files):
             found.append(folder)
     return found
+
+
+def _is_platform(folder: Path) -> bool:
+    """Whether a counter is that of the whole machine, which holds what those of its processors count."""
+    name = folder / "name"
+    return name.is_file() and name.read_text(encoding="ascii").strip() == "psys"
 
 
 def energy_source(device: DeviceProfile, *, powercap: Path = POWERCAP) -> Literal["counter", "estimate"] | None:

@@ -23,8 +23,9 @@ _SHOWN = 8
 def load_checkpoint(module: nn.Module, path: Path) -> None:
     """Load a checkpoint into a module, all of it.
 
-    Wrappers such as ``{"state_dict": ...}``, and prefixes that DDP (``module.``), `torch.compile` (``_orig_mod.``) and
-    training frameworks (``model.``) put before names are understood.
+    A tensor that the module has under several names (tied weights) may lack in the file under some of them, as in
+    safetensors. Wrappers such as ``{"state_dict": ...}``, and prefixes that DDP (``module.``), `torch.compile`
+    (``_orig_mod.``) and training frameworks (``model.``) put before names are understood.
 
     Args:
         module: The module; changed in place.
@@ -34,8 +35,8 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
         CheckpointError: The file is missing, damaged or needs unpickling, or its tensors do not fit: those missing,
             unexpected or of another shape are listed by name.
     """
-    tensors = _fit_names(read_tensors(path), set(module.state_dict()))
     expected = module.state_dict()
+    tensors = _with_shared(module, _fit_names(read_tensors(path), set(expected)))
     # Checkpoints from before batch norm counted its batches lack the count; nothing depends on it with a momentum set.
     missing = [name for name in expected if name not in tensors and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in tensors if name not in expected]
@@ -57,7 +58,7 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
             hint="check the model's arguments (number of classes, widths), or that the file belongs to this model",
         )
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(
                 f"the tensor {name} holds NaN or infinities",
                 where="model.checkpoint",
@@ -116,7 +117,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
     while isinstance(content, Mapping):
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        tensors = {
+            str(name): value.to_dense() if value.layout is not torch.strided else value
+            for name, value in content.items()
+            if isinstance(value, torch.Tensor)
+        }
         inner = next(
             (content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping) and content[key]), None
         )
@@ -155,6 +160,19 @@ def _fit_names(tensors: dict[str, torch.Tensor], expected: set[str]) -> dict[str
                     continue
                 tensors, stripped = shorter, True
     return tensors
+
+
+def _with_shared(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add the names under which a module has a tensor that the file holds under another of its names."""
+    names_of: dict[int, list[str]] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        names_of.setdefault(id(value), []).append(name)
+    added = {}
+    for names in names_of.values():
+        found = next((tensors[name] for name in names if name in tensors), None)
+        if found is not None:
+            added.update({name: found for name in names if name not in tensors})
+    return {**tensors, **added}
 
 
 def _listed(names: list[str]) -> str:

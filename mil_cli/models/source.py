@@ -128,7 +128,7 @@ def build_module(source: ModelSource, *, root: Path, seed: int) -> Any:
     The global random state is left as it was.
 
     Raises:
-        ModelError: The target cannot be called or gives no module.
+        ModelError: The target cannot be called, or gives no module, one of TorchScript or one without weights.
         CheckpointError: The weights cannot be read safely or do not fit.
     """
     import torch
@@ -146,6 +146,20 @@ def build_module(source: ModelSource, *, root: Path, seed: int) -> Any:
             where="model._target_",
             value=type(module).__name__,
             hint=f"return the module from {source.target}",
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            "the target gives a TorchScript module, whose graph torch.export does not read",
+            where="model._target_",
+            value=source.target,
+            hint="return the module as it is before torch.jit.script or torch.jit.trace",
+        )
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise ModelError(
+            "the target gives a module on the device meta, which has no weights",
+            where="model._target_",
+            value=source.target,
+            hint="build it on the cpu, or call module.to_empty(device='cpu') and set its weights",
         )
     module = module.cpu()
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in module.parameters()):

@@ -310,8 +310,19 @@ def _forget_foreign(root: Path) -> None:
         protected = name in sys.stdlib_module_names or name in ("mil_cli", "__main__")
         if path is None or path.is_relative_to(root) or protected:
             continue
-        for key in [key for key in sys.modules if key == name or key.startswith(name + ".")]:
-            del sys.modules[key]
+        _forget(name)
+    # Folders without an __init__.py: they have no file, but their modules have.
+    for name in ({entry.name for entry in root.iterdir() if entry.is_dir()} - own) & sys.modules.keys():
+        inner = [module for key, module in list(sys.modules.items()) if key.startswith(name + ".")]
+        files = [path for module in inner if (path := _source_file(module)) is not None]
+        of_user = getattr(sys.modules[name], "__file__", None) is None and not any(map(_is_installed, files))
+        if of_user and any(not path.is_relative_to(root) for path in files):
+            _forget(name)
+
+
+def _forget(name: str) -> None:
+    for key in [key for key in sys.modules if key == name or key.startswith(name + ".")]:
+        del sys.modules[key]
 
 
 def _forget_stale(root: Path) -> None:

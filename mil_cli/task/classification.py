@@ -29,8 +29,8 @@ class Classification(LabelTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k < 1:
-            raise TaskError("must be at least 1", where="task.top_k", value=self.top_k)
+        if not isinstance(self.top_k, int) or self.top_k < 1:
+            raise TaskError("must be a whole number of at least 1", where="task.top_k", value=self.top_k)
 
     @property
     def metric_name(self) -> str:

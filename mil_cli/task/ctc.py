@@ -15,7 +15,15 @@ from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
 from mil_cli.task.divergence import softened_divergence
 from mil_cli.task.entry_task import ClassTask
-from mil_cli.task.fields import Entry, check_choice, entry, model_inputs, no_class_scores, target_entry
+from mil_cli.task.fields import (
+    Entry,
+    check_choice,
+    entry,
+    model_inputs,
+    no_class_scores,
+    target_entry,
+    tensor_entry,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,8 @@ class Ctc(ClassTask):
             raise TaskError(
                 "words need a separator", where="task.word_separator", hint="set it to the token of a space"
             )
+        if self.blank < 0:
+            raise TaskError("must be at least 0", where="task.blank", value=self.blank)
         if self.subsampling is not None and self.subsampling < 1:
             raise TaskError("must be at least 1", where="task.subsampling", value=self.subsampling)
 
@@ -150,7 +160,7 @@ class Ctc(ClassTask):
     def _read(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         scores = self._scores(outputs)
         target_key, input_lengths_key, target_lengths_key = self._entries(batch)
-        targets = entry(batch, target_key, where="task.target_key")
+        targets = tensor_entry(batch, target_key, where="task.target_key")
         if targets.ndim != 2 or targets.is_floating_point() or len(targets) != len(scores):
             raise TaskError(
                 f"targets must be integer tokens of shape (batch, length), and are {targets.dtype} of shape"
@@ -161,7 +171,21 @@ class Ctc(ClassTask):
         if target_lengths_key is None:
             lengths = (targets != self.pad_value).sum(1)
         else:
-            lengths = entry(batch, target_lengths_key, where="task.target_lengths_key").long()
+            lengths = tensor_entry(batch, target_lengths_key, where="task.target_lengths_key").long()
+        if self.blank >= scores.shape[-1]:
+            raise TaskError(
+                f"the model has {scores.shape[-1]} classes (0 to {scores.shape[-1] - 1}), and none for the blank",
+                where="task.blank",
+                value=self.blank,
+                hint="set the class of the blank, or give the model one more",
+            )
+        if lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > targets.shape[1]):
+            raise TaskError(
+                f"the targets' lengths run from {int(lengths.min())} to {int(lengths.max())}, but they are padded to"
+                f" {targets.shape[1]}",
+                where="task.target_lengths_key",
+                hint="check what the collate function returns: the lengths belong to the targets before padding",
+            )
         inside = torch.arange(targets.shape[1], device=targets.device) < lengths.unsqueeze(1)
         tokens = targets[inside]
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= scores.shape[-1]):
@@ -183,7 +207,7 @@ class Ctc(ClassTask):
     def _frames(self, scores: torch.Tensor, batch: Batch, key: Entry | None) -> torch.Tensor:
         if key is None:
             return torch.full((len(scores),), scores.shape[1], dtype=torch.long)
-        lengths = entry(batch, key, where="task.input_lengths_key").long()
+        lengths = tensor_entry(batch, key, where="task.input_lengths_key").long()
         if self.subsampling is not None:
             frames = torch.div(lengths + self.subsampling - 1, self.subsampling, rounding_mode="floor")
         else:

@@ -18,12 +18,12 @@ from mil_cli.task.divergence import check_same_shape, counted_cross_entropy
 from mil_cli.task.fields import (
     Entry,
     InputEntries,
-    entry,
     model_inputs,
     no_class_scores,
     output_tensor,
     replace_output,
     target_entry,
+    tensor_entry,
 )
 
 
@@ -85,7 +85,7 @@ class EntryTask:
         return student, teacher
 
     def _target(self, batch: Batch) -> Tensor:
-        return entry(batch, target_entry(batch, self.target_key), where="task.target_key")
+        return tensor_entry(batch, target_entry(batch, self.target_key), where="task.target_key")
 
 
 @dataclass(frozen=True, kw_only=True)

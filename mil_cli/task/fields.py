@@ -14,8 +14,8 @@ from mil_cli.errors import TaskError, did_you_mean
 Entry: TypeAlias = int | str
 """A position in a tuple batch, or a key of a dict batch."""
 
-InputEntries: TypeAlias = Sequence[Entry] | Mapping[str, Entry] | None
-"""Entries that go into the model in this order, or argument name -> entry; None: all but the target."""
+InputEntries: TypeAlias = Entry | Sequence[Entry] | Mapping[str, Entry] | None
+"""The entry that goes into the model, several in this order, or argument name -> entry; None: all but the target."""
 
 TARGET_KEYS = ("labels", "label", "target", "targets", "y")
 _OUTPUT_KEYS = ("logits", "output", "outputs", "out", "prediction", "predictions")
@@ -41,6 +41,23 @@ def entry(batch: Batch, name: Entry, *, where: str) -> torch.Tensor:
         value=name,
         hint=f"give a position from 0 to {len(batch) - 1}",
     )
+
+
+def tensor_entry(batch: Batch, name: Entry, *, where: str) -> torch.Tensor:
+    """Return one entry of a batch that must be a tensor.
+
+    Raises:
+        TaskError: There is none of that name, or it is something else.
+    """
+    found = entry(batch, name, where=where)
+    if not isinstance(found, torch.Tensor):
+        raise TaskError(
+            f"the entry {name!r} of the batch is no tensor",
+            where=where,
+            value=type(found).__name__,
+            hint="return numbers from the dataset's __getitem__, or name another entry",
+        )
+    return found
 
 
 def target_entry(batch: Batch, target: Entry | None) -> Entry:
@@ -81,6 +98,8 @@ def model_inputs(
         TaskError: No such entry.
     """
     where = "task.input_keys"
+    if isinstance(inputs, int | str):
+        inputs = [inputs]
     if isinstance(inputs, Mapping):
         return (), {name: entry(batch, key, where=where) for name, key in inputs.items()}
     if isinstance(batch, Mapping):

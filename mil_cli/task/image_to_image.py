@@ -45,6 +45,8 @@ class ImageToImage(EntryTask):
         check_choice(self.loss_kind, _LOSSES, where="task.loss_kind")
         if self.data_range <= 0:
             raise TaskError("must be above 0", where="task.data_range", value=self.data_range)
+        if self.epsilon <= 0:  # the root of 0 has no slope: its gradient is NaN
+            raise TaskError("must be above 0", where="task.epsilon", value=self.epsilon)
         if self.border < 0:
             raise TaskError("cannot be negative", where="task.border", value=self.border)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
-from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric, R2Score
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric
 
 from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
@@ -20,6 +20,9 @@ _LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "mae": functional.l1_loss,
     "huber": functional.huber_loss,
 }
+_CONSTANT = 1e-12
+"""Share of the mean square below which a variance is what rounding leaves of none."""
+
 _METRICS = {"rmse": "RMSE", "mse": "MSE", "mae": "MAE", "r2": "R2"}
 
 
@@ -64,7 +67,7 @@ class Regression(EntryTask):
         if self.metric_kind == "mae":
             return MeanAbsoluteError()
         if self.metric_kind == "r2":
-            return R2Score()
+            return ExplainedVariation()
         return MeanSquaredError(squared=self.metric_kind == "mse")
 
     def update(self, metric: Metric, outputs: Any, batch: Batch) -> None:
@@ -95,3 +98,39 @@ class Regression(EntryTask):
                 hint="the model must give one number for each number of the target",
             )
         return output, target
+
+
+class ExplainedVariation(Metric):
+    """R2 over all numbers: 1 - residual sum of squares / total sum of squares about the mean.
+
+    Sums are kept in float64. torchmetrics' own takes sums of squares below 1e-4 for zero, and loses the variance of
+    targets far from zero to rounding. Where all targets are equal, R2 is 1 if they are met exactly, else 0, as in
+    scikit-learn.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    residual: torch.Tensor
+    total: torch.Tensor
+    squares: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("residual", "total", "squares", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Count numbers; both of the same shape."""
+        output, target = output.double(), target.double()
+        self.residual += (output - target).square().sum()
+        self.total += target.sum()
+        self.squares += target.square().sum()
+        self.count += target.numel()
+
+    def compute(self) -> torch.Tensor:
+        """Return the R2 of all numbers so far."""
+        variation = self.squares - self.total.square() / self.count
+        if variation <= _CONSTANT * self.squares:
+            return (self.residual == 0).double()
+        return 1 - self.residual / variation

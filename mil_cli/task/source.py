@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from torchmetrics import Metric
 from torchmetrics.aggregation import MeanMetric
 
 from mil_cli.data.base import Batch, batch_length
-from mil_cli.errors import TaskError
-from mil_cli.models.user_code import call_target, source_sha256
+from mil_cli.errors import MilError, TaskError
+from mil_cli.models.user_code import call_target, source_line, source_sha256
 from mil_cli.task.averaging import weighted_mean_of_all
 from mil_cli.task.base import Task
 from mil_cli.task.divergence import check_same_shape
@@ -95,7 +96,7 @@ class UserTask:
         """Return the model's arguments: the user's choice, else all entries but the target."""
         if not hasattr(self._own, "inputs"):
             return model_inputs(batch, None, without=[target_entry(batch, None)])
-        made = self._own.inputs(batch)
+        made = self._ask("inputs", batch)
         if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], tuple) and isinstance(made[1], dict):
             return made
         if isinstance(made, torch.Tensor):
@@ -116,7 +117,7 @@ class UserTask:
         Raises:
             TaskError: It is not a scalar tensor.
         """
-        loss = self._own.loss(outputs, batch)
+        loss = self._ask("loss", outputs, batch)
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             raise TaskError(
                 "loss(outputs, batch) must return a scalar tensor",
@@ -129,7 +130,7 @@ class UserTask:
     def metric(self) -> Metric:
         """Return a fresh metric: the user's, else a mean of score or loss over samples."""
         if self._has_metric:
-            made = self._own.metric()
+            made = self._ask("metric")
             if not isinstance(made, Metric):
                 raise TaskError(
                     "metric() must return a torchmetrics.Metric", where="task.metric", value=type(made).__name__
@@ -140,16 +141,25 @@ class UserTask:
     def update(self, metric: Metric, outputs: Any, batch: Batch) -> None:
         """Count one batch."""
         if self._has_metric:
-            self._own.update(metric, outputs, batch)
+            self._ask("update", metric, outputs, batch)
             return
-        value = self._own.score(outputs, batch) if self._has_score else self.loss(outputs, batch)
-        # One value per sample: MeanMetric drops weights where it does not look for NaN.
-        metric.update(torch.as_tensor(value, dtype=torch.float32).expand(batch_length(batch)))
+        value = self._ask("score", outputs, batch) if self._has_score else self.loss(outputs, batch)
+        samples = batch_length(batch)
+        try:
+            # One value per sample: MeanMetric drops weights where it does not look for NaN.
+            values = torch.as_tensor(value, dtype=torch.float32).expand(samples)
+        except (TypeError, ValueError, RuntimeError) as problem:
+            raise TaskError(
+                f"score(outputs, batch) must return one number, or one for each of the {samples} samples: {problem}",
+                where="task.score",
+                value=tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__,
+            ) from problem
+        metric.update(values)
 
     def distance(self, student_outputs: Any, teacher_outputs: Any, batch: Batch, *, temperature: float) -> torch.Tensor:
         """Return the user's distance, else the mean squared difference of all real outputs."""
         if hasattr(self._own, "distance"):
-            made = self._own.distance(student_outputs, teacher_outputs, batch, temperature=temperature)
+            made = self._ask("distance", student_outputs, teacher_outputs, batch, temperature=temperature)
             return torch.as_tensor(made)
         students, teachers = tree_leaves(student_outputs), tree_leaves(teacher_outputs)
         terms: list[torch.Tensor] = []
@@ -174,14 +184,33 @@ class UserTask:
         """
         if not hasattr(self._own, "class_scores"):
             raise no_class_scores(self.name, "its class has no method class_scores(outputs, batch)")
-        scores, labels = self._own.class_scores(outputs, batch)
+        scores, labels = self._ask("class_scores", outputs, batch)
         return scores, labels
 
     def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
         """Return the user's combination, else the weighted mean of all real outputs."""
         if hasattr(self._own, "combine"):
-            return self._own.combine(outputs, weights, temperature=temperature)
+            return self._ask("combine", outputs, weights, temperature=temperature)
         return weighted_mean_of_all(outputs, weights)
+
+    def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """Return what a method of the user's gives.
+
+        Raises:
+            TaskError: It raises something else than a `MilError`; the line is given.
+        """
+        try:
+            return getattr(self._own, method)(*arguments, **named)
+        except MilError:
+            raise
+        except Exception as problem:
+            file = inspect.getsourcefile(type(self._own))
+            line = source_line(problem, None if file is None else Path(file).parent)
+            raise TaskError(
+                f"{method} failed: {type(problem).__name__}: {problem}",
+                where=f"task.{method}",
+                hint=f"raised at {line}" if line else None,
+            ) from problem
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the class's source, what it imports beside it, and the settings; or the user's own."""

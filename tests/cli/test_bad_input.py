@@ -348,6 +348,11 @@ def test_subjects(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     refused(["measure", "empty.onnx"], "empty.onnx", "ONNX", capsys=capsys)
     refused(["measure", "nowhere.onnx"], "nowhere.onnx", capsys=capsys)
     refused(["measure", "txt.onnx"], "did you mean 'text.onnx'?", capsys=capsys)
+    Path("folder.onnx").mkdir()
+    refused(["measure", "folder.onnx"], "folder.onnx", "folder", "name a file in it", capsys=capsys)
+    Path("model.pt2").write_text("a model")
+    refused(["export", "model.pt2", "-o", "./model.pt2"], "--output", "the model itself", capsys=capsys)
+    assert Path("model.pt2").read_text() == "a model"
     refused(["measure", "model.py"], "model.py", ".pt2", capsys=capsys)
     refused(["measure", "text.onnx", "--device", "host_cp"], "did you mean 'host_cpu'?", capsys=capsys)
     refused(["measure", "text.onnx", "--json", "."], "--json", capsys=capsys)

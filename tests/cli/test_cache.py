@@ -43,8 +43,9 @@ def test_lists_and_clears_by_age(private_cache: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 entries")
 
 
-def test_negative_age_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cache", "--older-than", "-1"]) == 2
+@pytest.mark.parametrize("days", ["-1", "nan"])
+def test_negative_age_is_refused(days: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", "--older-than", days]) == 2
     assert "--older-than" in capsys.readouterr().err
 
 

@@ -45,7 +45,7 @@ def raising(error: BaseException) -> object:
             "error: a.b: is wrong (got 3)\n  -> do this\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted: what was reached is saved; the same command goes on from there\n"),
-        (PermissionError(13, "Permission denied", "/nowhere/x"), 2, "error: cannot write /nowhere/x"),
+        (PermissionError(13, "Permission denied", "/nowhere/x"), 2, "error: cannot read or write /nowhere/x"),
         (OSError(28, "No space left on device", "/full/x"), 2, "free some space"),
         (SystemExit(0), 2, "error: the recipe's code ended the program: SystemExit: 0\n  -> "),
     ],
@@ -111,6 +111,35 @@ def test_a_closed_pipe_is_no_error() -> None:
     os.close(write)
     assert done.returncode == 0
     assert done.stderr == b""
+
+
+def test_what_the_encoding_lacks_is_shown_as_escapes() -> None:
+    code = (
+        "import sys, typer\nfrom mil_cli.cli import console, main as m\n"
+        "app = typer.Typer()\n"
+        "@app.command()\ndef act():\n    console.results().print('f\\xfcr')\n"
+        "m.app = app\nsys.exit(m.main([]))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, rb"f\xfcr")
+
+
+def test_a_run_whose_reader_has_gone_goes_on_to_its_own_exit_code() -> None:
+    code = (
+        "import sys, typer\nfrom mil_cli.cli import console, main as m\n"
+        "app = typer.Typer()\n"
+        "@app.command()\ndef act():\n"
+        "    for stream in (console.messages(), console.results(), console.results()):\n"
+        "        stream.print('a line')\n"
+        "    return 3\n"
+        "m.app = app\nsys.exit(m.main([]))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=write, check=False)
+    os.close(write)
+    assert done.returncode == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -39,6 +39,18 @@ def test_free_axes_are_one_and_types_are_kept(tmp_path: Path) -> None:
     assert feeds["ids"].tolist() == [0]
 
 
+def test_inputs_that_are_no_tensors_are_told(tmp_path: Path) -> None:
+    inputs = [
+        helper.make_tensor_sequence_value_info("images", TensorProto.FLOAT, None),
+        helper.make_tensor_value_info("place", TensorProto.INT64, []),
+    ]
+    node = helper.make_node("SequenceAt", ["images", "place"], ["y"])
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="images is no tensor"):
+        signature(tmp_path / "m.onnx")
+
+
 def test_free_axes_take_the_length_that_is_asked_for(tmp_path: Path) -> None:
     shape: list[int | str] = ["batch", "length", 3, "length"]
     path = write_onnx(

@@ -167,6 +167,7 @@ class TestImageFolder:
             ({"train": {"a": 0}}, {}, "no images"),
             ({"train": {"a": 2}}, {"channels": 2}, "data.channels"),
             ({"train": {"a": 2}}, {"mean": [0.5]}, "data.mean"),
+            ({"train": {"a": 2}}, {"std": [1, 0, 1]}, "data.std"),
             ({"train": {"a": 2}}, {"root": "elsewhere"}, "folder is missing"),
             ({"train": {"a": 2}}, {"sise": 3}, "did you mean 'size'"),
         ],

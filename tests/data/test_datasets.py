@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from mil_cli.data.base import Split
 from mil_cli.data.collate import pad_collate
 from mil_cli.data.datasets import DatasetSplit
-from mil_cli.errors import DataError
+from mil_cli.errors import DataError, MilError, ModelError
 
 
 class Noisy(Dataset[Any]):
@@ -106,6 +107,43 @@ def test_a_sample_that_fails_is_named(workers: int) -> None:
         _flat(split)
     assert "Traceback" not in str(caught.value)
     assert caught.value.where == "data.val"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collate_function_that_fails_is_told_with_its_line(workers: int) -> None:
+    def collate(samples: Any) -> Any:
+        raise ValueError("no batch")
+
+    split = DatasetSplit(Noisy(), collate_fn=collate, num_workers=workers, where="data.val")
+    with pytest.raises(DataError, match=r"ValueError: no batch\n  -> raised at .*test_datasets\.py:") as caught:
+        _flat(split)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_a_sample_say_the_same_with_and_without_workers(workers: int) -> None:
+    class Broken(Noisy):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            raise ModelError("cannot be read", where="data.root", value="a.png", hint="replace it")
+
+    with pytest.raises(MilError) as caught:
+        _flat(DatasetSplit(Broken(), num_workers=workers))
+    assert str(caught.value) == "data.root: cannot be read (got 'a.png')\n  -> replace it"
+
+
+@pytest.mark.parametrize("workers", [-1, "two", True])
+def test_workers_that_are_no_count_are_refused(workers: Any) -> None:
+    with pytest.raises(DataError, match=r"data\.num_workers"):
+        DatasetSplit(Noisy(), num_workers=workers)
+
+
+def test_a_loader_process_that_dies_is_told() -> None:
+    class Deadly(Noisy):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            os._exit(1)
+
+    with pytest.raises(DataError, match="num_workers"):
+        _flat(DatasetSplit(Deadly(), num_workers=1))
 
 
 def test_samples_that_make_no_batch_are_told() -> None:

@@ -126,12 +126,26 @@ def test_what_is_wrong_is_told(made: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ((torch.zeros(9, 2), torch.zeros(4)), "differ in length"),
+        ((), "holds nothing"),
+        ((torch.zeros(3, 2), torch.tensor(1)), "along axis 0"),
+    ],
+)
+def test_tensors_are_checked_before_val_is_drawn(train: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        as_data({"train": train, "test": train}, loader=LoaderConfig(val_fraction=0.5))
+
+
+@pytest.mark.parametrize(
     ("loader", "words"),
     [
         ({"workers": 2}, "num_workers"),
         ({"num_workers": -1}, "num_workers"),
         ({"collate_fn": "mil_cli.data.collate.pad_colate"}, "did you mean 'pad_collate'"),
         ({"val_fraction": 2.0}, "between 0 and 1"),
+        ({"val_fraction": "10%"}, "number between 0 and 1"),
         (3, "mapping"),
     ],
 )

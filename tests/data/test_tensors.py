@@ -159,8 +159,10 @@ class TestAugment:
     def test_what_is_no_image_is_told(self) -> None:
         with pytest.raises(DataError, match="images of shape"):
             Augment(flip=True)(torch.zeros(3, 4), torch.Generator())
-        with pytest.raises(DataError, match="negative"):
+        with pytest.raises(DataError, match="0 or more"):
             Augment(cutout=-1)
+        with pytest.raises(DataError, match="whole number"):
+            Augment(crop_padding=1.5)  # type: ignore[arg-type]
 
 
 def test_mixed_seeds_do_not_collide() -> None:

@@ -83,8 +83,9 @@ def test_size_of_no_model_is_refused(tmp_path: Path) -> None:
         size_bytes(file)
 
 
-def _rapl(folder: Path, name: str, joules: float) -> None:
+def _rapl(folder: Path, name: str, joules: float, *, what: str) -> None:
     (folder / name).mkdir(parents=True)
+    (folder / name / "name").write_text(f"{what}\n", encoding="ascii")
     (folder / name / "energy_uj").write_text(f"{int(joules * 1e6)}\n", encoding="ascii")
     (folder / name / "max_energy_range_uj").write_text("1000000000\n", encoding="ascii")
 
@@ -109,9 +110,10 @@ def test_energy_comes_from_a_counter_or_an_estimate_or_is_unknown(
     )
 
     rapl = tmp_path / "powercap"
-    _rapl(rapl, "intel-rapl:0", 5.0)
-    _rapl(rapl, "intel-rapl:0:0", 3.0)
-    _rapl(rapl, "intel-rapl:1", 7.0)
+    _rapl(rapl, "intel-rapl:0", 5.0, what="package-0")
+    _rapl(rapl, "intel-rapl:0:0", 3.0, what="core")
+    _rapl(rapl, "intel-rapl:1", 7.0, what="package-1")
+    _rapl(rapl, "intel-rapl:2", 15.0, what="psys")  # the whole machine: both processors and more
     assert [folder.name for folder in counters(rapl)] == ["intel-rapl:0", "intel-rapl:1"]
     assert energy_source(with_watts, powercap=rapl) == "counter"
     monkeypatch.setattr("mil_cli.measure.energy.SECONDS", 0.05)

@@ -52,6 +52,32 @@ def test_wrappings(wrap: Callable[[dict[str, Any]], Any], tmp_path: Path) -> Non
         assert torch.equal(fresh.state_dict()[name], value)
 
 
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_tied_weights_may_be_in_the_file_once(tmp_path: Path) -> None:
+    trained, fresh = _Tied(), _Tied()
+    safetensors.torch.save_model(trained, str(tmp_path / "weights.safetensors"))
+    assert len(safetensors.torch.load_file(tmp_path / "weights.safetensors")) == 1
+    load_checkpoint(fresh, tmp_path / "weights.safetensors")
+    assert torch.equal(fresh.head.weight, trained.head.weight)
+    assert fresh.head.weight is fresh.embedding.weight
+
+
+@pytest.mark.parametrize("convert", [lambda x: x.to(torch.float8_e4m3fn), lambda x: x.to_sparse()])
+def test_tensors_of_other_forms_are_taken(convert: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
+    module = nn.Linear(2, 2)
+    numbers = {"weight": torch.tensor([[1.0, 0.0], [0.5, 2.0]]), "bias": torch.ones(2)}
+    torch.save({name: convert(value) for name, value in numbers.items()}, tmp_path / "weights.pt")
+    load_checkpoint(module, tmp_path / "weights.pt")
+    assert torch.equal(module.weight, numbers["weight"])
+
+
 def test_names_that_only_look_wrapped_stay(tmp_path: Path) -> None:
     trained, fresh = _Holder(), _Holder()
     torch.save(trained.state_dict(), tmp_path / "weights.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,19 @@ def test_weights_are_brought_to_float32(tmp_path: Path) -> None:
 def test_mistakes_are_told(content: dict[str, Any], kind: type[MilError], words: str, tmp_path: Path) -> None:
     with pytest.raises(kind, match=words):
         build_model(ModelSource.model_validate(content), root=tmp_path, example=EXAMPLE, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [("torch.jit.script(nn.Linear(3, 2))", "before torch.jit.script"), ("nn.Linear(3, 2, device='meta')", "to_empty")],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit itself
+def test_modules_that_cannot_be_captured_are_told(made: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "own_odd_model.py").write_text(f"import torch\nfrom torch import nn\ndef build():\n    return {made}\n")
+    source = ModelSource.model_validate({"_target_": "own_odd_model.build"})
+    with pytest.raises(ModelError, match=words):
+        build_module(source, root=tmp_path, seed=0)
+    del sys.modules["own_odd_model"]
 
 
 def test_modules_of_several_kinds_are_taken() -> None:

@@ -51,6 +51,13 @@ def test_two_recipes_may_use_the_same_module_name(tmp_path: Path) -> None:
     assert _call(tmp_path / "one", "uc_same.f") == "one-one"
 
 
+def test_two_recipes_may_use_the_same_folder_name(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        _write(tmp_path / name, "uc_folder/part.py", f"value = '{name}'\n")
+        _write(tmp_path / name, "uc_main.py", "import uc_folder.part\ndef f():\n    return uc_folder.part.value\n")
+    assert [_call(tmp_path / name, "uc_main.f") for name in ("one", "two", "one")] == ["one", "two", "one"]
+
+
 def test_a_module_in_the_way_steps_aside(tmp_path: Path) -> None:
     _write(tmp_path / "elsewhere", "uc_way.py", "value = 'elsewhere'\n")
     _write(tmp_path / "recipe", "uc_way.py", "def f():\n    return 'recipe'\n")

@@ -138,7 +138,9 @@ def test_the_fingerprint_follows_the_settings() -> None:
     assert Classification().fingerprint() != Classification(label_smoothing=0.1).fingerprint()
 
 
-@pytest.mark.parametrize("settings", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"top_k": 0}, {"top_k": 2.5}]
+)
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(TaskError):
         Classification(**settings)

@@ -117,6 +117,20 @@ def test_what_does_not_fit_is_told(scores: torch.Tensor, targets: torch.Tensor, 
         Ctc().loss(scores, (torch.zeros(1, 4, 1), targets))
 
 
+@pytest.mark.parametrize("length", [-1, 3])
+def test_lengths_beyond_the_targets_are_told(length: int) -> None:
+    batch = torch.zeros(1, 4, 1), torch.tensor([4]), torch.tensor([[1, 2]]), torch.tensor([length])
+    with pytest.raises(TaskError, match="padded to 2"):
+        Ctc().loss(torch.randn(1, 4, 3), batch)
+
+
+def test_the_blank_must_be_a_class() -> None:
+    with pytest.raises(TaskError, match=r"0 to 2.*task\.blank|task\.blank.*0 to 2"):
+        Ctc(blank=3).loss(torch.randn(1, 4, 3), (torch.zeros(1, 4, 1), torch.tensor([[1, 2]])))
+    with pytest.raises(TaskError, match="at least 0"):
+        Ctc(blank=-1)
+
+
 def test_words_need_a_separator() -> None:
     with pytest.raises(TaskError, match="word_separator"):
         Ctc(unit="word")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mil_cli.data.base import Batch
 from mil_cli.errors import TaskError
 from mil_cli.task.classification import Classification
-from mil_cli.task.fields import output_tensor
+from mil_cli.task.fields import Entry, output_tensor
 
 A, B, Y = torch.zeros(2, 1), torch.ones(2, 1), torch.tensor([0, 1])
 
@@ -51,6 +52,19 @@ def test_entries_can_be_chosen() -> None:
 def test_what_is_not_there_is_told(task: Classification, batch: object, words: str) -> None:
     with pytest.raises(TaskError, match=words):
         task.inputs(batch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("batch", "chosen"), [((B, A, Y), 1), ({"other": B, "image": A, "labels": Y}, "image")])
+def test_one_entry_needs_no_list(batch: Batch, chosen: Entry) -> None:
+    args, kwargs = Classification(input_keys=chosen).inputs(batch)
+    (only,) = [*args, *kwargs.values()]
+    assert only is A
+
+
+@pytest.mark.parametrize("labels", [[0, 1], ["cat", "dog"]])
+def test_a_target_that_is_no_tensor_is_told(labels: list[object]) -> None:
+    with pytest.raises(TaskError, match=r"task\.target_key: the entry 'labels' of the batch is no tensor"):
+        Classification().loss(torch.zeros(2, 2), {"image": A, "labels": labels})
 
 
 def test_the_scored_output() -> None:

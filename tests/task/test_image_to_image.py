@@ -58,6 +58,11 @@ def test_losses_of_a_constant_difference(kind: str, expected: float) -> None:
     assert float(distance) == pytest.approx(0.25)
 
 
+def test_a_loss_without_a_slope_is_refused() -> None:
+    with pytest.raises(TaskError, match=r"task\.epsilon"):
+        ImageToImage(loss_kind="charbonnier", epsilon=0.0)
+
+
 def test_sizes_that_differ_are_told() -> None:
     with pytest.raises(TaskError, match="does not fit"):
         ImageToImage().loss(torch.zeros(1, 3, 4, 4), (None, torch.zeros(1, 3, 8, 8)))

@@ -35,6 +35,29 @@ def test_metrics_over_batches_of_different_sizes(kind: str, expected: float, hig
     assert task.higher_is_better is higher
 
 
+@pytest.mark.parametrize(("scale", "offset"), [(1e-4, 0.0), (1.0, 2000.0)])
+def test_r2_holds_for_targets_of_any_scale_and_offset(scale: float, offset: float) -> None:
+    from sklearn.metrics import r2_score  # type: ignore[import-untyped]
+
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(2000, generator=generator) * scale + offset
+    output = target + torch.randn(2000, generator=generator) * 0.5 * scale
+    task = Regression(metric_kind="r2")
+    metric = task.metric()
+    for part in torch.arange(2000).split(64):
+        task.update(metric, output[part], (None, target[part]))
+    assert float(metric.compute()) == pytest.approx(r2_score(target.double(), output.double()), abs=1e-6)
+
+
+@pytest.mark.parametrize(("output", "expected"), [(0.3, 1.0), (0.4, 0.0)])
+@pytest.mark.parametrize("samples", [1, 7])
+def test_r2_of_equal_targets_is_whether_they_are_met(output: float, expected: float, samples: int) -> None:
+    task = Regression(metric_kind="r2")
+    metric = task.metric()
+    task.update(metric, torch.full((samples,), output), (None, torch.full((samples,), 0.3)))
+    assert float(metric.compute()) == expected
+
+
 @pytest.mark.parametrize(("kind", "expected"), [("mse", 1.25 / 3), ("mae", 0.5), ("huber", (0.125 + 0 + 0.5) / 3)])
 def test_losses(kind: str, expected: float) -> None:
     assert float(Regression(loss_kind=kind).loss(OUTPUTS[0], (None, TARGETS[0]))) == pytest.approx(expected)

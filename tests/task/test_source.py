@@ -85,6 +85,21 @@ def test_mistakes_are_told(source: str, target: str, words: str, tmp_path: Path)
         build_task({"_target_": f"own_bad_task.{target}"}, tmp_path)
 
 
+def test_what_fails_in_a_users_method_is_told_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "own_failing_task.py").write_text(
+        "import torch\n"
+        "class Mine:\n"
+        "    def loss(self, outputs, batch):\n        return torch.nn.functional.mse_loss(outputs, batch['labels'])\n"
+        "    def score(self, outputs, batch):\n        return torch.zeros(3)\n"
+    )
+    task = build_task({"_target_": "own_failing_task.Mine"}, tmp_path)
+    batch = {"x": torch.zeros(2, 3)}
+    with pytest.raises(TaskError, match=r"task\.loss: loss failed: KeyError.*\n.*own_failing_task\.py:4"):
+        task.loss(torch.zeros(2), batch)
+    with pytest.raises(TaskError, match="one for each of the 2 samples"):
+        task.update(task.metric(), torch.zeros(2), batch)
+
+
 def test_a_loss_that_is_no_scalar_is_told(tmp_path: Path) -> None:
     (tmp_path / "own_vector_task.py").write_text("class Mine:\n    def loss(self, o, b): return o\n")
     task = build_task({"_target_": "own_vector_task.Mine"}, tmp_path)

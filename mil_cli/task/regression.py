@@ -67,7 +67,7 @@ class Regression(EntryTask):
         if self.metric_kind == "mae":
             return MeanAbsoluteError()
         if self.metric_kind == "r2":
-            return ExplainedVariation()
+            return R2()
         return MeanSquaredError(squared=self.metric_kind == "mse")
 
     def update(self, metric: Metric, outputs: Any, batch: Batch) -> None:
@@ -100,7 +100,7 @@ class Regression(EntryTask):
         return output, target
 
 
-class ExplainedVariation(Metric):
+class R2(Metric):
     """R2 over all numbers: 1 - residual sum of squares / total sum of squares about the mean.
 
     Sums are kept in float64. torchmetrics' own takes sums of squares below 1e-4 for zero, and loses the variance of

@@ -98,9 +98,10 @@ def load(path: Path) -> Model:
             where=str(path),
             hint="write it again with the torch version that is installed here",
         ) from None
-    if sidecar is None:
-        return infer_model(program, where=str(path))
-    return _assemble(program, sidecar, path)
+    try:
+        return infer_model(program, where=str(path)) if sidecar is None else _assemble(program, sidecar, path)
+    except SyntaxError as error:
+        raise ArchiveError("the archive's graph makes no code", where=str(path), value=error.text) from None
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:

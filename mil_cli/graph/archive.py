@@ -66,7 +66,12 @@ def save(model: Model, path: Path) -> None:
     with capture_settings():
         torch.export.save(program, archive)
     tensors, constants = _split_samples(model.samples)
-    samples = safetensors.torch.save(tensors)
+    try:
+        samples = safetensors.torch.save(tensors)
+    except KeyError as error:
+        raise ArchiveError(
+            "samples of this type cannot be stored", value=error.args[0], hint="let the model take another type"
+        ) from None
     sidecar = {
         "format": _FORMAT,
         "version": _VERSION,

@@ -126,6 +126,22 @@ def test_single_samples_and_vectors_by_hand() -> None:
     assert model.macs() == convolution + up + products
 
 
+def test_what_nothing_reads_does_not_count() -> None:
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unused(x).relu()
+            return self.used(x)
+
+    model = Model.capture(Wasteful(), (torch.randn(3, 6),))
+    assert model.macs() == 24
+    assert model.num_params() == 28
+    assert any("unused.weight" in notice for notice in model.spec.notices)
+
+
 def test_layers_carry_shape_module_and_parameters() -> None:
     model = Model.capture(Convolutions(), (torch.randn(4, 3, 16, 16),))
     layers = {layer.module: layer for layer in count_layers(model) if layer.params}

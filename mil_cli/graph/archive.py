@@ -199,7 +199,7 @@ def _read_sidecar(path: Path, content: bytes) -> dict[str, Any] | None:
     try:
         sidecar = json.loads(_read(file))
         kind, version, digest = sidecar["format"], sidecar["version"], sidecar["sha256"]["archive"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ArchiveError("the sidecar is damaged", where=str(file), hint="copy the three files again") from None
     if kind != _FORMAT or version != _VERSION:
         raise ArchiveError(

@@ -136,7 +136,7 @@ class _Reader:
     def json(self, name: str) -> Any:
         try:
             return json.loads(self.read(name))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ArchiveError("a member of the archive is damaged", where=self.where, value=name) from None
 
 
@@ -213,7 +213,7 @@ def _keywords(text: str, where: str) -> list[object]:
         parts = json.loads(text)[1]["children_spec"]
         names = json.loads(parts[1]["context"]) if len(parts) > 1 and parts[1]["type"] == "builtins.dict" else []
         return list(names)
-    except (ValueError, TypeError, KeyError, IndexError):
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         raise ArchiveError("the tree of inputs and outputs is damaged", where=where) from None
 
 
@@ -226,7 +226,7 @@ def check_tree(text: str, *, where: str) -> None:
     try:
         _, tree = json.loads(text)
         kinds = {value for key, value in _walk(tree) if key == "type"}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ArchiveError("the tree of inputs and outputs is damaged", where=where) from None
     if unknown := {kind for kind in kinds if kind is not None and kind not in _TREE_TYPES}:
         raise ArchiveError(

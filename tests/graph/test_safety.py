@@ -232,6 +232,17 @@ def test_names_that_make_no_code_are_refused(saved: Path, target: Path) -> None:
     assert "makes no code" in refused(saved, target)
 
 
+@pytest.mark.parametrize("name", [_GRAPH, _WEIGHTS])
+def test_members_nested_without_end_are_refused(saved: Path, target: Path, name: str) -> None:
+    rewrite(saved, {name: b"[" * 200_000 + b"]" * 200_000})
+    assert "damaged" in refused(saved, target)
+
+
+def test_a_sidecar_nested_without_end_is_refused(saved: Path, target: Path) -> None:
+    sidecar_path(saved).write_bytes(b"[" * 200_000 + b"]" * 200_000)
+    assert "the sidecar is damaged" in refused(saved, target)
+
+
 def test_functions_as_arguments_are_refused(saved: Path, target: Path) -> None:
     program = member(saved, _GRAPH)
     wrapped(program, {"name": "", "arg": {"as_operator": "torch.os.mkdir"}, "kind": 1})

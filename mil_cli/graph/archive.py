@@ -66,7 +66,12 @@ def save(model: Model, path: Path) -> None:
     with capture_settings():
         torch.export.save(program, archive)
     tensors, constants = _split_samples(model.samples)
-    samples = safetensors.torch.save(tensors)
+    try:
+        samples = safetensors.torch.save(tensors)
+    except KeyError as error:
+        raise ArchiveError(
+            "samples of this type cannot be stored", value=error.args[0], hint="let the model take another type"
+        ) from None
     sidecar = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -98,9 +103,10 @@ def load(path: Path) -> Model:
             where=str(path),
             hint="write it again with the torch version that is installed here",
         ) from None
-    if sidecar is None:
-        return infer_model(program, where=str(path))
-    return _assemble(program, sidecar, path)
+    try:
+        return infer_model(program, where=str(path)) if sidecar is None else _assemble(program, sidecar, path)
+    except SyntaxError as error:
+        raise ArchiveError("the archive's graph makes no code", where=str(path), value=error.text) from None
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
@@ -193,7 +199,7 @@ def _read_sidecar(path: Path, content: bytes) -> dict[str, Any] | None:
     try:
         sidecar = json.loads(_read(file))
         kind, version, digest = sidecar["format"], sidecar["version"], sidecar["sha256"]["archive"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ArchiveError("the sidecar is damaged", where=str(file), hint="copy the three files again") from None
     if kind != _FORMAT or version != _VERSION:
         raise ArchiveError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from mil_cli.errors import CaptureError, did_you_mean
@@ -71,6 +72,7 @@ def capture(
     """
     _check_names(module)
     owned = _owned_copy(module)
+    buffers = {name: _Buffer(value) for name, value in owned.named_buffers() if not is_lazy(value)}
     notices: list[str] = []
     call = _clean_call(args, kwargs or {})
     names = _input_names(module, call, input_names)
@@ -80,6 +82,7 @@ def capture(
         axes = _infer_batch(owned, call, names, notices) if infer else _declared_axes(dynamic or {}, call, names)
         inputs = _Inputs(_shrink(owned, call, axes), names, axes)
         outputs = _run(owned, inputs.call, "the model fails on its example inputs")
+        _put_back(owned, buffers)
     program, inputs = _trace_with_fallback(owned, inputs, notices)
     graph, transient = to_graph(program)
     input_specs, symbols = _input_specs(program, inputs, notices)
@@ -115,6 +118,26 @@ def _owned_copy(module: nn.Module) -> nn.Module:
             error, "the model cannot be copied", hint="keep no tensors with a gradient history on the module"
         ) from None
     return owned.cpu().eval()
+
+
+class _Buffer:
+    """What a buffer holds before a run."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._version, self._kept = value, value._version, value.clone()
+
+    def put_back(self, value: Tensor) -> None:
+        """Give the buffer, which may be another tensor since, what it held, if a run has written into it."""
+        written = value is not self._value or value._version != self._version
+        if written and value.shape == self._kept.shape:
+            value.copy_(self._kept)
+
+
+def _put_back(module: nn.Module, buffers: Mapping[str, _Buffer]) -> None:
+    """Give counters, caches and other buffers the values that they had before the runs of the capture."""
+    for name, value in module.named_buffers():
+        if name in buffers:
+            buffers[name].put_back(value)
 
 
 def _clean_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:

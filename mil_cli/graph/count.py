@@ -64,25 +64,6 @@ def count_layers(model: Model) -> list[Layer]:
     return counter.layers
 
 
-class _Value:
-    """A value in the form that fvcore's handles read: a shape, or a constant."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def isCompleteTensor(self) -> bool:
-        return isinstance(self._value, Tensor)
-
-    def type(self) -> _Value:
-        return self
-
-    def sizes(self) -> list[int]:
-        return list(self._value.shape)
-
-    def toIValue(self) -> Any:
-        return self._value
-
-
 class _Counter(Interpreter):
     """Runs the graph on concrete tensors and keeps a `Layer` for each call."""
 
@@ -144,7 +125,7 @@ def node_macs(node: Node, values: dict[Node, Any], result: Any) -> int:
         values: What each node before it gave.
         result: What it gave.
     """
-    handle = _HANDLES.get(op_name(node)) if namespace(node) == "aten" else None
+    handle = _HANDLES.get(op_name(node).removesuffix("_")) if namespace(node) == "aten" else None
     if handle is None:
         return 0
 
@@ -160,21 +141,19 @@ _Argument = Callable[[str], Any]
 def _convolution(transposed: bool | None) -> Callable[[_Argument, Any], int]:
     def count(argument: _Argument, result: Any) -> int:
         flipped = bool(argument("transposed")) if transposed is None else transposed
-        return int(
-            jit_handles.conv_flop_count(
-                list(argument("input").shape), list(argument("weight").shape), list(result.shape), flipped
-            )
-        )
+        weight: Tensor = argument("weight")
+        # fvcore takes the first axis for the batch, which a single sample may be without.
+        shapes = [
+            [math.prod(tensor.shape[: 1 - weight.ndim]), *tensor.shape[1 - weight.ndim :]]
+            for tensor in (argument("input"), result)
+        ]
+        return int(jit_handles.conv_flop_count(shapes[0], list(weight.shape), shapes[1], flipped))
 
     return count
 
 
-def _linear(argument: _Argument, result: Any) -> int:
-    return int(jit_handles.linear_flop_jit([_Value(argument("input")), _Value(argument("weight"))], []))
-
-
 def _matrix_product(left: str, right: str) -> Callable[[_Argument, Any], int]:
-    """Every product of two tensors costs its output times the length of what is summed."""
+    """Every product of two tensors, of a layer's input and its weight too, costs its output times the length summed."""
 
     def count(argument: _Argument, result: Any) -> int:
         first: Tensor = argument(left)
@@ -263,11 +242,13 @@ _HANDLES: dict[str, Callable[[_Argument, Any], int]] = {
     **{name: _convolution(True) for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")},
     "convolution": _convolution(None),
     "_convolution": _convolution(None),
-    "linear": _linear,
+    "linear": _matrix_product("input", "weight"),
     "matmul": _matrix_product("self", "other"),
     "mm": _matrix_product("self", "mat2"),
     "bmm": _matrix_product("self", "mat2"),
     "mv": _matrix_product("self", "vec"),
+    "addmv": _matrix_product("mat", "vec"),
+    "inner": _matrix_product("self", "other"),
     "dot": _matrix_product("self", "tensor"),
     "addmm": _matrix_product("mat1", "mat2"),
     "baddbmm": _matrix_product("batch1", "batch2"),

@@ -18,7 +18,7 @@ from torch.fx import config as fx_config
 from torch.utils import _pytree as pytree
 
 from mil_cli.graph.branches import COND, inline_branches, restore_branches
-from mil_cli.graph.nodes import get_attribute, op_name, set_attribute
+from mil_cli.graph.nodes import calls, get_attribute, op_name, set_attribute
 from mil_cli.graph.regions import inline_regions
 from mil_cli.graph.tree import plain_spec
 
@@ -128,6 +128,7 @@ def to_graph(program: ExportedProgram) -> tuple[GraphModule, list[str]]:
     inline_regions(graph)
     transient.extend(_hand_constants_to_branches(graph))
     _drop_type_checks(graph)
+    _drop_unread_calls(graph)
     _forget_history(graph)
     for node in graph.graph.nodes:
         stack = node.meta.get("nn_module_stack")
@@ -176,6 +177,14 @@ def _drop_type_checks(graph: GraphModule) -> None:
     """Drop the checks that the exporter puts before every conversion: they would fail on another device."""
     for node in list(graph.graph.nodes):
         if op_name(node) == "_assert_tensor_metadata":
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _drop_unread_calls(graph: GraphModule) -> None:
+    """Drop what the user's code computes and does not use: it would be run, counted and exported with the rest."""
+    for node in reversed(list(calls(graph))):
+        if not node.users and not node.is_impure():
             graph.graph.erase_node(node)
     graph.recompile()
 

@@ -1,8 +1,9 @@
 """Checks a `.pt2` archive before torch reads it: nothing in it may run code.
 
 torch 2.13 falls back to full unpickling of some members, resolves operator names to any function that can be reached
-from the torch module, and evaluates symbolic expressions as Python. An archive made by someone else could use each of
-these; every such member is parsed here first, and the archive is refused if it holds anything but data.
+from the torch module, evaluates symbolic expressions as Python, and writes names into the Python code of the graph. An
+archive made by someone else could use each of these; every such member is parsed here first, and the archive is refused
+if it holds anything but data.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ast
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ _TARGET = re.compile(
     rf"|_operator\.(?:{_ARITHMETIC})"
     r"|math\.(?:ceil|floor|trunc|sqrt))$"
 )
+_NAME = re.compile(r"[\w.]*")
+"""Names of values and arguments, which torch writes into the code of the graph as they are."""
+_WEIGHT_NAME = re.compile(r"[^\"\\\r\n]*")
+"""Names of weights, which torch writes into that code between quotes."""
 _TREE_TYPES = frozenset(
     {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "mil.Record", "mil.NamedFields"}
 )
@@ -131,7 +136,7 @@ class _Reader:
     def json(self, name: str) -> Any:
         try:
             return json.loads(self.read(name))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ArchiveError("a member of the archive is damaged", where=self.where, value=name) from None
 
 
@@ -180,13 +185,36 @@ def _check_pickle(reader: _Reader, name: str) -> None:
 def _check_graph(program: Any, where: str) -> None:
     """Check every string of the graph that torch would resolve or evaluate."""
     for key, value in _walk(program):
-        if key == "target" and isinstance(value, str) and not _TARGET.match(value):
+        if key in ("target", "as_operator") and isinstance(value, str) and not _TARGET.match(value):
             if "." in value or value.startswith("#"):
                 raise ArchiveError("the graph calls something that is not a tensor operator", where=where, value=value)
+        elif key in ("name", "as_name", "forward_arg_names"):
+            _check_names(value if isinstance(value, list) else [value], _NAME, where)
+        elif key.endswith("_name"):
+            _check_names([value], _WEIGHT_NAME, where)
         elif key == "expr_str" and not _is_arithmetic(value):
             raise ArchiveError("a size in the graph is not arithmetic", where=where, value=value)
         elif key in ("in_spec", "out_spec") and isinstance(value, str):
             check_tree(value, where=where)
+            if key == "in_spec":
+                _check_names(_keywords(value, where), _NAME, where)
+
+
+def _check_names(names: Iterable[object], allowed: re.Pattern[str], where: str) -> None:
+    """Refuse names that would be more than a name in the code that torch makes of the graph."""
+    for name in names:
+        if isinstance(name, str) and not allowed.fullmatch(name):
+            raise ArchiveError("a name in the graph is not a plain name", where=where, value=name)
+
+
+def _keywords(text: str, where: str) -> list[object]:
+    """Return the names of the keyword arguments in a serialized tree of inputs, which are its second part."""
+    try:
+        parts = json.loads(text)[1]["children_spec"]
+        names = json.loads(parts[1]["context"]) if len(parts) > 1 and parts[1]["type"] == "builtins.dict" else []
+        return list(names)
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        raise ArchiveError("the tree of inputs and outputs is damaged", where=where) from None
 
 
 def check_tree(text: str, *, where: str) -> None:
@@ -198,7 +226,7 @@ def check_tree(text: str, *, where: str) -> None:
     try:
         _, tree = json.loads(text)
         kinds = {value for key, value in _walk(tree) if key == "type"}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ArchiveError("the tree of inputs and outputs is damaged", where=where) from None
     if unknown := {kind for kind in kinds if kind is not None and kind not in _TREE_TYPES}:
         raise ArchiveError(

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from mil_cli.errors import ModelError, did_you_mean
+from mil_cli.graph.coupling.operators import written_after
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, module_stack, op_name
 from mil_cli.graph.program import set_out_spec
@@ -131,7 +132,7 @@ def _with_taps(graph: GraphModule, nodes: dict[str, Node]) -> GraphModule:
     for node in nodes.values():
         value = copied[node]
         # A later in-place operation would change the value under the reader.
-        if any(op_name(user).endswith("_") for user in node.users):
+        if written_after(node):
             with new.inserting_after(value):
                 value = new.call_function(torch.ops.aten.clone.default, (value,))
         taps.append(value)

@@ -239,3 +239,14 @@ def test_a_folder_in_the_way_is_an_output_error(model: Model, tmp_path: Path) ->
         model.save(tmp_path / "file" / "model.pt2")
     assert caught.value.hint
     assert [file.name for file in tmp_path.iterdir() if file.name != "mil-cache"] == ["file"]
+
+
+def test_samples_of_a_type_without_a_format_are_refused(tmp_path: Path) -> None:
+    class Magnitude(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.abs()
+
+    model = Model.capture(Magnitude(), (torch.randn(4, 3, dtype=torch.complex128),))
+    with pytest.raises(ArchiveError, match="complex128"):
+        model.save(tmp_path / "x.pt2")
+    assert list(tmp_path.iterdir()) == []

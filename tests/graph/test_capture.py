@@ -130,6 +130,32 @@ def test_the_module_is_not_changed() -> None:
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+class CountsItsCalls(nn.Module):
+    """Writes into one buffer, and puts another tensor in the place of a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("calls", torch.tensor(7.0))
+        self.register_buffer("mean", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.layer(x)
+        self.mean = 0.5 * self.mean + 0.5 * x.mean(0)
+        return x - self.mean
+
+
+def test_the_runs_of_a_capture_leave_no_trace_in_buffers() -> None:
+    module = CountsItsCalls().eval()
+    model = Model.capture(module, (torch.randn(4, 3),))
+    for name, value in module.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(model(x), module(x))
+    torch.testing.assert_close(model.state_dict(), module.state_dict())
+
+
 def test_names_of_weights_are_the_users() -> None:
     module, model = tokens()
     assert set(model.state_dict()) == set(module.state_dict())

@@ -103,6 +103,45 @@ def test_products_by_hand() -> None:
     assert model.macs() == 4 * one_product + 6 * 6 + three
 
 
+class SingleSamples(nn.Module):
+    """Takes ``[3, 8, 8]``, without an axis of samples, and products of single vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 6, 3, padding=1, groups=3)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.scores = nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.up(self.convolution(x)).mean(1)
+        scored = F.linear(rows, self.scores) + torch.addmv(rows[:, 0], rows, self.scores)
+        added = torch.zeros(4, 4).addmm_(rows, rows.T)
+        return torch.inner(rows, rows) + scored[:, None] + added
+
+
+def test_single_samples_and_vectors_by_hand() -> None:
+    model = Model.capture(SingleSamples(), (torch.randn(3, 8, 8),), dynamic={})
+    convolution, up = 6 * 8 * 8 * 9, 6 * 8 * 8 * 4 * 2 * 2
+    products = 4 * 16 + 4 * 16 + 4 * 4 * 16 + 4 * 4 * 16
+    assert model.macs() == convolution + up + products
+
+
+def test_what_nothing_reads_does_not_count() -> None:
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unused(x).relu()
+            return self.used(x)
+
+    model = Model.capture(Wasteful(), (torch.randn(3, 6),))
+    assert model.macs() == 24
+    assert model.num_params() == 28
+    assert any("unused.weight" in notice for notice in model.spec.notices)
+
+
 def test_layers_carry_shape_module_and_parameters() -> None:
     model = Model.capture(Convolutions(), (torch.randn(4, 3, 16, 16),))
     layers = {layer.module: layer for layer in count_layers(model) if layer.params}

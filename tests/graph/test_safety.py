@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -169,6 +170,82 @@ def test_unknown_members_are_refused(saved: Path, target: Path, name: str) -> No
 def test_functions_that_are_no_operators_are_refused(saved: Path, target: Path, function: str) -> None:
     program = member(saved, _GRAPH)
     program["graph_module"]["graph"]["nodes"][0]["target"] = function
+    rewrite(saved, {_GRAPH: json.dumps(program).encode()})
+    assert "not a tensor operator" in refused(saved, target)
+
+
+def code_making(target: Path) -> str:
+    """Return an expression without dots of its own that makes a folder."""
+    return f"getattr(__import__('os'), 'mkdir')('{target}')"
+
+
+def wrapped(program: Any, argument: dict[str, Any]) -> None:
+    """Let the first node call `torch.ops.higher_order.wrap` with one argument."""
+    node = program["graph_module"]["graph"]["nodes"][0]
+    node.update(target="torch.ops.higher_order.wrap", inputs=[argument], is_hop_single_tensor_return=True)
+
+
+def test_names_of_arguments_that_are_code_are_refused(
+    saved: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = member(saved, _GRAPH)
+    wrapped(program, {"name": f"x=[{code_making(target)}], y", "arg": {"as_int": 1}, "kind": 2})
+    rewrite(saved, {_GRAPH: json.dumps(program).encode()})
+    assert "not a plain name" in refused(saved, target)
+    monkeypatch.setattr(safety, "_check_names", lambda *_: None)
+    with contextlib.suppress(Exception):
+        Model.load(saved)
+    assert target.exists()  # the name does run where it is not refused
+
+
+def test_names_of_weights_that_are_code_are_refused(saved: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = json.dumps(f'0.training"), {code_making(target)}, ("').encode()
+    changes = {part: json.dumps(member(saved, part)).encode() for part in (_GRAPH, _WEIGHTS)}
+    rewrite(saved, {part: content.replace(b'"0.weight"', name) for part, content in changes.items()})
+    assert "not a plain name" in refused(saved, target)
+    monkeypatch.setattr(safety, "_check_names", lambda *_: None)
+    with contextlib.suppress(Exception):
+        Model.load(saved)
+    assert target.exists()  # the name does run where it is not refused
+
+
+def test_other_names_that_are_code_are_refused(saved: Path, target: Path) -> None:
+    whole = member(saved, _GRAPH)
+    evil = f"input=[{code_making(target)}]"
+    for key in ("forward_arg_names", "in_spec"):
+        program = copy.deepcopy(whole)
+        signature = program["graph_module"]["module_call_graph"][0]["signature"]
+        keywords = signature["in_spec"].replace('"[]"', json.dumps(json.dumps([evil])))
+        signature[key] = [evil] if key == "forward_arg_names" else keywords
+        assert program != whole
+        rewrite(saved, {_GRAPH: json.dumps(program).encode()})
+        assert "not a plain name" in refused(saved, target)
+    text = json.dumps(whole).replace('"name": "input"', '"name": ' + json.dumps(evil))
+    rewrite(saved, {_GRAPH: text.encode()})
+    assert "not a plain name" in refused(saved, target)
+
+
+def test_names_that_make_no_code_are_refused(saved: Path, target: Path) -> None:
+    program = member(saved, _GRAPH)
+    program["graph_module"]["module_call_graph"][0]["signature"]["forward_arg_names"] = ["lambda"]
+    rewrite(saved, {_GRAPH: json.dumps(program).encode()})
+    assert "makes no code" in refused(saved, target)
+
+
+@pytest.mark.parametrize("name", [_GRAPH, _WEIGHTS])
+def test_members_nested_without_end_are_refused(saved: Path, target: Path, name: str) -> None:
+    rewrite(saved, {name: b"[" * 200_000 + b"]" * 200_000})
+    assert "damaged" in refused(saved, target)
+
+
+def test_a_sidecar_nested_without_end_is_refused(saved: Path, target: Path) -> None:
+    sidecar_path(saved).write_bytes(b"[" * 200_000 + b"]" * 200_000)
+    assert "the sidecar is damaged" in refused(saved, target)
+
+
+def test_functions_as_arguments_are_refused(saved: Path, target: Path) -> None:
+    program = member(saved, _GRAPH)
+    wrapped(program, {"name": "", "arg": {"as_operator": "torch.os.mkdir"}, "kind": 1})
     rewrite(saved, {_GRAPH: json.dumps(program).encode()})
     assert "not a tensor operator" in refused(saved, target)
 

@@ -173,3 +173,32 @@ def test_every_path_that_is_listed_can_be_read() -> None:
     assert "blocks.0" in paths
     _, values = tap(model, paths)(*model.samples[0])
     assert list(values) == paths
+
+
+class WritesIntoParts(nn.Module):
+    """Writes into a part of what a module gave, and into a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.second = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x[:, 2:5] *= 2
+        x = self.second(x)
+        x.view(x.shape[0], 2, 4, *x.shape[2:])[:, 0].mul_(3)
+        return x
+
+
+def test_values_are_those_before_parts_are_written_into() -> None:
+    module = WritesIntoParts().eval()
+    model = Model.capture(module, (torch.randn(4, 3, 8, 8),))
+    given: dict[str, Tensor] = {}
+    for name, part in module.named_children():
+        part.register_forward_hook(lambda _, __, result, name=name: given.update({name: result.detach().clone()}))
+    x = torch.randn(2, 3, 8, 8)
+    expected = module(x)
+    output, values = tap(model, ["first", "second"])(x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(values, given)

@@ -265,15 +265,17 @@ def _canonical(labels: Labels) -> Labels:
 
 
 def _computed_from_parameters(table: RelationTable) -> set[Key]:
-    """Return the tensors that depend on parameters only: standardised weights, parametrisations."""
+    """Return the tensors that depend on parameters, or on these and constants: standardised and masked weights."""
     recording = table.recording
-    computed: set[Key] = set()
+    fixed = set(recording.leaves)
+    learned = {key for key in fixed if recording.is_parameter(key)}
     for node in recording.graph.graph.nodes:
-        if node.op == "call_function" and node.all_input_nodes:
-            keys = [recording.key(used) for used in node.all_input_nodes]
-            if all(key in computed or recording.is_parameter(key) for key in keys):
-                computed.add(recording.key(node))
-    return computed
+        keys = {recording.key(used) for used in node.all_input_nodes}
+        if node.op == "call_function" and keys and keys <= fixed:
+            fixed.add(recording.key(node))
+            if keys & learned:
+                learned.add(recording.key(node))
+    return learned - recording.leaves.keys()
 
 
 def _space_of(propagation: Propagation, seed: Seed, recording: Recording) -> Space:

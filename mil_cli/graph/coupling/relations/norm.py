@@ -61,8 +61,9 @@ def weight_norm(operation: Operation) -> None:
     """A direction v and its lengths g: rows correspond; columns may go, for the length is that of what is left."""
     direction, length, output = operation.need("v"), operation.need("g"), operation.output
     operation.link_all(direction, output)
+    lengths = operation.shape(length) or (1,) * operation.rank(direction)  # one length of the whole weight has no axes
     for axis, size in enumerate(operation.shape(direction)):
-        if operation.shape(length)[axis] == size:
+        if lengths[axis] == size:
             operation.link(direction, axis, length, axis)
         else:
             operation.inexact(direction, axis, "the length of what is left")

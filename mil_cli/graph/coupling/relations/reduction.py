@@ -61,11 +61,17 @@ def reduction(operation: Operation) -> None:
             else:
                 operation.link(data, axis, output, target)
                 target += 1
-    if operation.name not in SUMS:
+    if operation.name not in SUMS or not _adds_nothing_for_zero(operation):
         operation.inexact(data, reduced, f"{operation.name} over the axis")
     several = len(operation.outputs) > 1 and operation.name not in _WITHOUT_POSITIONS
     if several or operation.name in ("argmax", "argmin"):
         operation.freeze(data, reduced, f"{operation.name} gives positions on the axis")
+
+
+def _adds_nothing_for_zero(operation: Operation) -> bool:
+    """Whether a sum, or a norm of this order, is the same without an entry of zero: not a norm of negative order."""
+    order = operation.value("ord" if operation.has("ord") else "p", 2)
+    return not isinstance(order, int | float) or order >= 0
 
 
 def mixing(operation: Operation) -> None:

@@ -87,7 +87,8 @@ def group_count(edit: Edit) -> None:
     tag, name = ("groups", "num_groups") if edit.name == "group_norm" else ("input", "groups")
     virtual = f"{edit.old.name}~{tag}"
     if edit.mask(virtual, 0) is not None:
-        edit.set(name, int(edit.masks[virtual][0].sum()))
+        groups = edit.argument(name), get_argument(edit.new, name)
+        edit.set(name, edit.resized(*groups, int(edit.masks[virtual][0].sum())))
 
 
 def attention_scale(edit: Edit) -> None:

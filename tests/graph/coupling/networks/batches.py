@@ -137,3 +137,17 @@ def filters_of_each_sample() -> nn.Module:
         },
         forward,
     )
+
+
+@trick()
+def one_filter_for_each_channel_of_each_sample() -> nn.Module:
+    """Jia et al. 2016, "Dynamic Filter Networks": as many groups as samples times channels."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        features = F.relu(net.a(x))
+        b, c, h, w = features.shape
+        filters = net.filters(pooled(x)).view(b * c, 1, 3, 3)
+        y = F.conv2d(features.view(1, b * c, h, w), filters, padding=1, groups=b * c)
+        return net.fc(pooled(y.view(b, c, h, w)))
+
+    return Net({"a": conv(3, 8), "filters": nn.Linear(3, 8 * 9), "fc": nn.Linear(8, 10)}, forward)

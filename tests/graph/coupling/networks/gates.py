@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -206,3 +208,14 @@ def experts_in_one_weight() -> nn.Module:
         },
         forward,
     )
+
+
+@trick(linear=False)
+def smallest_channel_by_a_norm() -> nn.Module:
+    """A norm of order minus infinity over channels, for which an entry of zero is not one that is gone."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x)
+        return net.fc(pooled(net.b(x / (1 + torch.linalg.vector_norm(x, ord=-math.inf, dim=1, keepdim=True)))))
+
+    return Net({"a": conv(3, 16), "b": conv(16, 16), "fc": nn.Linear(16, 10)}, forward)

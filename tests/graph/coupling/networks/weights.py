@@ -176,3 +176,24 @@ def normalised_per_filter() -> nn.Module:
         },
         forward,
     )
+
+
+@trick()
+def masked_weights() -> nn.Module:
+    """Weights times constants of zeros and ones, as `torch.nn.utils.prune` leaves them."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(x, net.first * net.first_mask.float(), padding=1))
+        return net.fc(pooled(F.relu(F.conv2d(x, net.second * net.second_mask.float(), padding=1))))
+
+    parts: dict[str, nn.Module | nn.Parameter | Tensor] = {"fc": nn.Linear(12, 10)}
+    for name, shape in (("first", (16, 3, 3, 3)), ("second", (12, 16, 3, 3))):
+        parts |= {name: nn.Parameter(torch.randn(shape)), f"{name}_mask": torch.rand(shape) > 0.3}
+    return Net(parts, forward)
+
+
+@trick(linear=False)
+def one_length_of_a_whole_weight() -> nn.Module:
+    """Weight norm over all axes, whose length has no axes."""
+    normed = nn.utils.parametrizations.weight_norm(conv(3, 16), dim=None)
+    return Net({"a": normed, "fc": nn.Linear(16, 10)}, lambda net, x: net.fc(pooled(F.relu(net.a(x)))))

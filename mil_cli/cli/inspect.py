@@ -86,6 +86,18 @@ def _cuttable(coupling: Coupling) -> dict[str, tuple[int, int]]:
     return {name: (int(rows.sum()), len(rows)) for name, rows in free.items()}
 
 
+def _weights(graph: Model) -> dict[str, str]:
+    """Return node name -> name of the parameter that it reads as its weight, whatever module that belongs to."""
+    from mil_cli.graph.nodes import calls, get_argument, schema_index
+
+    found = {}
+    for node in calls(graph.graph):
+        weight = get_argument(node, "weight") if schema_index(node, "weight") is not None else None
+        if weight is not None and weight.op == "get_attr":
+            found[node.name] = str(weight.target)
+    return found
+
+
 def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
     """Return the bits that layers have or would have, and by what."""
     from mil_cli.device.host import resolve
@@ -129,10 +141,11 @@ def _show_layers(
     from mil_cli.report.terminal import new_table, show
 
     table = new_table("Layers", "module", "op", "output", "macs", "parameters", "prunable", "bits", numbers_from=3)
+    weights = _weights(graph)
     for layer in count_layers(graph):
         if not everything and not layer.macs and not layer.params:
             continue
-        rows = cuttable.get(f"{layer.module}.weight" if layer.module else "weight")
+        rows = cuttable.get(weights.get(layer.node, f"{layer.module}.weight"))
         table.add_row(
             escape(layer.module or layer.node),
             escape(layer.op),

@@ -100,7 +100,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         raise CheckpointError(
-            f"the file holds more than tensors, or is damaged, and opening it could run code ({_first_line(problem)})",
+            "the file holds more than tensors (a whole pickled model, say), or is damaged; opening it could run code",
             where=where,
             value=str(path),
             hint="where you trust the file, save its weights alone: torch.save(model.state_dict(), 'weights.pt')",

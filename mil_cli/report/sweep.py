@@ -212,7 +212,7 @@ def render_sweep(directory: Path, console: Console) -> None:
 
 
 def labels(sweep: Sweep) -> dict[str, str]:
-    """Return what tells each point apart: its overrides with their keys as short as stays clear, or its folder."""
+    """Return what tells each point apart: the overrides that not all have, as short as stays clear, or its folder."""
     keys = {override.partition("=")[0] for point in sweep.points for override in point.overrides}
     short: dict[str, str] = {}
     for key in keys:
@@ -223,11 +223,26 @@ def labels(sweep: Sweep) -> dict[str, str]:
             for ending in endings
             if ending == key or sum(f".{other}".endswith(f".{ending}") for other in keys) == 1
         )
-    named = {}
+    named, everywhere = {}, shared_overrides(sweep)
     for point in sweep.points:
-        pairs = [override.partition("=") for override in point.overrides]
-        named[point.name] = " ".join(f"{short[key]}{sign}{value}" for key, sign, value in pairs) or point.name
+        shown = []
+        for override in point.overrides:
+            key, sign, value = override.partition("=")
+            if override not in everywhere:
+                shown.append(written(key) if key.startswith("~") else f"{short[key]}{sign}{value}")
+        named[point.name] = " ".join(shown) or point.name
     return named
+
+
+def shared_overrides(sweep: Sweep) -> list[str]:
+    """Return the overrides that all of several points have, which tell none of them apart."""
+    first, *others = sweep.points
+    return [override for override in first.overrides if others and all(override in other.overrides for other in others)]
+
+
+def written(override: str) -> str:
+    """Return an override as a user writes it: what is removed by ``~`` has no value, though Hydra reports one."""
+    return override.removesuffix("=null") if override.startswith("~") else override
 
 
 def print_sweep(sweep: Sweep, console: Console) -> None:
@@ -243,6 +258,8 @@ def print_sweep(sweep: Sweep, console: Console) -> None:
         star = "[bold cyan]*[/bold cyan]" if row.on_front else ""
         table.add_row(star, escape(row.name), escape(row.label), *cells, goals if row.goals else "")
     show(console, table)
+    if everywhere := shared_overrides(sweep):
+        line(console, f"every point: {escape(' '.join(map(written, everywhere)))}")
     if any(row.on_front for row in rows):
         line(console, f"* {FRONT}")
     for row in rows:
@@ -350,6 +367,7 @@ def sweep_page(sweep: Sweep) -> str:
     return template.render(
         title=sweep.name,
         columns=_columns(sweep)[3:],
+        everywhere=[written(override) for override in shared_overrides(sweep)],
         rows=rows,
         ended=len(sweep.complete),
         reached=sum(row.met and row.goals > 0 for row in rows),

@@ -153,15 +153,21 @@ def check_order(chain: Sequence[tuple[str, StageConfig]]) -> list[StageError]:
     problems = []
     for position, (name, config) in enumerate(chain):
         for earlier_name, earlier in chain[:position]:
-            behind = earlier.never_before
-            reason = config.never_after.get(earlier.family) or behind.get(config.family) or behind.get(config.key())
+            reason = _why_not_after(config, earlier)
             if reason is not None:
+                exclusive = _why_not_after(earlier, config) is not None
                 problems.append(
                     StageError(
                         f"'{name}' ({config.family}) cannot follow '{earlier_name}' ({earlier.family}): {reason}",
                         where="chain",
                         value=[stage_name for stage_name, _ in chain],
-                        hint=f"put '{name}' before '{earlier_name}'",
+                        hint="leave one of the two out" if exclusive else f"put '{name}' before '{earlier_name}'",
                     )
                 )
     return problems
+
+
+def _why_not_after(config: StageConfig, earlier: StageConfig) -> str | None:
+    """Return why a stage cannot stand behind another, None if it can."""
+    behind = earlier.never_before
+    return config.never_after.get(earlier.family) or behind.get(config.family) or behind.get(config.key())

@@ -48,3 +48,15 @@ def test_methods_without_calibration_show_their_bits(
     shown = capsys.readouterr().out
     assert f"as the stage 'quantize' (quantize/{method}) gives them" in shown
     assert {text: shown.count(text) for text in expected} == expected
+
+
+def test_weights_that_no_layer_of_torch_holds_can_be_pruned_all_the_same(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    functional = "self.kernel = nn.Parameter(torch.randn(width, 1, 3, 3))"
+    folder = project(model=("self.conv = nn.Conv2d(1, width, 3)", functional))
+    text = (folder / "model.py").read_text()
+    (folder / "model.py").write_text(text.replace("self.conv(image)", "nn.functional.conv2d(image, self.kernel)"))
+    assert main(["inspect", str(folder / "recipe.yaml")]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "conv2d" in line)
+    assert "8 of 8" in row

@@ -83,6 +83,19 @@ def test_overrides_are_shortened_as_far_as_they_stay_clear(write_sweep: Callable
     assert labels(sweep) == {"0": "a.bits=4 b.bits=8 observer=mse seed=1", "1": "1"}
 
 
+def test_what_all_points_share_is_shown_once(write_sweep: Callable[..., Path]) -> None:
+    shared = ["chain=[quantize]", "~goals.cost=null"]
+    overrides = [[*shared, "stages.a.bits=4"], [*shared, "stages.a.bits=8", "~goals.macs=null"]]
+    directory = write_sweep([(0.9, 0.5, 100)] * 2, overrides=overrides)
+    sweep, stream = join_sweep(directory), io.StringIO()
+    assert labels(sweep) == {"0": "bits=4", "1": "bits=8 ~goals.macs"}
+    render_sweep(directory, Console(file=stream, width=200))
+    assert stream.getvalue().count("every point: chain=[quantize] ~goals.cost\n") == 1
+    page = sweep_page(sweep)
+    assert page.count("~goals.cost") == page.count("chain=[quantize]") == 1
+    assert "=null" not in page + stream.getvalue()
+
+
 def test_a_sweep_is_printed_and_written(write_sweep: Callable[..., Path]) -> None:
     directory = write_sweep([(0.93, 0.25, 300_000), (0.9, 0.3, 310_000)], overrides=[["a.b=1"], ["a.b=2"]])
     failed = directory / "2"

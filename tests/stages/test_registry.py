@@ -42,6 +42,14 @@ def test_an_order_that_cannot_work_is_named_with_the_reason() -> None:
     assert problem.hint == "put 'cut' before 'round'"
 
 
+def test_stages_that_exclude_each_other_are_not_told_to_change_places() -> None:
+    class Again(_Round):
+        never_after: ClassVar[dict[str, str]] = {"quantize": "two sets of quantizers"}
+
+    (problem,) = check_order([("first", Again()), ("second", Again())])
+    assert problem.hint == "leave one of the two out"
+
+
 def test_settings_are_frozen_and_closed() -> None:
     from pydantic import ValidationError
 

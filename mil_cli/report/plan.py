@@ -37,13 +37,29 @@ def render_plan(plan: Plan, console: Console) -> None:
     show(console, table)
     line(console, f"estimated time of the stages, nothing cached: {text.duration(plan.seconds)}")
     if plan.goals:
-        goals = new_table("Goals", "goal", "bound", numbers_from=1)
+        goals = new_table("Goals", "goal", "bound", "in the dry run", numbers_from=1)
         for name, bounds in plan.goals.items():
             for kind, bound in bounds.items():
-                goal = view.goal_line({"name": name, "kind": kind, "bound": bound, "value": bound, "met": True})
-                goals.add_row(escape(goal.name), goal.bound)
+                value = _reached(plan, name, kind)
+                goal = view.goal_line({"name": name, "kind": kind, "bound": bound, "value": value or 0.0, "met": True})
+                beyond = "" if value is None or value <= bound else ", above it"
+                goals.add_row(escape(goal.name), goal.bound, "" if value is None else f"{goal.value}{beyond}")
         show(console, goals)
     else:
         line(console, "the recipe sets no goals")
     for notice in plan.notices:
         line(console, f"[yellow]note:[/yellow] {escape(notice)}")
+
+
+def _reached(plan: Plan, name: str, kind: str) -> float | None:
+    """Return what a goal's figure was in the dry run; None if only the real run can tell.
+
+    Targets decide over operations and parameters, whatever the samples; quality and times follow from training and
+    measuring, and nothing is trained or measured in a dry run.
+    """
+    if name not in ("macs", "params") or not plan.stages:
+        return None
+    original, last = getattr(plan, name), getattr(plan.stages[-1], name)
+    if kind == "max_ratio":
+        return last / original if original else None
+    return float(last)

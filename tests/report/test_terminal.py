@@ -115,6 +115,18 @@ def test_a_plan_is_printed() -> None:
         assert words in output
 
 
+def test_a_plan_tells_which_counts_its_targets_miss() -> None:
+    goals = {"macs": {"max": 200_000, "max_ratio": 0.5}, "params": {"max_ratio": 0.3}, "size": {"max": 9.0}}
+    stages = [PlannedStage("prune", "prune", "magnitude", 1.0, 300_000, 700)]
+    stream = io.StringIO()
+    render_plan(Plan("demo", 1_000_000, 2_000, {}, stages, goals, {}, []), Console(file=stream, width=100))
+    rows = {line.split("  ")[0].strip(): line.rstrip() for line in stream.getvalue().partition("Goals")[2].splitlines()}
+    assert rows["macs"].endswith("300 k, above it")
+    assert rows["macs, relative to baseline"].endswith("0.300x")
+    assert rows["params, relative to baseline"].endswith("0.350x, above it")
+    assert rows["size"].endswith("9 B")  # the bound, and nothing beside it
+
+
 @pytest.mark.parametrize("missing", ["preparation", "device", "command", "name", "environment", "baseline_parity"])
 def test_parts_beyond_the_format_may_be_missing(make_report: Make, missing: str) -> None:
     report = make_report()

@@ -132,7 +132,11 @@ class Ranking:
         found = []
         if not self.tau.low > 0:
             found.append("the predictor's order may be chance: the interval of its tau reaches zero; train some more")
-        better = [name for name, tau in self.single.items() if abs(tau.value) >= self.tau.value]
+        better = [
+            name if tau.value > 0 else f"{name} (the less the better)"
+            for name, tau in self.single.items()
+            if abs(tau.value) >= self.tau.value
+        ]
         if better:
             found.append(f"alone ranks the trained ones as well as the predictor does: {', '.join(better)}")
         if not self.costs.complete:

@@ -192,7 +192,10 @@ def test_what_cannot_be_believed_is_said() -> None:
     telling = Table(table.ids, table.columns, inputs, quality, table.trainings, {}, table.rows)
     notices = rank_table(telling, CONFIG).notices
     assert not any("may be chance" in notice for notice in notices)
-    assert any("as well as the predictor does: score" in notice for notice in notices)
+    assert any(notice.endswith("as well as the predictor does: score") for notice in notices)
+    inputs[:, 3] *= -1
+    turned = rank_table(Table(table.ids, table.columns, inputs, quality, table.trainings, {}, table.rows), CONFIG)
+    assert any("as well as the predictor does: score (the less the better)" in notice for notice in turned.notices)
 
 
 def test_too_few_trainings_are_said() -> None:

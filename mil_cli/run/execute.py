@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mil_cli.errors import StageError
 from mil_cli.events import Progress
 from mil_cli.graph.model import Model
 from mil_cli.run.cache import Cache, Entry, Workspace
@@ -146,7 +147,12 @@ class Executor:
         )
         if going_on is not None:
             context.trace.reads.update(going_on)  # read before the interruption, and the result rests on it
-        model = function_of(config)(upstream.load(), config, context)
+        try:
+            model = function_of(config)(upstream.load(), config, context)
+        except StageError as error:
+            if error.where in type(config).model_fields:  # what reads a setting need not know the stage that has it
+                error.where = f"stages.{name}.{error.where}"
+            raise
         seconds = spent + self.clock() - started
         path = workspace.result / "model.pt2"
         model.save(path)

@@ -105,6 +105,18 @@ class Prover:
             model, path, facts["quality"], facts["parity"], exported.facts["notices"], exported.facts["counts"]
         )
 
+    def quality_before(self, model: StoredModel) -> dict[str, Any]:
+        """Return the quality on val of a model that no stage has made, as stages tell theirs."""
+        key = ["quality", model.fingerprint, self.task.fingerprint(), self.data.val.fingerprint(), versions()]
+        entry, _ = self.cache.memo(
+            fingerprint_of(key),
+            kind="score",
+            label="baseline on val",
+            fresh=self.fresh,
+            compute=lambda _: asdict(evaluate(model.load(), task=self.task, split=self.data.val, split_name="val")),
+        )
+        return entry.facts
+
     def _export(self, name: str, model: StoredModel, folder: Path) -> dict[str, Any]:
         self.progress.notice(f"{name}: exporting to ONNX")
         graph = model.load()

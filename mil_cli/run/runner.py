@@ -183,7 +183,10 @@ def _run(recipe: Recipe, directory: RunDirectory, *, cache: Cache, fresh: bool, 
     directory.take(final.path, "model.onnx")
     _keep_final(directory, chain)
     figures = prover.measure([baseline, *between, final], recipe.measure)
-    report = _report(recipe, chain, baseline, final, figures)
+    preparation = (
+        _given(recipe, prover, baseline) if chain.preparation is None else _stage_entry(chain.preparation, None)
+    )
+    report = {**_report(recipe, chain, baseline, final, figures), "preparation": preparation}
     write_json(directory.path / REPORT, report)
     return report
 
@@ -218,7 +221,6 @@ def _report(
         "recipe": recipe.resolved,
         "environment": describe(),
         "device": chain.surroundings.device.model_dump(mode="json"),
-        "preparation": None if chain.preparation is None else _stage_entry(chain.preparation, None),
         "baseline": of_baseline,
         "final": of_final,
         "stages": [_stage_entry(result, measured) for result, measured in zip(chain.results, per_stage, strict=True)],
@@ -245,6 +247,14 @@ _UNMEASURED = (
     "energy_j",
     "cost_per_million",
 )
+
+
+def _given(recipe: Recipe, prover: Prover, baseline: Proof) -> dict[str, Any]:
+    """Return the entry of an uncompressed model that was there: what the first stage cost is told against it."""
+    source = next((kind for kind in ("checkpoint", "pt2") if getattr(recipe.model, kind) is not None), "model")
+    figures = {**dict.fromkeys(_UNMEASURED), **baseline.counts, "quality": prover.quality_before(baseline.model)}
+    entry = {"name": "baseline", "family": "given", "method": source, "seconds": 0.0, "cached": False}
+    return {**entry, "measurement": figures, "notes": {}}
 
 
 def _stage_entry(result: StageResult, measured: dict[str, Any] | None) -> dict[str, Any]:

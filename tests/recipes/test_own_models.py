@@ -155,7 +155,10 @@ def test_the_exported_file_takes_the_baselines_place(
     monkeypatch.chdir(folder)
     assert main(["compress", "recipe.yaml", "--out", "run"]) == 0
     report = json.loads(Path("run/report.json").read_text())
-    assert (report["preparation"] is None) is (project is plain_cnn)  # a checkpoint needs no training
+    before = report["preparation"]
+    assert before["family"] == ("given" if project is plain_cnn else "train")  # a checkpoint needs no training
+    assert before["measurement"]["quality"]["split"] == "val"
+    assert before["measurement"]["macs"] == report["baseline"]["macs"]
     assert report["parity"]["metric_onnx"] == pytest.approx(report["parity"]["metric_torch"], rel=0.05)
     assert report["stages"][0]["notes"]["quantized_layers"] > 0
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mil_cli.device.host import resolve
+from mil_cli.errors import StageError
 from mil_cli.run.execute import CapturedModel
 from mil_cli.stages.registry import config_type
 from mil_cli.training.config import TrainerConfig
@@ -154,3 +155,15 @@ def test_a_damaged_entry_is_computed_again(tmp_path: Path, model: CapturedModel)
     again = toy_executor(tmp_path).run("scale", Scale(), model)
     assert not again.cached
     assert again.model.fingerprint == first.model.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [("factor", "stages.scale.factor"), ("stages.other", "stages.other"), ("data.train", "data.train")],
+)
+def test_what_a_stage_refuses_is_told_with_the_whole_key(
+    tmp_path: Path, model: CapturedModel, where: str, told: str
+) -> None:
+    with pytest.raises(StageError) as caught:
+        toy_executor(tmp_path).run("scale", Scale(refuses=where), model)
+    assert caught.value.where == told

@@ -11,6 +11,7 @@ from torch import nn
 from mil_cli.data.base import Data
 from mil_cli.data.tensors import TensorSplit
 from mil_cli.device.host import resolve
+from mil_cli.errors import StageError
 from mil_cli.events import SilentProgress
 from mil_cli.graph.model import Model
 from mil_cli.run.cache import Cache
@@ -34,11 +35,14 @@ class Scale(StageConfig):
     factor: float = 2.0
     reads: tuple[str, ...] = ()
     fail_at: int | None = None
+    refuses: str | None = None
 
 
 @stage(Scale)
 def scale(model: Model, config: Scale, context: Context) -> Model:
     RUNS.append(context.name)
+    if config.refuses is not None:
+        raise StageError("will not do", where=config.refuses)
     for read in config.reads:
         getattr(context.device if read == "preferred_multiple" else context, read)
     slot = context.slot()

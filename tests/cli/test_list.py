@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mil_cli.cli.list import Kind, describe, entries
 from mil_cli.cli.main import main
 from mil_cli.recipe.locations import configs_folder, recipes_folder
+from mil_cli.stages.registry import config_type
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -44,3 +46,22 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "resnet20" in capsys.readouterr().out
     assert main(["list"]) == 0
     assert "recipes:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name, _ in entries(Kind.STAGES)])
+def test_all_settings_of_a_stage_are_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "stages", name]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("# ")
+    content = yaml.safe_load(shown)
+    kind = config_type(content.pop("family"), content.pop("method"))
+    assert set(content) == set(kind.model_fields)
+
+
+def test_a_name_may_be_short_and_a_wrong_one_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "stages", "taylor"]) == 0
+    assert "normalise: true" in capsys.readouterr().out
+    assert main(["list", "stages", "tailor"]) == 2
+    assert "did you mean 'taylor'" in capsys.readouterr().err
+    assert main(["list", "recipes", "lsq_bits"]) == 0
+    assert "hydra:" in capsys.readouterr().out

@@ -225,7 +225,8 @@ def test_a_transformer_loses_heads_and_blocks() -> None:
 
 def test_images_can_shrink_and_the_file_takes_them_as_before(trained: Model, tmp_path: Path) -> None:
     used = context()
-    small = elastic(trained, ElasticConfig(**{**QUICK, "min_width": 1, "min_depth": 1, "min_resolution": 0.5}), used)
+    settings = {**QUICK, "evaluations": 2, "population": 2, "min_width": 1, "min_depth": 1, "min_resolution": 0.5}
+    small = elastic(trained, ElasticConfig(**settings), used)
     assert small.macs() == used.notes["left"] <= 0.3 * trained.macs()
     assert used.notes["architecture"]["resolutions"] == [{"name": "x", "kept": 4, "of": 8}]  # type: ignore[index]
     assert used.evaluate(small).value > 0.5

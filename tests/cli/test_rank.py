@@ -96,6 +96,7 @@ def interrupted_after(jobs: int) -> Callable[..., list[Result]]:
     return computing
 
 
+@pytest.mark.slow
 def test_an_interrupted_ranking_goes_on_and_is_complete(
     space: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

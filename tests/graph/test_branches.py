@@ -104,6 +104,7 @@ def test_a_branch_that_no_input_takes_is_compared_as_well(model: Model, weight: 
     assert not check_equivalence(model, coupling, removed, small, inputs).equivalent
 
 
+@pytest.mark.slow
 def test_a_cut_choice_is_archived_and_exported(model: Model, tmp_path: Path) -> None:
     small, _ = half(model)
     small.save(tmp_path / "m.pt2")

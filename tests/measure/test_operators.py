@@ -165,6 +165,7 @@ def test_left_out_blocks_have_no_operators(resnet: Analysed) -> None:
     assert kinds(alone) - kinds(reduced.operators({})) == {"unary": 1}
 
 
+@pytest.mark.slow
 def test_an_addition_stays_merged_when_the_block_before_it_is_left_out() -> None:
     _, coupling, _, lister = analysed(mobilenet(blocks=(1, 3, 1, 1)))
     additions = [node for node in calls(coupling.graph) if node.name.startswith("add")]

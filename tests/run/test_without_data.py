@@ -80,6 +80,7 @@ def _cached(folder: Path, *overrides: str) -> list[str]:
     return [result.name for result in chain.results if result.cached]
 
 
+@pytest.mark.slow
 def test_other_data_recompute_what_learned_from_them_and_the_recipes_own_do_not(project: Path) -> None:
     assert _cached(project) == []
     assert _cached(project) == ["other", "none"]

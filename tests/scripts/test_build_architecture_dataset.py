@@ -78,6 +78,7 @@ def read(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_trainings_are_fixed_before_the_first_and_come_in_the_order_of_their_worth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +169,7 @@ def check_reading(file: Path, rows: list[dict[str, str]], decisions: tuple[str, 
     assert found.inputs[0, score] == float(rows[0]["naswot"])
 
 
+@pytest.mark.slow
 def test_the_test_split_gives_test_quality_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = Path(words(tmp_path)[0])
     recipe = load_recipe(file)

@@ -39,6 +39,7 @@ def test_what_is_drawn_has_the_form_of_what_is_found() -> None:
     assert {choice for one in drawn for choice in one.values()} == {"none", "skip", "conv", "separable", "mean", "max"}
 
 
+@pytest.mark.slow
 def test_the_page_tells_errors_and_what_was_trained_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "page.md"
     words = [str(RECIPE), "--out", str(out), "--seeds", "0", "1", "--methods", "random", "darts", "--known-only"]

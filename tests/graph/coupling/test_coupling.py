@@ -298,6 +298,7 @@ class Tokens(nn.Module):
         return {"logits": self.head((x * weight).sum(1) / weight.sum(1).clamp(min=1)) * scale, "length": present.sum(1)}
 
 
+@pytest.mark.slow
 def test_a_padded_transformer_with_dicts_is_cut_in_every_way() -> None:
     torch.manual_seed(0)
     tokens = torch.randint(1, 30, (3, 7))

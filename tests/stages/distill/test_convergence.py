@@ -65,6 +65,7 @@ def _net(hidden: int, classes: int = 10) -> Model:
     return Model.capture(net, (torch.rand(4, 1, 8, 8),))
 
 
+@pytest.mark.slow
 def test_the_twin_is_the_students_plain_training() -> None:
     settings = TrainerConfig(epochs=3, batch_size=64, learning_rate=0.05)
     context = make_context(digits(), original=trained_digits(), trainer=settings)

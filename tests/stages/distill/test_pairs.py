@@ -82,6 +82,7 @@ def test_the_same_names_count_where_the_student_is_shallower() -> None:
     assert _names(_pairs("resnet8", "resnet20")) == {"stages.0": "stages.0", "stages.1": "stages.1", "stages": "stages"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "teacher", "expected"),
     [

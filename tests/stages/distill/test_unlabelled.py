@@ -79,6 +79,7 @@ def test_a_student_learns_digits_from_noise() -> None:
     assert "data/train" not in read
 
 
+@pytest.mark.slow
 def test_labels_do_not_count() -> None:
     assert _run(_other(labels=0)).fingerprint() == _run(_other(labels=9)).fingerprint()
 

@@ -44,6 +44,7 @@ def test_the_winner_keeps_the_bounds_and_is_what_was_judged(method: str) -> None
     assert notes["scored"] == 8
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _run("spos", context(tmp_path / "whole"), inherit=True)
     pieces = run_through_kills(
@@ -52,6 +53,7 @@ def test_a_search_that_was_killed_finds_the_same(tmp_path: Path, monkeypatch: py
     assert whole.fingerprint() == pieces.fingerprint()
 
 
+@pytest.mark.slow
 def test_a_winner_with_fresh_weights_is_trained_by_another_stage() -> None:
     stages = {"alone": config_type("train", "supervised").model_validate({"trainer": {"epochs": 6}})}
     around = context(stages=stages)

@@ -44,6 +44,7 @@ def test_bits_fall_to_those_asked_for(data: Data) -> None:
             LsqConfig(bits_schedule=wrong)
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_killed_goes_on_in_its_phase(
     model: Model, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

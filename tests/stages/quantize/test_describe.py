@@ -26,6 +26,7 @@ def transformer() -> Model:
     return Model.capture(vit(image_size=8, patch=4, dim=16, depth=1, heads=2).eval(), (torch.randn(2, 1, 8, 8),))
 
 
+@pytest.mark.slow
 def test_the_plan_is_what_quantization_does() -> None:
     for model, layer in ((transformer(), "blocks.0.mlp.0"), (make_model(), "body.0")):
         settings = {**BITS, "layers": {layer: {"weight_bits": 2}}}

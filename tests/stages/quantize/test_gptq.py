@@ -120,6 +120,7 @@ def output_error(model: Model, net: Model) -> float:
         return float((model(images) - net(images)).square().mean())
 
 
+@pytest.mark.slow
 def test_a_network_keeps_its_outputs_better_than_by_nearest(tmp_path: Path) -> None:
     net = trained_digits()
     settings: dict[str, Any] = {"weight_bits": 3, "calibration_samples": 128}

@@ -22,6 +22,16 @@ from mil_cli.models.user_code import source_line, source_sha256
 _PLAIN_EPOCH = -1
 
 
+def check_workers(workers: object, *, where: str) -> None:
+    """Refuse a number of loader processes that is none.
+
+    Raises:
+        DataError: It is no whole number, or below 0.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise DataError("must be a count of processes, 0 or more", where=where, value=workers)
+
+
 class DatasetSplit:
     """A split over a map-style dataset.
 
@@ -49,8 +59,7 @@ class DatasetSplit:
         num_workers: int = 0,
         where: str = "data",
     ) -> None:
-        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
-            raise DataError("must be a count of processes, 0 or more", where="data.num_workers", value=num_workers)
+        check_workers(num_workers, where="data.num_workers")
         self._dataset = dataset
         self._plain = dataset if plain is None else plain
         self._collate = stack_collate if collate_fn is None else collate_fn

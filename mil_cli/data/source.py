@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from mil_cli.data.base import Data, Split
-from mil_cli.data.datasets import DatasetSplit
+from mil_cli.data.datasets import DatasetSplit, check_workers
 from mil_cli.data.tensors import TensorSplit
 from mil_cli.errors import DataError, did_you_mean
 from mil_cli.models.user_code import call_target, locate_in
@@ -214,8 +214,7 @@ def _loader_config(config: Any, root: Path) -> LoaderConfig:
         partial = {"_partial_": True, **collate}
         collate = call_target(partial, root=root, where=f"{where}.collate_fn", error=DataError)
     workers = config.get("num_workers", 0)
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise DataError("must be a count of processes, 0 or more", where=f"{where}.num_workers", value=workers)
+    check_workers(workers, where=f"{where}.num_workers")
     fraction = config.get("val_fraction")
     if fraction is not None and (isinstance(fraction, bool) or not isinstance(fraction, int | float)):
         raise DataError("must be a number between 0 and 1", where=f"{where}.val_fraction", value=fraction)

@@ -178,7 +178,6 @@ def _drop_type_checks(graph: GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if op_name(node) == "_assert_tensor_metadata":
             graph.graph.erase_node(node)
-    graph.recompile()
 
 
 def _drop_unread_calls(graph: GraphModule) -> None:

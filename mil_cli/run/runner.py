@@ -186,7 +186,7 @@ def _run(recipe: Recipe, directory: RunDirectory, *, cache: Cache, fresh: bool, 
     preparation = (
         _given(recipe, prover, baseline) if chain.preparation is None else _stage_entry(chain.preparation, None)
     )
-    report = {**_report(recipe, chain, baseline, final, figures), "preparation": preparation}
+    report = _report(recipe, chain, preparation, baseline, final, figures)
     write_json(directory.path / REPORT, report)
     return report
 
@@ -207,7 +207,12 @@ def _keep_final(directory: RunDirectory, chain: Chain) -> None:
 
 
 def _report(
-    recipe: Recipe, chain: Chain, baseline: Proof, final: Proof, figures: list[dict[str, Any]]
+    recipe: Recipe,
+    chain: Chain,
+    preparation: dict[str, Any],
+    baseline: Proof,
+    final: Proof,
+    figures: list[dict[str, Any]],
 ) -> dict[str, Any]:
     of_baseline, of_final = figures[0], figures[-1]
     verdicts = judge(recipe.goals, baseline=of_baseline, final=of_final)
@@ -221,6 +226,7 @@ def _report(
         "recipe": recipe.resolved,
         "environment": describe(),
         "device": chain.surroundings.device.model_dump(mode="json"),
+        "preparation": preparation,
         "baseline": of_baseline,
         "final": of_final,
         "stages": [_stage_entry(result, measured) for result, measured in zip(chain.results, per_stage, strict=True)],

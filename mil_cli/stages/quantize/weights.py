@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -131,22 +131,30 @@ def settle_biases(graph: GraphModule) -> None:
     but unrounded biases move one code in a thousand, and so the file's outputs away from the graph's. A bias that
     several layers read stays.
     """
+    biased = list(_biased_layers(graph))
+    for quantizer, _, values, input_scale in biased:
+        target = str(get_argument(quantizer, "scale").target)
+        set_attribute(graph, target, scale_for_bias(get_attribute(graph, target), values, input_scale))
+    # A weight that several layers read has one scale, so that no bias is rounded before all of them have raised it.
+    for quantizer, layer, values, input_scale in biased:
+        if op_name(quantizer) in _BY_CHANNEL and reads_alone(graph, get_argument(layer, "bias"), layer):
+            scale = get_attribute(graph, str(get_argument(quantizer, "scale").target))
+            _round_bias(values, input_scale * scale.detach().double())
+
+
+def _biased_layers(graph: GraphModule) -> Iterator[tuple[Node, Node, Tensor, float]]:
+    """Yield the layers with a bias whose weight and input are quantized: its quantizer, it, the bias, the input's scale."""
     for quantizer in calls(graph):
         weight = get_argument(quantizer, "x") if op_name(quantizer) in QUANTIZERS else None
         if not isinstance(weight, Node) or weight.op != "get_attr":
             continue
-        target = str(get_argument(quantizer, "scale").target)
         for layer in quantizer.users:
             bias = get_argument(layer, "bias") if schema_index(layer, "bias") is not None else None
             inputs = [node for node in layer.all_input_nodes if op_name(node) == "quantize_affine"]
             sources = [node for node in inputs if node is not quantizer]
             if isinstance(bias, Node) and bias.op == "get_attr" and sources:
                 input_scale = float(get_attribute(graph, str(get_argument(sources[0], "scale").target)))
-                values = get_attribute(graph, str(bias.target))
-                scale = scale_for_bias(get_attribute(graph, target), values, input_scale)
-                set_attribute(graph, target, scale)
-                if op_name(quantizer) in _BY_CHANNEL and reads_alone(graph, bias, layer):
-                    _round_bias(values, input_scale * scale.detach().double())
+                yield quantizer, layer, get_attribute(graph, str(bias.target)), input_scale
 
 
 def _round_bias(bias: Tensor, step: Tensor) -> None:

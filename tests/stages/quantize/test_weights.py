@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from mil_cli.data.digits import digits
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.session import OnnxModel
+from mil_cli.graph.capture import capture
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 from mil_cli.ops.quantize import quantize_affine
 from mil_cli.stages.quantize.ranges import weight_codes
@@ -103,3 +105,33 @@ def test_the_file_agrees_with_the_graph_since_biases_are_whole_steps(tmp_path: P
         wanted = made(images)
     given = OnnxModel(file, made.spec)(images)
     assert (wanted - given).square().mean().sqrt() < 1e-3 * wanted.std()
+
+
+class TwoBiases(nn.Module):
+    """Layers of one weight; one bias is too large for the scale of the weight's first row."""
+
+    def __init__(self, *, large_first: bool) -> None:
+        super().__init__()
+        self.large_first = large_first
+        self.weight = nn.Parameter(torch.tensor([[1e-9, 2e-9], [0.5, -0.3]]))
+        self.small, self.large = nn.Parameter(torch.tensor([0.3, 0.1])), nn.Parameter(torch.tensor([900.0, 0.2]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = images.mean((2, 3)) @ torch.ones(1, 2)
+        biases = (self.large, self.small) if self.large_first else (self.small, self.large)
+        first, second = (functional.linear(pooled, self.weight, bias) for bias in biases)
+        return torch.cat([first, second, first - second, first, second], 1)
+
+
+@pytest.mark.parametrize("large_first", [False, True])
+def test_biases_of_layers_with_one_weight_are_whole_steps_of_its_last_scale(large_first: bool) -> None:
+    float_model = capture(TwoBiases(large_first=large_first).eval(), (torch.zeros(1, 1, 8, 8),))
+    made = quantize_static(float_model, StaticConfig(), make_context(digits())).eval()
+    layers = [node for node in calls(made.graph) if op_name(node) == "linear"]
+    assert len({get_argument(layer, "weight") for layer in layers}) == 1
+    for layer in layers:
+        source, weight, bias = layer.args[:3]
+        steps = [get_attribute(made.graph, str(get_argument(each, "scale").target)) for each in (source, weight)]
+        whole = get_attribute(made.graph, str(bias.target)).detach().double() / steps[0].double() / steps[1].double()
+        assert whole.abs().max() < 2**31
+        assert ((whole - whole.round()).abs() <= whole.abs() * 2**-23 + 1e-3).all()

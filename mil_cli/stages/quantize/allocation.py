@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +193,8 @@ class Search:
 
     def _cost_together(self, choice: Choice) -> float:
         changes = [(weight, weight.codes[place]) for weight, place in zip(self.weights, choice, strict=True)]
-        return self._known("together", choice, lambda: self.cost(changes))
+        cost = self._known("together", choice, lambda: self.cost(changes))
+        return cost if math.isfinite(cost) else math.inf
 
     def _known(self, kind: str, choice: Choice, measure: Callable[[], float]) -> float:
         """Return what was measured of a choice, or is now."""

@@ -231,6 +231,19 @@ def test_where_the_costs_mislead_it_takes_one_width_for_all(
     assert set(chosen(used).values()) == {4}
 
 
+def test_a_choice_whose_outputs_are_no_numbers_is_not_taken(
+    model: Model, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cost(rounding: Rounding, changes: Any) -> float:
+        widths = [codes for _, codes in changes]
+        return float("nan") if len(widths) == 4 and len(set(widths)) > 1 else float(len(widths))
+
+    monkeypatch.setattr(Rounding, "distance", cost)
+    used = context(data)
+    mixed(model, config(average_bits=5), used)
+    assert set(chosen(used).values()) == {4}
+
+
 @pytest.mark.parametrize("bound", ["1300 B", pytest.param("55%", marks=pytest.mark.slow)])
 def test_a_file_whose_codes_need_room_of_their_own_keeps_the_bound(
     bound: str, model: Model, data: Data, monkeypatch: pytest.MonkeyPatch

@@ -93,15 +93,9 @@ class Calibrated:
     level: float = 0.9
 
     def predict(self, features: Floats) -> Prediction:
-        """Return the mean, and the deviation of the normal distribution whose interval is `interval`."""
+        """Return the mean, and the deviation of the normal distribution whose interval holds the share `level`."""
         mean, deviation = self.fitted.predict(features)
         return Prediction(mean, deviation * self.held_out.width(self.level) / ndtri((1 + self.level) / 2))
-
-    def interval(self, features: Floats) -> tuple[Floats, Floats]:
-        """Return the bounds that hold the share `level` of values, each of shape (architectures,)."""
-        mean, deviation = self.fitted.predict(features)
-        reach = deviation * self.held_out.width(self.level)
-        return mean - reach, mean + reach
 
 
 def out_of_fold(

@@ -53,28 +53,6 @@ def tau_b(scores: ArrayLike, truth: ArrayLike) -> float:
     return _normalised(*_tally(ranked(scores), ranked(truth)))
 
 
-def decisive_tau(scores: ArrayLike, truth: ArrayLike, noise: float) -> float:
-    """Return the tau of the pairs alone whose true values are further apart than noise makes them.
-
-    Args:
-        scores: Shape (architectures,).
-        truth: Shape (architectures,).
-        noise: The standard deviation that one architecture's true value has between seeds.
-
-    Returns:
-        (agreeing - disagreeing) / pairs that are at least ``2 * sqrt(2) * noise`` apart; pairs of equal score agree by
-        half. NaN if there is no such pair.
-    """
-    first, second = np.triu_indices(len(np.asarray(truth)), 1)
-    found, wanted = ranked(scores), ranked(truth)
-    with np.errstate(invalid="ignore"):  # two that are no number are no pair
-        apart = wanted[first] - wanted[second]
-    counted = np.abs(apart) > 2 * np.sqrt(2) * noise
-    if not counted.any():
-        return float("nan")
-    return float(np.mean(_signs(found)[first, second][counted] * np.sign(apart[counted])))
-
-
 def pooled_tau(scores: ArrayLike, truth: ArrayLike, groups: ArrayLike) -> float:
     """Return tau-b of the pairs within groups alone, all groups together.
 

@@ -26,7 +26,6 @@ PACKAGES = ("onnxruntime", "onnx", "numpy")
 """Packages whose versions belong to a measurement."""
 
 _INT8_X86 = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"})
-_INT8_ARM = frozenset({"asimddp", "i8mm"})
 _SHOWN = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimd", "asimddp", "i8mm")
 _APPLE_NAMES = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm", "AdvSIMD": "asimd", "avx2_0": "avx2"}
 
@@ -52,11 +51,6 @@ class Host:
     logical_cores: int
     memory_bytes: int
     packages: Mapping[str, str]
-
-    @property
-    def fast_int8(self) -> bool:
-        """Whether the processor has dot products of 8-bit integers that do not saturate."""
-        return bool(self.isa & (_INT8_X86 | _INT8_ARM))
 
 
 def detect() -> Host:

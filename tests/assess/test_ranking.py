@@ -10,7 +10,6 @@ import pytest
 from scipy import stats
 
 from mil_cli.assess.ranking import (
-    decisive_tau,
     difference,
     interval,
     noise_ceiling,
@@ -47,16 +46,6 @@ def test_what_is_no_number_comes_last_and_what_is_infinite_counts() -> None:
     assert tau_b([3.0, 2.0, 1.0, math.nan], truth) == tau_b([math.inf, 2.0, 1.0, math.nan], truth) == 1
     assert tau_b([math.nan, 3.0, 2.0, 1.0], truth) == counted_tau([-9.0, 3.0, 2.0, 1.0], truth) == 0
     assert tau_b([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, math.nan]) == 0
-
-
-def test_pairs_that_noise_decides_do_not_count() -> None:
-    truth = [0.1, 0.2, 0.9, 1.0]
-    swapped = [2.0, 1.0, 4.0, 3.0]
-    assert tau_b(swapped, truth) == pytest.approx(1 / 3)
-    assert decisive_tau(swapped, truth, noise=0.1) == 1  # 0.1 and 0.2 differ by less than 0.28
-    assert decisive_tau(swapped, truth, noise=0.0) == pytest.approx(1 / 3)
-    assert decisive_tau([1.0, 1.0, 1.0, 1.0], truth, noise=0.1) == 0
-    assert math.isnan(decisive_tau(swapped, truth, noise=1.0))
 
 
 def test_the_best_are_ranked_among_themselves() -> None:

@@ -143,7 +143,7 @@ def settle_biases(graph: GraphModule) -> None:
 
 
 def _biased_layers(graph: GraphModule) -> Iterator[tuple[Node, Node, Tensor, float]]:
-    """Yield the layers with a bias whose weight and input are quantized: its quantizer, it, the bias, the input's scale."""
+    """Yield, for each layer with a bias and quantized weight and input: quantizer, layer, bias, the input's scale."""
     for quantizer in calls(graph):
         weight = get_argument(quantizer, "x") if op_name(quantizer) in QUANTIZERS else None
         if not isinstance(weight, Node) or weight.op != "get_attr":

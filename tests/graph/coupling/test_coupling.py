@@ -401,3 +401,44 @@ def test_an_axis_that_a_cut_leaves_one_entry_is_not_squeezed(size: int) -> None:
     number = number_of(coupling, "first.weight")
     result = cut(model, coupling, {number: set(range(6 - size))})
     assert check_equivalence(model, coupling, {number: set(range(6 - size))}, result, [model.batch_input(3)]).equivalent
+
+
+class Folded(nn.Module):
+    """Channels are folded into the samples, and that axis is sliced as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.relu(self.first(x)).flatten(0, 1)[:, 1:]
+        return self.second(rows.reshape(x.shape[0], -1, 4))
+
+
+def test_a_slice_to_the_end_is_one_in_larger_batches_too() -> None:
+    model = Model.capture(Folded().eval(), (torch.randn(2, 3, 5),))
+    coupling = analyse(model)
+    removed = {number_of(coupling, "first.weight"): {1, 4}}
+    assert any(node.target is torch.ops.aten.slice.Tensor and node.args[1] == 0 for node in model.graph.graph.nodes)
+    result = cut(model, coupling, removed)
+    assert result.num_params() < model.num_params()
+    assert check_equivalence(model, coupling, removed, result, [model.batch_input(100)]).equivalent
+
+
+@pytest.mark.parametrize("window", [slice(None, -2), slice(-4, None), slice(-5, -1), slice(1, 5), slice(-3, -1)])
+def test_slices_are_counted_from_the_side_that_they_were_counted_from(window: slice) -> None:
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(x))
+            return self.second(x) + x[:, window].sum(1, keepdim=True)
+
+    model = Model.capture(Windowed().eval(), (torch.randn(2, 3),))
+    coupling = analyse(model)
+    number = number_of(coupling, "first.weight")
+    for gone in ({0, 5}, {1, 2, 4}, {2, 4, 5}):
+        result = cut(model, coupling, {number: gone})
+        assert check_equivalence(model, coupling, {number: gone}, result, [model.batch_input(3)]).equivalent

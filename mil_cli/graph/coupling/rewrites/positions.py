@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 from torch.fx import Node
@@ -48,15 +50,26 @@ def slice_(edit: Edit) -> None:
     mask = edit.mask(key, axis)
     if mask is None:
         return
-    start, end, step = slice(edit.value("start"), edit.value("end"), edit.value("step", 1)).indices(len(mask))
+    start, end, step = edit.value("start") or 0, edit.value("end"), edit.value("step", 1)
+    end = sys.maxsize if end is None else end
     if step == 1:
-        edit.replace_target(
-            aten.slice.Tensor, data, axis, int(mask[:start].sum()), int(mask[: max(start, end)].sum()), 1
-        )
+        edit.replace_target(aten.slice.Tensor, data, axis, _border(mask, start), _border(mask, end), 1)
         return
     kept = np.flatnonzero(mask)
     chosen = np.flatnonzero(np.isin(kept, np.arange(len(mask))[start:end:step]))
     edit.replace_target(aten.index_select.default, data, axis, edit.constant(chosen))
+
+
+def _border(mask: Mask, position: int) -> int:
+    """Return where a border of a slice is among the kept entries, counted from the side that it was counted from.
+
+    An axis into which samples are folded is longer in a larger batch than the mask is.
+    """
+    if position >= len(mask):
+        return position  # the end, wherever that is
+    if position >= 0:
+        return int(mask[:position].sum())
+    return -int(mask[position:].sum()) or sys.maxsize
 
 
 def narrow(edit: Edit) -> None:
@@ -74,7 +87,7 @@ def select(edit: Edit) -> None:
     key, _ = _data(edit)
     mask = edit.mask(key, edit.axis(key, edit.value("dim")))
     if mask is not None:
-        edit.set("index", int(mask[: edit.value("index") % len(mask)].sum()))
+        edit.set("index", _border(mask, edit.value("index")))
 
 
 def roll(edit: Edit) -> None:

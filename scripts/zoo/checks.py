@@ -36,7 +36,9 @@ RATIO = 0.4
 
 STEPS = ("build", "capture", "analyse", "cut", "equivalence", "batch", "backward", "archive", "second cut", "onnx")
 
-_OTHER_BATCH = 7
+_OTHER_BATCH = 17
+"""More than the analysis runs with, so that sizes of that run left in the graph are seen."""
+
 _SHOWN_REASONS = 4
 
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from mil_cli.errors import ExportError
 from mil_cli.export.exporter import MARKER_DOMAIN
+from mil_cli.export.float_layers import keep_float_layers
 from mil_cli.export.gemm import finish_products
 from mil_cli.export.markers import Marker, read_marker
 from mil_cli.export.packing import ALL_WIDTHS, index_bits, storage_bits, write_codes, write_indices
@@ -47,6 +48,7 @@ def write_quantizers(onnx: GraphWriter, widths: Collection[int] = ALL_WIDTHS) ->
     for node in nodes:
         writer.write(read_marker(node))
     finish_products(onnx)
+    keep_float_layers(onnx)
     return writer.notices()
 
 

@@ -32,7 +32,9 @@ def mode_arguments(node: Node) -> dict[str, tuple[Any, Any]]:
     otherwise. The node must be in its evaluation form, or have been switched by `set_mode` before.
     """
     recorded = read_annotation(node, "mode") or {}
-    result = {name: (values[0], values[1]) for name, values in recorded.items()}
+    # A second export copies the annotations of a call to the nodes that take its results apart.
+    known = {name: values for name, values in recorded.items() if schema_index(node, name) is not None}
+    result = {name: (values[0], values[1]) for name, values in known.items()}
     for flag in FLAGS:
         if flag not in result and schema_index(node, flag) is not None:
             value = get_argument(node, flag)

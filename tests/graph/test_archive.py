@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mil_cli.errors import ArchiveError, OutputError
 from mil_cli.graph import archive
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import calls, module_path, source_line
+from mil_cli.graph.nodes import calls, get_argument, module_path, op_name, source_line
 
 
 class Net(nn.Module):
@@ -250,3 +250,25 @@ def test_samples_of_a_type_without_a_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="complex128"):
         model.save(tmp_path / "x.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: Tensor = self.layer(x)[0]
+        return states
+
+
+def test_a_recurrent_layer_that_was_trained_comes_back(tmp_path: Path) -> None:
+    """The second export copies the layer's note of its mode to the nodes that take its results apart."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4)
+    model = Model.capture(Recurrent(), (x,)).train().eval()
+    model.save(tmp_path / "model.pt2")
+    loaded = Model.load(tmp_path / "model.pt2")
+    assert torch.equal(loaded(x), model(x))
+    (layer,) = (node for node in calls(loaded.train().graph) if op_name(node) == "gru")
+    assert get_argument(layer, "train")

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mil_cli.errors import StageError, did_you_mean
@@ -187,7 +187,9 @@ def _weighted(graph: GraphModule, node: Node) -> tuple[Node, Node, int, Node | N
     else:
         return None
     if weight.op != "get_attr":
-        return None if name in ("matmul", "mm") else "its weight is computed in the graph"
+        if name in ("matmul", "mm"):
+            return "its weight stands on the left" if _is_matrix(graph, source) else None
+        return "its weight is computed in the graph"
     value = get_attribute(graph, str(weight.target))
     if source.op == "get_attr" and name != LOOK_UP:
         return "its input is a constant"
@@ -197,6 +199,12 @@ def _weighted(graph: GraphModule, node: Node) -> tuple[Node, Node, int, Node | N
         return "only two-dimensional weights become integer kernels"
     bias = get_argument(node, "bias") if name not in ("matmul", "mm", LOOK_UP) else None
     return source, weight, axis % value.ndim, bias if isinstance(bias, Node) and bias.op == "get_attr" else None
+
+
+def _is_matrix(graph: GraphModule, node: Node) -> bool:
+    """Whether a node reads a parameter of two axes, as the weights of products are."""
+    value = get_attribute(graph, str(node.target)) if node.op == "get_attr" else None
+    return isinstance(value, nn.Parameter) and value.ndim == 2
 
 
 def _layer_name(graph: GraphModule, node: Node, found: object) -> str:

@@ -292,3 +292,22 @@ def test_values_that_are_no_floats_get_no_quantizer() -> None:
         quantized = [node.name for node in [*placement.owned, *placement.shared]]
         assert ("mask" in quantized) == joined
         assert len(placement.layers) == 2
+
+
+class Left(nn.Module):
+    """Mixes tokens by a matrix, and attends with queries that were learned, which are no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.queries = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(1, 2, 4))
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix @ x
+        shares = torch.softmax(self.queries @ x.transpose(1, 2), -1)
+        logits: Tensor = self.last(shares @ x)
+        return logits
+
+
+def test_a_weight_on_the_left_is_said_to_stay_float() -> None:
+    assert placed(Left(), (2, 3, 4), "transformer").kept_float == {"matmul": "its weight stands on the left"}

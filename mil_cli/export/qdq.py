@@ -22,6 +22,7 @@ from mil_cli.export.float_layers import keep_float_layers
 from mil_cli.export.gemm import finish_products
 from mil_cli.export.markers import Marker, read_marker
 from mil_cli.export.packing import ALL_WIDTHS, index_bits, storage_bits, write_codes, write_indices
+from mil_cli.export.signed import pair_moved_codes
 from mil_cli.export.surgery import GraphWriter, constant_of
 from mil_cli.export.tables import lookups_in, write_lookups
 
@@ -49,6 +50,7 @@ def write_quantizers(onnx: GraphWriter, widths: Collection[int] = ALL_WIDTHS) ->
         writer.write(read_marker(node))
     finish_products(onnx)
     keep_float_layers(onnx)
+    pair_moved_codes(onnx)
     return writer.notices()
 
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mil_cli.data.base import Batch
+from mil_cli.graph.nodes import get_argument, get_attribute, op_name
 from mil_cli.training.trainee import Trainee
 
 
@@ -18,12 +21,12 @@ def use_channels_last(model: Trainee, *, wanted: bool | Literal["auto"]) -> bool
     Args:
         model: Changed in place: the layout of its 4-d weights.
         wanted: ``auto``: only where the model has 2-d convolutions over images and gives the same outputs; a captured
-            view of memory may not survive the layout.
+            view of memory may not survive the layout. True: wherever torch can train in it.
 
     Returns:
         Whether it now is in channels_last.
     """
-    if wanted is False:
+    if wanted is False or _crashes(model.graph):
         return False
     if wanted is True:
         _to_channels_last(model)
@@ -75,6 +78,27 @@ def place(batch: Batch, *, device: torch.device, channels_last: bool) -> Batch:
     if isinstance(batch, Mapping):
         return {key: move(value) for key, value in batch.items()}
     return tuple(move(value) for value in batch)
+
+
+def _crashes(graph: nn.Module) -> bool:
+    """Whether a group norm reads what needs no gradient, an input or what frozen layers give.
+
+    torch 2.13 on CPUs writes the gradient of that input nevertheless in this layout, where there is no memory for it.
+    """
+    if not isinstance(graph, GraphModule):
+        return any(isinstance(module, nn.GroupNorm) for module in graph.modules())
+    trained: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            value = get_attribute(graph, str(node.target))
+            trains = isinstance(value, nn.Parameter) and value.requires_grad
+        else:
+            trains = any(source in trained for source in node.all_input_nodes)
+        if trains:
+            trained.add(node)
+        if op_name(node) == "group_norm" and get_argument(node, "input") not in trained:
+            return True
+    return False
 
 
 def _to_channels_last(model: Trainee) -> None:

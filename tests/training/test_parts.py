@@ -21,6 +21,7 @@ from mil_cli.task.image_to_image import ImageToImage
 from mil_cli.training.batch_norm import recalibrate
 from mil_cli.training.checkpoint import FileSlot, NullSlot
 from mil_cli.training.config import TrainerConfig, merged_settings
+from mil_cli.training.eager import EagerModule
 from mil_cli.training.ema import MovingAverage
 from mil_cli.training.evaluate import NotFiniteError, Quality, evaluate
 from mil_cli.training.layout import to_contiguous, use_channels_last
@@ -286,6 +287,21 @@ class TestLayout:
     def test_models_without_images_are_left_alone(self) -> None:
         model = Model.capture(nn.Linear(3, 2), (torch.zeros(4, 3),))
         assert not use_channels_last(model, wanted="auto")
+
+    @pytest.mark.parametrize("captured", [True, False])
+    def test_a_group_norm_of_the_images_trains_in_the_plain_layout(self, captured: bool) -> None:
+        """torch writes a gradient of its input in channels_last, which none asked for: the process dies."""
+        net = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3))
+        samples = (torch.randn(4, 4, 6, 6),), {}
+        model = Model.capture(net, *samples)
+        trainee = model if captured else EagerModule(net, spec=model.spec, samples=samples)
+        assert not use_channels_last(trainee, wanted="auto")
+        assert not use_channels_last(trainee, wanted=True)
+        behind = Model.capture(nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)), *samples)
+        assert use_channels_last(behind, wanted=True)
+        for parameter in list(behind.parameters())[:2]:
+            parameter.requires_grad_(False)
+        assert not use_channels_last(behind, wanted=True)
 
 
 def test_image_to_image_trains_by_its_own_loss(patterns: Data) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mil_cli.errors import GoalError
-from mil_cli.measure.statistics import SAME_WITHIN, verdict
+from mil_cli.measure.statistics import verdict
 from mil_cli.training.quality import relative_drop
 
 if TYPE_CHECKING:
@@ -92,34 +93,62 @@ def judge(goals: Goals, *, baseline: dict[str, Any], final: dict[str, Any]) -> l
     return verdicts
 
 
-def slowdowns(baseline: dict[str, Any], stages: Sequence[tuple[str, dict[str, Any] | None]]) -> list[str]:
+def slowdowns(
+    baseline: dict[str, Any],
+    stages: Sequence[tuple[str, dict[str, Any] | None]],
+    quantizing: Collection[str] = (),
+) -> list[str]:
     """Return a notice for each file that is slower than what it was made of, beyond what the measurement may err by.
 
     Smaller or with fewer operations is not faster on every device; no file shall ship that is slower without a word.
+    Quantization is there to be faster: where it is not, that is told too.
 
     Args:
         baseline: The uncompressed model's measurement, as in the report.
-        stages: Name and measurement after each stage, in order; None where only what comes last was timed.
+        stages: Name and measurement after each stage, in order; None where none was taken.
+        quantizing: Names of the stages that quantize.
     """
-    notices, before = [], baseline["latency_ms"]
-    timed = [(name, measured["latency_ms"]) for name, measured in stages if measured is not None]
-    for name, after in timed if len(timed) > 1 else []:
-        # Both are ratios to the baseline: apart if even the ends of their intervals that face each other are.
-        apart = after["ratio_ci95"][0] / before["ratio_ci95"][1]
-        ratio = after["ratio_to_baseline"] / before["ratio_to_baseline"]
-        if apart > 1 and ratio > 1 + SAME_WITHIN:
-            notices.append(f"stage '{name}' made the file slower, not faster: {ratio:.2f} times as slow as before it")
-        before = after
-    for _, last in timed[-1:]:
-        low, high = last["ratio_ci95"]
-        ratio = last["ratio_to_baseline"]
-        if verdict(ratio, (low, high)) == "slower":
-            hint = "" if len(timed) == len(stages) else "; measure.per_stage=true shows which stage it comes from"
-            notices.append(
-                f"the final file is slower than the uncompressed one on this device: {ratio:.2f} times its latency "
-                f"(95 % {low:.2f} to {high:.2f}){hint}"
-            )
-    return notices
+    latencies = [_latency(baseline), *(_latency(measured) for _, measured in stages)]
+    steps = [(name, *pair) for (name, _), pair in zip(stages, itertools.pairwise(latencies), strict=True)]
+    told = [_against_last(*step, quantizes=step[0] in quantizing) for step in steps] if len(steps) > 1 else []
+    quantized = len(steps) == 1 and steps[0][0] in quantizing
+    hint = "; measure.per_stage=true shows which stage it comes from" if None in latencies else ""
+    return [notice for notice in (*told, _against_first(latencies[-1], hint, quantized=quantized)) if notice]
+
+
+def _latency(measurement: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if measurement is None else measurement["latency_ms"]
+
+
+def _against_last(
+    name: str, before: dict[str, Any] | None, after: dict[str, Any] | None, *, quantizes: bool
+) -> str | None:
+    """Return a notice if a stage's file is slower than the one before it, or no faster though the stage quantizes."""
+    if before is None or after is None:
+        return None
+    # Both are ratios to the baseline: apart if even the ends of their intervals that face each other are.
+    low, high = (after["ratio_ci95"][one] / before["ratio_ci95"][1 - one] for one in (0, 1))
+    ratio = after["ratio_to_baseline"] / before["ratio_to_baseline"]
+    word = verdict(ratio, (low, high))
+    if word == "slower":
+        return f"stage '{name}' made the file slower, not faster: {ratio:.2f} times as slow as before it"
+    if word != "faster" and quantizes:
+        return f"stage '{name}' made the file no faster: {ratio:.2f} times the latency before it"
+    return None
+
+
+def _against_first(latency: dict[str, Any] | None, hint: str, *, quantized: bool) -> str | None:
+    """Return a notice if the final file is slower than the uncompressed one, or no faster though only quantized."""
+    if latency is None:
+        return None
+    low, high = latency["ratio_ci95"]
+    ratio = latency["ratio_to_baseline"]
+    word, figures = verdict(ratio, (low, high)), f"{ratio:.2f} times its latency (95 % {low:.2f} to {high:.2f})"
+    if word == "slower":
+        return f"the final file is slower than the uncompressed one on this device: {figures}{hint}"
+    if word != "faster" and quantized:
+        return f"the quantized file is no faster than the uncompressed one on this device: {figures}"
+    return None
 
 
 def remedies(slow: Sequence[str], stages: Sequence[tuple[str, StageConfig]]) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -174,9 +175,9 @@ def _run(recipe: Recipe, directory: RunDirectory, *, cache: Cache, fresh: bool, 
     part()
     prover = Prover(surroundings.task, surroundings.data, surroundings.device, cache, fresh, progress)
     baseline = prover.prove("baseline", chain.original, judged=True)
+    timed = _timed(chain.results, every=recipe.measure.per_stage)
     between = [
-        prover.prove(result.name, result.model, judged=False)
-        for result in (chain.results[:-1] if recipe.measure.per_stage else [])
+        prover.prove(result.name, result.model, judged=False) for result in map(chain.results.__getitem__, timed)
     ]
     final = prover.prove("final", chain.final, judged=True)
     directory.take(baseline.path, "baseline.onnx")
@@ -186,9 +187,19 @@ def _run(recipe: Recipe, directory: RunDirectory, *, cache: Cache, fresh: bool, 
     preparation = (
         _given(recipe, prover, baseline) if chain.preparation is None else _stage_entry(chain.preparation, None)
     )
-    report = _report(recipe, chain, preparation, baseline, final, figures)
+    of_stages = dict(zip(timed, figures[1:-1], strict=True))
+    report = _report(recipe, chain, preparation, (baseline, figures[0]), of_stages, (final, figures[-1]))
     write_json(directory.path / REPORT, report)
     return report
+
+
+def _timed(results: Sequence[StageResult], *, every: bool) -> list[int]:
+    """Return the places of the results before the last that are timed: those around a stage that quantizes, or all.
+
+    What the stages before it gained must not hide that integers are slower than the float model that they came from.
+    """
+    quantizes = [result.config.family == "quantize" for result in results]
+    return [place for place, pair in enumerate(itertools.pairwise(quantizes)) if every or any(pair)]
 
 
 def _take_all(directory: RunDirectory, source: Path, folder: str) -> None:
@@ -210,15 +221,20 @@ def _report(
     recipe: Recipe,
     chain: Chain,
     preparation: dict[str, Any],
-    baseline: Proof,
-    final: Proof,
-    figures: list[dict[str, Any]],
+    baseline: tuple[Proof, dict[str, Any]],
+    between: Mapping[int, dict[str, Any]],
+    final: tuple[Proof, dict[str, Any]],
 ) -> dict[str, Any]:
-    of_baseline, of_final = figures[0], figures[-1]
+    (baseline_proof, of_baseline), (final_proof, of_final) = baseline, final
     verdicts = judge(recipe.goals, baseline=of_baseline, final=of_final)
-    per_stage = figures[1:] if recipe.measure.per_stage else [None] * len(chain.results)
-    timed = zip([result.name for result in chain.results], [*per_stage[:-1], of_final], strict=True)
-    slow = slowdowns(of_baseline, list(timed))
+    results = chain.results
+    of_stages = [*map(between.get, range(len(results) - 1)), of_final]
+    named = [(result.name, measured) for result, measured in zip(results, of_stages, strict=True)]
+    slow = slowdowns(of_baseline, named, {result.name for result in results if result.config.family == "quantize"})
+    timed = recipe.measure.per_stage or between
+    # The final file was scored on test; a stage is held against the one before it, on val.
+    of_last = {**of_final, "quality": results[-1].facts["quality"]}
+    shown = [*of_stages[:-1], of_last] if timed else [None] * len(results)
     return {
         "version": REPORT_VERSION,
         "name": recipe.name,
@@ -229,17 +245,17 @@ def _report(
         "preparation": preparation,
         "baseline": of_baseline,
         "final": of_final,
-        "stages": [_stage_entry(result, measured) for result, measured in zip(chain.results, per_stage, strict=True)],
+        "stages": [_stage_entry(result, measured) for result, measured in zip(results, shown, strict=True)],
         "goals": [asdict(verdict) for verdict in verdicts],
         "goals_met": all(verdict.met for verdict in verdicts),
-        "parity": final.parity,
-        "baseline_parity": baseline.parity,
+        "parity": final_proof.parity,
+        "baseline_parity": baseline_proof.parity,
         "notices": [
             *chain.original.load().spec.notices,
-            *baseline.notices,
-            *final.notices,
+            *baseline_proof.notices,
+            *final_proof.notices,
             *slow,
-            *remedies(slow, [(result.name, result.config) for result in chain.results]),
+            *remedies(slow, [(result.name, result.config) for result in results]),
         ],
     }
 

@@ -89,6 +89,8 @@ def test_the_chain_ends_in_a_file_that_replaces_the_baseline(tmp_path: Path) -> 
     assert [stage["name"] for stage in report["stages"]] == ["nas", "prune", "recover", "quantize"]
     assert report["final"]["quality"]["split"] == report["baseline"]["quality"]["split"] == "test"
     assert {stage["measurement"]["quality"]["split"] for stage in report["stages"]} == {"val"}
+    timed = [stage["name"] for stage in report["stages"] if stage["measurement"]["latency_ms"] is not None]
+    assert timed == ["recover", "quantize"]  # the file that is quantized is held against the one that it was made of
     for name, key in (("baseline.onnx", "baseline"), ("model.onnx", "final")):
         assert (out / name).stat().st_size == report[key]["size_bytes"]
     low, high = report["final"]["latency_ms"]["ratio_ci95"]

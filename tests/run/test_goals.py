@@ -90,6 +90,17 @@ def test_a_slower_file_is_told_but_not_what_the_measurement_may_err_by(ratio: fl
     assert not any("per_stage" in notice for notice in slowdowns(timed(1.0, 0.0), [("quantize", timed(ratio, spread))]))
 
 
+@pytest.mark.parametrize(("before", "after"), [(1.0, 0.99), (0.4, 0.4), (0.4, 0.39)])
+def test_a_stage_that_quantizes_is_told_where_it_gains_no_time(before: float, after: float) -> None:
+    baseline, quantized = timed(1.0, 0.0), ("quantize", timed(after))
+    stages = [quantized] if before == 1 else [("prune", timed(before)), quantized]
+    (notice,) = slowdowns(baseline, stages, {"quantize"})
+    assert "no faster" in notice
+    assert f"{after / before:.2f} times" in notice
+    assert not slowdowns(baseline, stages)
+    assert not slowdowns(baseline, [*stages[:-1], ("quantize", timed(after / 2))], {"quantize"})
+
+
 def test_what_helps_against_slow_integers_is_told_where_it_is_not_done_yet() -> None:
     stages = [("cut", MagnitudeConfig(macs=0.5)), ("one", StaticConfig()), ("two", StaticConfig(latency_aware=True))]
     (told,) = remedies(["the final file is slower"], stages)

@@ -37,7 +37,9 @@ def inspect(
     bits, origin = _bits(model, graph)
     _show_signature(graph, stdout)
     _show_layers(graph, _cuttable(coupling), bits, everything, stdout)
-    stdout.print(f"bits of weights (W) and of what layers read (A): {origin}", markup=False)
+    stdout.print(f"bits of weights (W) and of what layers read (A): {origin}", markup=False, soft_wrap=True)
+    for sentence in bits.form:
+        stdout.print(f"  {sentence}", markup=False, soft_wrap=True)
     _show_limits(coupling, stdout)
     _show_float(bits, stdout)
     for notice in graph.spec.notices:
@@ -105,6 +107,7 @@ def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
     from mil_cli.stages.quantize import dynamic, weight_only
     from mil_cli.stages.quantize.aware import AwareConfig
     from mil_cli.stages.quantize.describe import planned_bits, present_bits
+    from mil_cli.stages.quantize.mixed import MixedConfig
     from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
     from mil_cli.stages.quantize.static import StaticConfig
 
@@ -122,6 +125,11 @@ def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
             as_given = f"as the stage '{name}' ({stage.key()}) gives them"
             if isinstance(stage, QuantizationConfig):
                 config, origin = stage, as_given
+            elif isinstance(stage, MixedConfig):
+                given = recipe.stages.get(stage.by) if stage.by is not None else config
+                config = given if isinstance(given, QuantizationConfig) else config
+                widths = ", ".join(map(str, stage.bits))
+                origin = f"{as_given}, but for those of weights, which it chooses from {widths} when it runs"
             elif isinstance(stage, weight_only.WeightOnlyConfig):
                 return weight_only.planned_bits(graph, stage), as_given
             elif isinstance(stage, dynamic.DynamicConfig):

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from mil_cli.graph.branches import COND
 from mil_cli.graph.nodes import get_argument, get_attribute, module_path, namespace, op_name
+from mil_cli.ops import QUANTIZERS
 
 with warnings.catch_warnings():
     # fvcore compiles a loss with torch.jit.script as it is imported, which torch warns of.
@@ -109,12 +110,18 @@ class _Counter(Interpreter):
             if id(indices) not in self._counted:
                 self._counted.add(id(indices))
                 total += indices.numel()
-        for source in node.all_input_nodes:
+        for source in map(_behind_quantizer, [] if op_name(node) in QUANTIZERS else node.all_input_nodes):
             value = get_attribute(self.module, str(source.target)) if source.op == "get_attr" else None
             if isinstance(value, nn.Parameter) and id(value) not in self._counted:
                 self._counted.add(id(value))
                 total += value.numel()
         return total
+
+
+def _behind_quantizer(source: Node) -> Node:
+    """Return the weight that a quantizer rounds for a layer, whose parameters it is; another value as it is."""
+    rounded = get_argument(source, "x") if op_name(source) in QUANTIZERS else None
+    return rounded if isinstance(rounded, Node) and rounded.op == "get_attr" else source
 
 
 def node_macs(node: Node, values: dict[Node, Any], result: Any) -> int:

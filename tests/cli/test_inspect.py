@@ -19,6 +19,30 @@ def test_the_bits_of_a_recipe_are_shown(project: Callable[..., Path], capsys: py
     assert "head: skipped by 'head'" in shown
 
 
+def test_signs_ranges_and_what_is_quantized_beside_layers_are_shown(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(project(("stages:", "stages:\n  quantize: {activations: int8, reduce_range: true}")) / "recipe.yaml")
+    assert main(["inspect", recipe]) == 0
+    shown = capsys.readouterr().out
+    assert "policy cnn" in shown
+    assert "at least 8 bits next to inputs and outputs" in shown
+    assert "activations int8; weights of 8 bits in [-64, 64], a reduced range" in shown
+    assert "with integers between layers: 1 mean" in shown
+
+
+def test_bits_that_are_chosen_in_the_run_are_not_made_up(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = project(("quantize: static", "quantize: mixed\n  - /stage/quantize@stages.made: lsq")) / "recipe.yaml"
+    stages = "stages:\n  quantize: {by: made, average_bits: 4}\n  made: {activation_bits: 4, first_last_bits: 2}"
+    recipe.write_text(recipe.read_text().replace("\nstages:", f"\n{stages}"))
+    assert main(["inspect", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    assert "but for those of weights, which it chooses from 2, 4, 8 when it runs" in shown
+    assert shown.count("A4") == 2
+
+
 def test_without_a_recipe_it_shows_what_could_be(
     project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

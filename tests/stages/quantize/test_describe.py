@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mil_cli.errors import StageError
+from mil_cli.graph.count import count_layers
+from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, op_name
 from mil_cli.models.vit import vit
@@ -37,6 +39,22 @@ def test_the_plan_is_what_quantization_does() -> None:
         assert 2 in {weight for weight, _ in plan.bits.values()}
         assert plan.kept_float == used.notes["kept_float"]
         assert not present_bits(model).bits
+
+
+def test_a_quantized_model_tells_its_signs_and_ranges_and_counts_as_before() -> None:
+    model, used = make_model(), context()
+    config = StaticConfig(activations="int8", reduce_range=True)
+    plan = planned_bits(model, Rules.of(config, used))
+    done = quantize(model, config, used)
+    said = present_bits(done).form
+    assert "activations int8; weights of 8 bits in [-64, 64], a reduced range" in said
+    assert set(said) < set(plan.form)
+    assert any("between layers" in sentence for sentence in said)
+
+    def parameters(of: Model) -> dict[str, int]:
+        return {layer.node: layer.params for layer in count_layers(of) if layer.macs}
+
+    assert parameters(done) == parameters(fold_batch_norm(model))
 
 
 def test_a_pattern_that_fits_nothing_is_told_before_any_data_are_seen() -> None:

@@ -251,7 +251,7 @@ def _check_trainer_overrides(
 def _check_recovery(stages: Mapping[str, StageConfig], keys: Iterable[str], problems: list[MilError]) -> None:
     """Check that the stage by which another one recovers, or whose loss it trains on, exists and trains.
 
-    What a field `by` names must exist; whether it is of the right kind is for its stage to say.
+    What a field `by` names must exist; whether it is of the right kind its stage says.
     """
     known = set(keys)
     for key, stage in stages.items():
@@ -267,6 +267,11 @@ def _check_recovery(stages: Mapping[str, StageConfig], keys: Iterable[str], prob
             elif field != "by" and name in stages and stages[name].family not in ("train", "distill"):
                 hint = "name a stage of the family train or distill"
                 problems.append(RecipeError("that stage does not train", where=where, value=name, hint=hint))
+            elif field == "by" and name in stages:
+                try:
+                    stage.check_by(stages[name], name=key)
+                except MilError as error:
+                    problems.append(error)
 
 
 def _check_chain(

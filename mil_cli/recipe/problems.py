@@ -30,6 +30,8 @@ _HINTS = {
 # How the part of a message begins that says what to do.
 _STEPS = ("write ", "give ", "use ", "set ", "choose ", "leave ", "remove ")
 
+_CONTAINERS = (dict, list, tuple, Mapping)
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -75,7 +77,11 @@ def problems_of(
     error: ValidationError, model_type: type[BaseModel], *, where: str = "", aliases: Sequence[str] = ()
 ) -> list[RecipeError]:
     """Return one `RecipeError` for each finding of pydantic."""
-    return [_problem(dict(finding), model_type, where=where, aliases=aliases) for finding in error.errors()]
+    findings = error.errors()
+    # Entries that are wrong count as missing: a list that is too short by them is told by them.
+    within = {finding["loc"][:-1] for finding in findings}
+    told = [each for each in findings if each["type"] != "too_short" or each["loc"] not in within]
+    return [_problem(dict(finding), model_type, where=where, aliases=aliases) for finding in told]
 
 
 def _problem(
@@ -86,7 +92,7 @@ def _problem(
     kind: str = finding["type"]
     value = finding.get("input")
     if kind == "extra_forbidden":
-        known = [*_fields_at(model_type, location[:-1]), *aliases]
+        known = [*_fields_at(model_type, location[:-1]), *(aliases if len(location) == 1 else ())]
         return RecipeError("there is no such key", where=key, value=value, hint=did_you_mean(str(location[-1]), known))
     if kind == "missing":
         return RecipeError("a value is needed here", where=key, hint=f"set {key} in the recipe")
@@ -109,6 +115,11 @@ def _problem(
         name, tags = context["discriminator"].strip("'"), context["expected_tags"]
         hint = did_you_mean(context["tag"], [tag.strip(" '") for tag in tags.split(",")])
         return RecipeError(f"must be one of {tags}", where=f"{key}.{name}", value=context["tag"], hint=hint)
+    if kind in ("too_short", "too_long"):
+        bound = finding["ctx"]["min_length" if kind == "too_short" else "max_length"]
+        wanted = f"{'at least' if kind == 'too_short' else 'at most'} {bound}"
+        entries = f"must have {wanted} {'entry' if bound == 1 else 'entries'}"
+        return RecipeError(entries, where=key, value=value, hint=f"write {wanted}")
     what = message.replace("Input should be", "must be").replace("String should", "must")
     hint = _HINTS.get(kind) or f"change {key}; it {what}"
     return RecipeError(what, where=key, value=value, hint=hint)
@@ -117,11 +128,16 @@ def _problem(
 def _fields_at(model_type: type[BaseModel], location: Sequence[object]) -> list[str]:
     """Return the field names of the model that `location` leads to from `model_type`."""
     current: Any = model_type
+    entered = False
     for part in location:
-        fields = getattr(current, "model_fields", None)
-        if fields is None or part not in fields:
+        if entered:  # the key or place of an entry, whose model is known already
+            entered = False
+            continue
+        fields = getattr(current, "model_fields", {})
+        if part not in fields:
             return []
-        current = _model_in(fields[part].annotation)
+        annotation = fields[part].annotation
+        current, entered = _model_in(annotation), typing.get_origin(annotation) in _CONTAINERS
     return list(getattr(current, "model_fields", {}))
 
 

@@ -106,6 +106,17 @@ class StageConfig(BaseModel):
         """Return the settings by which another stage trains its own model: without what only a chain has use for."""
         return self
 
+    def check_by(self, other: StageConfig, *, name: str) -> None:
+        """Refuse the settings of the stage that a field `by` names where they do not serve, before anything runs.
+
+        Args:
+            other: That stage's settings.
+            name: The key of this stage in the recipe.
+
+        Raises:
+            StageError: Says what does not serve.
+        """
+
 
 StageFunction = Callable[["Model", "StageConfig", "Context"], "Model"]
 

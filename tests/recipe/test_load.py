@@ -101,6 +101,8 @@ def test_problems_of_independent_parts_come_together(write: Write) -> None:
         ({"name": "a/b"}, "name"),
         ({"stages": {"../../x": {"family": "quantize", "method": "static"}}}, "stages"),
         ({"stages": {"q": {"family": "quantize", "method": "mixed", "average_bits": 4, "by": "lsqq"}}}, "stages.q.by"),
+        ({"stages": {"q": {"family": "quantize", "method": "mixed", "average_bits": 4, "by": "prune"}}}, "stages.q.by"),
+        ({"stages": {"d": {"family": "distill", "method": "assistants", "by": "quantize"}}}, "stages.d.by"),
         ({"goals": {"quality": {"max_drop": math.nan}}}, "goals.quality.max_drop"),
     ],
 )

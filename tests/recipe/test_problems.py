@@ -21,6 +21,8 @@ class Outer(BaseModel):
     kind: Literal["minmax", "percentile"] = "minmax"
     inner: Inner | None = None
     steps: list[int] = []
+    pair: tuple[int, ...] = Field((1,), min_length=1, max_length=2)
+    named: dict[str, Inner] = {}
     flag: bool = False
     need: int
 
@@ -30,6 +32,10 @@ class Outer(BaseModel):
     [
         ({"need": 1, "kindd": "x"}, "stages.q.kindd", "did you mean 'kind'?"),
         ({"need": 1, "inner": {"rates": 1}}, "stages.q.inner.rates", "did you mean 'rate'?"),
+        ({"need": 1, "named": {"rate": {"rates": 1}}}, "stages.q.named.rate.rates", "did you mean 'rate'?"),
+        ({"need": 1, "pair": ["x"]}, "stages.q.pair[0]", "whole number"),
+        ({"need": 1, "pair": []}, "stages.q.pair", "must have at least 1 entry"),
+        ({"need": 1, "pair": [1, 2, 3]}, "stages.q.pair", "must have at most 2 entries"),
         ({"need": 1, "inner": {"rate": 1.5}}, "stages.q.inner.rate", "less than or equal to 1"),
         ({"need": 1, "inner": 3}, "stages.q.inner", "mapping"),
         ({"need": 1, "kind": "minmaxx"}, "stages.q.kind", "did you mean 'minmax'?"),

@@ -13,7 +13,7 @@ from mil_cli.errors import StageError
 from mil_cli.stages.distill.convergence import after
 from mil_cli.stages.distill.distil import Source, TaughtConfig, report, student_of, teach, teacher_of
 from mil_cli.stages.distill.soft_labels import SoftLabelsConfig, soft_label_objective
-from mil_cli.stages.registry import stage
+from mil_cli.stages.registry import StageConfig, stage
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -53,6 +53,16 @@ class AssistantsConfig(TaughtConfig):
             given = "both are" if self.assistants else "neither is"
             raise ValueError(f"give either by, the pruning stage that makes assistants, or assistants; {given} given")
         return self
+
+    def check_by(self, other: StageConfig, *, name: str) -> None:
+        """Refuse a stage that makes no assistants."""
+        if other.family != "prune" or "macs" not in type(other).model_fields:
+            raise StageError(
+                f"the stage '{self.by}' does not prune to a number of operations",
+                where=f"stages.{name}.by",
+                value=self.by,
+                hint="name a stage of the family prune that takes macs, such as magnitude",
+            )
 
     def for_finetuning(self) -> Self:
         """Return settings without assistants: what is fine-tuned learns from the teacher itself."""
@@ -160,6 +170,7 @@ def _between(teacher: Model, student: Model, config: AssistantsConfig, context: 
     if config.by is None:
         made = [context.source(source) for source in config.assistants]
     else:
+        config.check_by(context.settings_of(config.by), name=context.name)
         made = [
             _cut(teacher, (smallest / largest) ** (number / (config.count + 1)), number, config.by, context)
             for number in range(1, config.count + 1)
@@ -180,13 +191,6 @@ def _between(teacher: Model, student: Model, config: AssistantsConfig, context: 
 def _cut(teacher: Model, kept: float, number: int, by: str, context: Context) -> Model:
     pruning = context.settings_of(by)
     fields = type(pruning).model_fields
-    if pruning.family != "prune" or "macs" not in fields:
-        raise StageError(
-            f"the stage '{by}' does not prune to a number of operations",
-            where=f"stages.{context.name}.by",
-            value=by,
-            hint="name a stage of the family prune that takes macs, such as magnitude",
-        )
     # The assistant learns from the teacher next, so that the cut needs neither fine-tuning nor a comparison.
     targets = dict.fromkeys(getattr(pruning, "quantities", ()))
     changes = {**targets, "macs": kept, "recover": None, "recover_last": False, "compare_samples": 0}

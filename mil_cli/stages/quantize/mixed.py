@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -73,6 +73,24 @@ class MixedConfig(StageConfig):
             raise ValueError("give exactly one of average_bits and size")
         return self
 
+    def check_by(self, other: StageConfig, *, name: str) -> None:
+        """Refuse a stage that takes no bits by layer, or that changes them by itself."""
+        if not isinstance(other, QuantizationConfig):
+            hint = "name a quantize stage that has weight_bits, such as static or lsq"
+            what = f"'{self.by}' is {other.key()}, which takes no bits by layer"
+            raise StageError(what, where=f"stages.{name}.by", value=self.by, hint=hint)
+        if isinstance(other, PostTrainingConfig) and other.max_drop is not None:
+            where, hint = f"stages.{self.by}.max_drop", "take max_drop out: it gives layers more bits than were chosen"
+            raise StageError(
+                "mixed keeps a bound on bits, not on quality", where=where, value=other.max_drop, hint=hint
+            )
+        if other.latency_aware:
+            where, hint = (
+                f"stages.{self.by}.latency_aware",
+                "take it out, and name layers that are to stay float in skip",
+            )
+            raise StageError("mixed gives bits to all layers that can be quantized", where=where, value=True, hint=hint)
+
 
 @stage(MixedConfig)
 def mixed(model: Model, config: MixedConfig, context: Context) -> Model:
@@ -138,17 +156,8 @@ def _settings(config: MixedConfig, context: Context) -> QuantizationConfig:
     if config.by is None:
         return StaticConfig()
     own = context.settings_of(config.by)
-    if not isinstance(own, QuantizationConfig):
-        where = f"stages.{context.name}.by"
-        hint = "name a quantize stage that has weight_bits, such as static or lsq"
-        raise StageError(f"'{config.by}' is {own.key()}, which takes no bits by layer", where=where, hint=hint)
-    if isinstance(own, PostTrainingConfig) and own.max_drop is not None:
-        where, hint = f"stages.{config.by}.max_drop", "take max_drop out: it gives layers more bits than were chosen"
-        raise StageError("mixed keeps a bound on bits, not on quality", where=where, value=own.max_drop, hint=hint)
-    if own.latency_aware:
-        where, hint = f"stages.{config.by}.latency_aware", "take it out, and name layers that are to stay float in skip"
-        raise StageError("mixed gives bits to all layers that can be quantized", where=where, value=True, hint=hint)
-    return own
+    config.check_by(own, name=context.name)
+    return cast("QuantizationConfig", own)
 
 
 def _widths(layer: Layer, config: MixedConfig, prepared: Prepared) -> Sequence[int]:

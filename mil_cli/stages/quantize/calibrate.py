@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -43,6 +43,17 @@ class Seen(Generic[Watcher]):
     narrow: dict[Node, Watcher]
     codes: dict[tuple[Node, bool], CodeRange]
     ranges: dict[tuple[Node, bool], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class _Several:
+    """Shows one value to several observers, so that one pass over the samples serves all."""
+
+    observers: Sequence[Statistic]
+
+    def update(self, values: Tensor) -> None:
+        for observer in self.observers:
+            observer.update(values)
 
 
 def ranged_quantizers(seen: Seen[Watcher]) -> tuple[dict[Node, Quantizer], dict[Node, Quantizer]]:
@@ -87,11 +98,13 @@ def place_observed(
         rules.check_used(placement)
         asked = [(node, False) for node in placement.owned] + [(node, True) for node in placement.narrow]
         codes = {(node, few): rules.values(placement, node, narrow=few) for node, few in asked}
-        for few in (False, True):
-            keys = [(node, codes[node, few]) for node, narrow in asked if narrow == few]
-            fresh = {key: watcher(key[1]) for key in keys if key not in known}
-            observe(model, {node: observer for (node, _), observer in fresh.items()}, config, context)
-            known.update(fresh)
+        fresh = {key: watcher(key[1]) for key in dict.fromkeys((node, codes[node, few]) for node, few in asked)}
+        fresh = {key: observer for key, observer in fresh.items() if key not in known}
+        together: dict[Node, list[Watcher]] = {}
+        for (node, _), observer in fresh.items():
+            together.setdefault(node, []).append(observer)
+        observe(model, {node: _Several(observers) for node, observers in together.items()}, config, context)
+        known.update(fresh)
         watchers = {key: known[key[0], codes[key]] for key in asked}
         ranges = {key: observer.range() for key, observer in watchers.items()}
         without = {node for (node, _), found in ranges.items() if found == (0.0, 0.0)}

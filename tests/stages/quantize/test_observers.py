@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mil_cli.stages.quantize.observers import make_observer
+from mil_cli.stages.quantize.observers import ObserverName, make_observer
 from mil_cli.stages.quantize.observers.channels import ChannelMean
 from mil_cli.stages.quantize.observers.entropy import Entropy, divergence
 from mil_cli.stages.quantize.observers.histogram import Histogram
@@ -34,6 +36,22 @@ def squared_error(values: Tensor, low: float, high: float, codes: CodeRange) -> 
     scale, zero_point = affine_parameters(low, high, codes)
     rounded = ((values.double() / scale).round() + zero_point).clamp(codes.quant_min, codes.quant_max)
     return float((((rounded - zero_point) * scale) - values).square().sum())
+
+
+@pytest.mark.parametrize("name", get_args(ObserverName))
+def test_no_observer_keeps_more_after_more_batches(name: ObserverName) -> None:
+    observer = make_observer(name, codes=UNSIGNED, percentile=99.9)
+
+    def kept() -> int:
+        buffer = io.BytesIO()
+        torch.save(vars(observer), buffer)
+        return buffer.tell()
+
+    sizes = []
+    for batch in stream("normal") * 5:
+        observer.update(batch)
+        sizes.append(kept())
+    assert max(sizes[4:]) <= max(sizes[:4]) + 16  # a float may be written in more digits, not a batch of 2,000 of them
 
 
 @pytest.mark.parametrize("kind", ["normal", "rectified", "outlier"])

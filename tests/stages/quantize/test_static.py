@@ -21,6 +21,7 @@ from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, op_name
 from mil_cli.models.vit import vit
 from mil_cli.stages.context import Context
+from mil_cli.stages.quantize import calibrate
 from mil_cli.stages.quantize.static import StaticConfig, quantize
 from mil_cli.stages.registry import check_order, config_type, function_of
 from mil_cli.stages.surroundings import Surroundings, fingerprint_of
@@ -398,3 +399,18 @@ def test_with_fewer_samples_than_asked_for_progress_ends_at_its_end(samples: int
     assert len(counted.seen) == 3
     assert all(done == total for done, total in counted.seen)
     assert used.notes["calibration_samples"] == min(samples, 200)
+
+
+def test_values_of_all_widths_are_watched_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    original = calibrate.calibrate
+
+    def counted(*arguments: Any, **options: Any) -> int:
+        passes.append(len(arguments[1]))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(calibrate, "calibrate", counted)
+    result = quantize(make_model(), StaticConfig(activation_bits=4, bias_correction=False), context())
+    assert len(passes) == 1
+    widths = {get_argument(node, "quant_max") for node in calls(result.graph) if op_name(node) == "quantize_affine"}
+    assert {15, 255} <= widths

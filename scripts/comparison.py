@@ -217,7 +217,8 @@ def table(
 ) -> list[str]:
     """Return the lines of a Markdown table: by method and column the mean over the seeds, and how it differs.
 
-    The difference is that to the best method of the reference in the column, as an interval.
+    The difference is that to the best method of the reference in the column, as an interval. The least mean of a
+    column is in bold, whosever it is, where there are several methods.
 
     Args:
         methods: A line for each.
@@ -227,24 +228,42 @@ def table(
         reference: The methods that the others are compared with.
     """
     lines = ["| method | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    shown = {name: _shown(methods, column, seeds, value) for name, column in columns.items()}
     for method in methods:
-        cells = [_cell(method, column, seeds, value, reference) for column in columns.values()]
+        cells = [
+            shown[name].get(method, "-") + _difference(method, column, seeds, value, reference)
+            for name, column in columns.items()
+        ]
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
-    return lines
+    return [*lines, *(["", "In bold: the least of a column, of methods with all seeds."] if len(methods) > 1 else [])]
 
 
-def _cell(method: str, column: Mapping[str, Any], seeds: Sequence[int], value: Value, reference: Sequence[str]) -> str:
+def _shown(methods: Sequence[str], column: Mapping[str, Any], seeds: Sequence[int], value: Value) -> dict[str, str]:
+    """Return the mean of each method that has one, as it is written."""
+    known = {method: found for method in methods if (found := _known(method, column, seeds, value))}
+    means = {method: f"{statistics.mean(found.values()):.2f}" for method, found in known.items()}
+    least = min((float(means[method]) for method in known if len(known[method]) == len(seeds)), default=None)
+    written = {}
+    for method, mean in means.items():
+        missing = len(known[method]) < len(seeds)
+        bold = "" if missing or len(methods) < 2 or float(mean) != least else "**"
+        few = f", {len(known[method])} of {len(seeds)} seeds" if missing else ""
+        written[method] = f"{bold}{mean} %{bold}{few}"
+    return written
+
+
+def _difference(
+    method: str, column: Mapping[str, Any], seeds: Sequence[int], value: Value, reference: Sequence[str]
+) -> str:
+    """Return the interval of a method's difference to the best of the reference; nothing where there is none."""
     own = _known(method, column, seeds, value)
-    if not own:
-        return "-"
-    cell = f"{statistics.mean(own.values()):.2f} %" + (f", {len(own)} of {len(seeds)} seeds" * (len(own) < len(seeds)))
     others = [found for other in reference if (found := _known(other, column, seeds, value))]
-    if method in reference or not others:
-        return cell
+    if not own or method in reference or not others:
+        return ""
     most = max(map(len, others))  # one that has all its seeds before one that does well on a few
     best = min((one for one in others if len(one) == most), key=lambda found: statistics.mean(found.values()))
     interval = paired_interval([(own[seed], best[seed]) for seed in own if seed in best])
-    return cell if interval is None else f"{cell} ({interval[0]:+.2f} to {interval[1]:+.2f})"
+    return "" if interval is None else f" ({interval[0]:+.2f} to {interval[1]:+.2f})"
 
 
 def _known(method: str, column: Mapping[str, Any], seeds: Sequence[int], value: Value) -> dict[int, float]:

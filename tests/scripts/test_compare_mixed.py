@@ -46,7 +46,7 @@ def test_the_page_tells_errors_losses_and_their_differences(tmp_path: Path, monk
     assert "Uncompressed: 15.00 % test error, loss 0.3000 on val, mean of 2 seeds." in text
     assert "| `uniform` | 25.00 % |" in text
     # Errors are 10 and 10 % against 20 and 30 %: the differences -10 and -20 have the mean -15 and half-width 63.53.
-    assert "| `outputs` | 10.00 % (-78.53 to +48.53) |" in text
+    assert "| `outputs` | **10.00 %** (-78.53 to +48.53) |" in text
     assert "| `uniform` | 50.00 % |" in text
     assert "| `outputs` | 3.010, 7 |" in text
 

@@ -78,7 +78,7 @@ def test_the_page_tells_drops_differences_costs_and_gaps(
     assert text == capsys.readouterr().out[:-1]
     assert "Uncompressed: 85.00 % on test, mean of 2 seeds; a file of 13 kB." in text
     # Drops are 5 and 10 % against 10 and 20 %: the differences -5 and -10 have the mean -7.5 and the half-width 31.77.
-    assert "| `static` | 7.50 % (-39.27 to +24.27) | - |" in text
+    assert "| `static` | **7.50 %** (-39.27 to +24.27) | - |" in text
     assert "| `ort_min_max` | 15.00 % | - |" in text
     assert "| `lsq` | 25.00 % | 25.00 % |" in text
     assert "| `static` | 13 | - |" in text

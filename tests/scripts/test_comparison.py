@@ -104,10 +104,12 @@ def test_the_table_compares_with_the_best_of_the_reference_and_tells_what_is_mis
     assert lines == [
         "| method | half | tenth |",
         "|---|---|---|",
-        "| `ours` | 2.00 % (-1.00 to -1.00) | 1.50 %, 2 of 3 seeds |",
+        "| `ours` | **2.00 %** (-1.00 to -1.00) | 1.50 %, 2 of 3 seeds |",
         "| `good` | 3.00 % | - |",
         "| `bad` | 9.00 % | - |",
         "| `part` | 0.20 %, 2 of 3 seeds | - |",
+        "",
+        "In bold: the least of a column, of methods with all seeds.",
     ]
 
 

@@ -57,6 +57,7 @@ def page(report: Report) -> str:
         stages=stages,
         details=[_details(stage, metric=stages.metric) for stage in stages.lines],
         parity=view.parity_line(report),
+        kernels=view.kernels_line(report),
         notices=report.get("notices") or [],
         estimate=view.energy_is_estimate(report),
         command=" ".join(["mil", *map(str, report["command"])]) if report.get("command") else "",

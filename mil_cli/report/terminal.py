@@ -52,6 +52,8 @@ def render(report: Report, console: Console, *, directory: Path | None = None) -
         for sentence in view.convergence_lines(stage, metric=stages.metric):
             line(console, f"{escape(stage.name)}: {escape(sentence)}")
     line(console, f"proof: {escape(view.parity_line(report))}")
+    if kernels := view.kernels_line(report):
+        line(console, f"kernels: {escape(kernels)}")
     for notice in report.get("notices") or []:
         line(console, f"[yellow]note:[/yellow] {escape(str(notice))}")
     if directory is not None:

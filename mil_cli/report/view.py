@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -387,6 +388,19 @@ def parity_line(report: Report) -> str:
         line += f"; {name}: {text.quality(parity['metric_onnx'])} in onnxruntime, "
         line += f"{text.quality(parity['metric_torch'])} in torch"
     return line
+
+
+def kernels_line(report: Report) -> str:
+    """Say which kernels the shipped file runs on; nothing where it is not quantized."""
+    kernels = report.get("kernels")
+    if not kernels:
+        return ""
+    others = Counter({"layer with weights": len(kernels["float_layers"])}) + Counter(kernels["float_operators"])
+    listed = ", ".join(f"{count} {name}" for name, count in others.most_common())
+    return (
+        f"{kernels['integer_layers']} of {kernels['quantized_layers']} quantized layers on integer kernels; "
+        f"{kernels['conversions']} conversions of values; in float: {listed or 'nothing'}"
+    )
 
 
 def title(report: Report) -> str:

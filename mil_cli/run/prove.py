@@ -19,6 +19,7 @@ from mil_cli.measure.compare import Counts, compare
 from mil_cli.measure.latency import LATENCY_VERSION
 from mil_cli.run.cache import Cache
 from mil_cli.run.environment import versions
+from mil_cli.run.kernels import kernel_notices, kernels_of
 from mil_cli.stages.surroundings import StoredModel, fingerprint_of
 from mil_cli.training.evaluate import evaluate, whole_batches
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 PARITY_BATCHES = 4
 PARITY_BATCH_SIZE = 32
 
+_SCORE_VERSION = 2
+"""Changes with what is kept of a scored file."""
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -46,6 +50,7 @@ class Proof:
         parity: How the file's outputs compare with the graph's, and both qualities.
         notices: What the exporter has to say.
         counts: Its macs and params.
+        kernels: Which kernels it runs on; None where nothing is quantized.
     """
 
     model: StoredModel
@@ -54,6 +59,7 @@ class Proof:
     parity: dict[str, Any]
     notices: list[str]
     counts: dict[str, int]
+    kernels: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,10 @@ class Prover:
             compute=lambda folder: self._export(name, model, folder),
         )
         path = exported.folder / "model.onnx"
-        key = ["score", sha256_of_file(path), model.fingerprint, self.task.fingerprint(), split.fingerprint()]
+        key = ["score", _SCORE_VERSION, sha256_of_file(path), model.fingerprint, self.task.fingerprint()]
+        splits = [split.fingerprint(), self.data.val.fingerprint()]
         scored, _ = self.cache.memo(
-            fingerprint_of([*key, self.data.val.fingerprint(), self.device.threads, versions()]),
+            fingerprint_of([*key, *splits, self.device.threads, versions()]),
             kind="score",
             label=f"{name} on {split_name}",
             fresh=self.fresh,
@@ -102,7 +109,13 @@ class Prover:
         )
         facts = scored.facts
         return Proof(
-            model, path, facts["quality"], facts["parity"], exported.facts["notices"], exported.facts["counts"]
+            model=model,
+            path=path,
+            quality=facts["quality"],
+            parity=facts["parity"],
+            notices=[*exported.facts["notices"], *kernel_notices(facts["kernels"])],
+            counts=exported.facts["counts"],
+            kernels=facts["kernels"],
         )
 
     def quality_before(self, model: StoredModel) -> dict[str, Any]:
@@ -135,6 +148,7 @@ class Prover:
         return {
             "quality": asdict(in_onnx),
             "parity": {**asdict(parity), "metric_torch": in_torch.value, "metric_onnx": in_onnx.value},
+            "kernels": kernels_of(graph, path),
         }
 
     def measure(self, proofs: Sequence[Proof], settings: MeasureConfig) -> list[dict[str, Any]]:

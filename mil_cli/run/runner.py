@@ -250,6 +250,7 @@ def _report(
         "goals_met": all(verdict.met for verdict in verdicts),
         "parity": final_proof.parity,
         "baseline_parity": baseline_proof.parity,
+        "kernels": final_proof.kernels,
         "notices": [
             *chain.original.load().spec.notices,
             *baseline_proof.notices,

@@ -127,7 +127,9 @@ def test_a_plan_tells_which_counts_its_targets_miss() -> None:
     assert rows["size"].endswith("9 B")  # the bound, and nothing beside it
 
 
-@pytest.mark.parametrize("missing", ["preparation", "device", "command", "name", "environment", "baseline_parity"])
+@pytest.mark.parametrize(
+    "missing", ["preparation", "device", "command", "name", "environment", "baseline_parity", "kernels"]
+)
 def test_parts_beyond_the_format_may_be_missing(make_report: Make, missing: str) -> None:
     report = make_report()
     del report[missing]

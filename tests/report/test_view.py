@@ -177,3 +177,10 @@ def test_bits_of_layers_are_shown_with_what_they_add_to_the_loss(make_report: Ma
     page = html.page(report)
     assert "<code>body</code></td><td>2" in page
     assert "width:25.0%" in page
+
+
+def test_kernels_are_told_of_quantized_files_alone(make_report: Make) -> None:
+    line = view.kernels_line(make_report())
+    assert line.startswith("21 of 21 quantized layers on integer kernels; 4 conversions of values; in float: ")
+    assert line.endswith("2 Softmax, 1 layer with weights")
+    assert view.kernels_line(make_report(kernels=None)) == ""

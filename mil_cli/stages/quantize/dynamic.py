@@ -10,6 +10,7 @@ from mil_cli.errors import StageError
 from mil_cli.graph.functional import make_functional
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.graph.segment import overwritten
+from mil_cli.stages.quantize.accuracy import within_drop_by_skipping
 from mil_cli.stages.quantize.describe import LayerBits
 from mil_cli.stages.quantize.insert import Quantizer, QuantizerWriter, refuse_quantized
 from mil_cli.stages.quantize.layers import (
@@ -26,6 +27,7 @@ from mil_cli.stages.quantize.ranges import weight_codes
 from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
 from mil_cli.stages.registry import StageConfig, stage
+from mil_cli.stages.targets import Drop
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -50,6 +52,9 @@ class DynamicConfig(StageConfig):
         reduce_range: Whether 8-bit weights keep to [-64, 64]; None: as the device says.
         weight_observer: How the range of weights is found.
         skip: Layers to leave float: module paths (with all below), node names, or patterns with ``*``.
+        max_drop: By what share quality on val may get worse, relative to the model that the stage is given: the layers
+            with products that do most damage stay float until it holds; None: all are quantized.
+        max_drop_samples: For `max_drop`: samples of val on which the damage of single layers is measured.
     """
 
     family: ClassVar[str] = "quantize"
@@ -64,9 +69,18 @@ class DynamicConfig(StageConfig):
     reduce_range: bool | None = None
     weight_observer: WeightObserverName = "mse"
     skip: tuple[str, ...] = ()
+    max_drop: Drop | None = None
+    max_drop_samples: int = Field(1000, ge=1)
+
+
+def _products(model: Model, config: DynamicConfig, context: Context) -> list[str]:
+    """Return the names of the layers whose products would be quantized."""
+    layers = _found(model, config, tables=_takes_tables(config, context.device.int8))[1].layers
+    return [layer.name for layer in layers if not layer.looks_up]
 
 
 @stage(DynamicConfig)
+@within_drop_by_skipping(_products)
 def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
     """Return `model` with the weights of its products in integers and their inputs quantized as they come.
 
@@ -78,7 +92,7 @@ def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
     Args:
         model: A float model; not changed.
         config: The settings.
-        context: Gives the device's rules.
+        context: Gives the device's rules; for `max_drop` val.
 
     Raises:
         StageError: The model is quantized already, or it has no product with a weight.
@@ -87,8 +101,7 @@ def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
     device = context.device.int8
     per_channel = device.per_channel if config.per_channel is None else config.per_channel
     reduce_range = device.reduce_range if config.reduce_range is None else config.reduce_range
-    tables = device.embeddings if config.embeddings is None else config.embeddings
-    quantized, (layers, kept_float, _) = _found(model, config, tables=tables)
+    quantized, (layers, kept_float, _) = _found(model, config, tables=_takes_tables(config, device))
     graph = quantized.graph
     products = [layer for layer in layers if not layer.looks_up]
     if not products:
@@ -131,10 +144,13 @@ def planned_bits(model: Model, config: DynamicConfig, device: Int8Form) -> Layer
     Raises:
         StageError: A pattern of `skip` fits no layer.
     """
-    tables = device.embeddings if config.embeddings is None else config.embeddings
-    found = _found(model, config, tables=tables)[1]
+    found = _found(model, config, tables=_takes_tables(config, device))[1]
     bits = {layer.node.name: (_bits(layer, config), None if layer.looks_up else 8) for layer in found.layers}
     return LayerBits(bits, found.left_out)
+
+
+def _takes_tables(config: DynamicConfig, device: Int8Form) -> bool:
+    return device.embeddings if config.embeddings is None else config.embeddings
 
 
 def _found(model: Model, config: DynamicConfig, *, tables: bool) -> tuple[Model, FoundLayers]:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from mil_cli.errors import StageError
 from mil_cli.graph.functional import make_functional
 from mil_cli.graph.nodes import get_attribute, op_name
+from mil_cli.stages.quantize.accuracy import within_drop_by_skipping
 from mil_cli.stages.quantize.compensate import Compensation, round_layers
 from mil_cli.stages.quantize.describe import LayerBits
 from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
@@ -19,6 +20,7 @@ from mil_cli.stages.quantize.ranges import CodeRange, weight_codes
 from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
 from mil_cli.stages.registry import StageConfig, stage
+from mil_cli.stages.targets import Drop
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -50,6 +52,9 @@ class WeightOnlyConfig(StageConfig):
         damping: For gptq: share of the mean curvature that is added to each.
         act_order: For gptq: whether inputs with the largest curvature are rounded first.
         skip: Layers to leave float: module paths (with all below), node names, or patterns with ``*``.
+        max_drop: By what share quality on val may get worse, relative to the model that the stage is given: the weights
+            that do most damage stay float until it holds; None: all are rounded.
+        max_drop_samples: For `max_drop`: samples of val on which the damage of single layers is measured.
     """
 
     family: ClassVar[str] = "quantize"
@@ -68,9 +73,17 @@ class WeightOnlyConfig(StageConfig):
     damping: float = Field(0.01, gt=0, le=1)
     act_order: bool = True
     skip: tuple[str, ...] = ()
+    max_drop: Drop | None = None
+    max_drop_samples: int = Field(1000, ge=1)
+
+
+def _names(model: Model, config: WeightOnlyConfig, context: Context) -> list[str]:
+    """Return the names of the layers whose weights would be rounded."""
+    return [layer.name for sharing in _found(model, config)[1] for layer in sharing]
 
 
 @stage(WeightOnlyConfig)
+@within_drop_by_skipping(_names, rounding="nearest")
 def quantize(model: Model, config: WeightOnlyConfig, context: Context) -> Model:
     """Return `model` with its batch norms folded and its weights rounded to few bits, block by block.
 
@@ -81,7 +94,7 @@ def quantize(model: Model, config: WeightOnlyConfig, context: Context) -> Model:
     Args:
         model: A float model; not changed.
         config: The settings.
-        context: Gives calibration samples and checkpoints for gptq; is told what the report shows.
+        context: Gives calibration samples for gptq, val for `max_drop`, and checkpoints; is told what the report shows.
 
     Raises:
         StageError: The model is quantized already, or it has no weight to round.

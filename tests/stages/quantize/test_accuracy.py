@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from mil_cli.data.base import Data
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
-from mil_cli.stages.quantize import accuracy as method
+from mil_cli.stages.quantize import holding as method
 from mil_cli.stages.quantize.accuracy import alone
 from mil_cli.stages.quantize.describe import present_bits
+from mil_cli.stages.quantize.dynamic import DynamicConfig
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
 from mil_cli.stages.quantize.static import StaticConfig, quantize
+from mil_cli.stages.quantize.weight_only import WeightOnlyConfig
 from mil_cli.stages.registry import METHODS, config_type, function_of
 from mil_cli.task.classification import Classification
 from mil_cli.training.config import TrainerConfig
@@ -158,10 +160,55 @@ def test_a_layer_alone_is_quantized_as_if_all_others_were_skipped(name: str, dat
 @pytest.mark.parametrize(("family", "name"), sorted(key for key in METHODS if key[0] == "quantize"))
 def test_every_method_that_takes_the_bound_holds_it(family: str, name: str) -> None:
     kind = config_type(family, name)
-    if issubclass(kind, PostTrainingConfig):
+    if issubclass(kind, PostTrainingConfig | DynamicConfig | WeightOnlyConfig):
         assert hasattr(function_of(kind()), "__wrapped__")
     else:
         assert "max_drop" not in kind.model_fields
+
+
+@pytest.fixture(scope="module")
+def linear(data: Data) -> Model:
+    """Two of its layers have channels of very different size, which undo one another."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    settings = TrainerConfig(epochs=10, batch_size=64, learning_rate=0.1)
+    start = Model.capture(net, (torch.randn(2, 1, 8, 8),))
+    result = fit(start, task=Classification(), data=data, settings=settings, seed=0).model
+    with torch.no_grad():
+        state, factors = result.state_dict(), torch.logspace(-1.5, 1.5, 32)
+        state["1.weight"] *= factors[:, None]
+        state["1.bias"] *= factors
+        state["3.weight"] /= factors
+    return result
+
+
+FEW: list[DynamicConfig | WeightOnlyConfig] = [
+    DynamicConfig(weight_bits=2, first_last_bits=2, per_channel=False),
+    WeightOnlyConfig(weight_bits=2, first_last_bits=2, block_size=None, weight_observer="min_max"),
+    WeightOnlyConfig(weight_bits=2, first_last_bits=2, block_size=None, weight_observer="min_max", rounding="gptq"),
+]
+
+
+@pytest.mark.parametrize("few", FEW, ids=["dynamic", "weight_only", "gptq"])
+def test_a_method_without_bits_by_layer_leaves_no_more_layers_float_than_needed(
+    few: DynamicConfig | WeightOnlyConfig, linear: Model, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = function_of(few), accuracy(linear, data)
+    reached = accuracy(run(linear, few, context(data)), data)
+    bound = (1 - reached / whole) / 2
+    assert bound > 0.001
+    config = few.model_copy(update={"max_drop": bound})
+    used = context(data)
+    result = run(linear, config, used)
+    assert 1 - accuracy(result, data) / whole <= bound
+    assert used.notes["max_drop_held"] is True
+    spared: list[str] = used.notes["spared"]  # type: ignore[assignment]
+    assert 0 < len(spared) < 3
+    assert used.notes["kept_float"] == dict.fromkeys(spared, "it cost more than max_drop")
+    assert len(present_bits(result).bits) == 3 - len(spared)
+
+    resumed = run_through_kills(lambda: run(linear, config, context(data, tmp_path)), monkeypatch, saves=(2, 4))
+    assert resumed.fingerprint() == result.fingerprint()
 
 
 def test_a_drop_that_anything_meets_is_refused() -> None:

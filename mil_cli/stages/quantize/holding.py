@@ -1,0 +1,189 @@
+"""The search for the most compressed setting of a method that holds a bound on the loss of quality."""
+
+from __future__ import annotations
+
+import glob
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mil_cli.errors import StageError
+from mil_cli.stages.judging import mean_loss, quality_or_worst
+from mil_cli.training.quality import relative_drop
+
+if TYPE_CHECKING:
+    from mil_cli.graph.model import Model
+    from mil_cli.stages.context import Context
+    from mil_cli.stages.registry import StageConfig
+
+
+class Holding(ABC):
+    """Looks for the most compressed setting that holds a bound.
+
+    Layers are ranked once by the loss with each of them alone quantized; then the fewest of the worst that must be
+    spared are found by bisection, every step of it being a whole run of the method and its quality on val. Where more
+    bits for all are not enough, or the method has no bits by layer, those that stay float are found in the same way.
+
+    Args:
+        model: The float model.
+        context: Gives val, progress and checkpoints.
+        bound: By what share the quality may get worse.
+    """
+
+    def __init__(self, model: Model, context: Context, bound: float) -> None:
+        self._model, self._context, self._bound = model, context, bound
+        self._slot = context.slot("max_drop")
+        self._state: dict[str, Any] = self._slot.load() or {"float": None, "ranks": {}, "narrow": {}, "trials": []}
+        self._before = dict(context.notes)
+        self._best: tuple[int, Model] | None = None
+        if self._state["float"] is None:
+            self._state["float"] = self._quality(model)
+            self._slot.save(self._state)
+
+    @abstractmethod
+    def _with(self, *, widened: Sequence[str], spared: Sequence[str]) -> StageConfig:
+        """Return the method's settings, without the bound, by which some layers get more bits and some stay float."""
+
+    @abstractmethod
+    def _names(self, widened: Sequence[str]) -> list[str]:
+        """Return the layers that are quantized, and keep in the state which of them may get more bits (``narrow``)."""
+
+    @abstractmethod
+    def _damage(self, name: str, widened: Sequence[str]) -> float:
+        """Return the loss with one layer alone quantized."""
+
+    def search(self) -> Model:
+        """Return the model of the most compressed setting that holds, or of the best one.
+
+        Raises:
+            StageError: The outputs of every quantized model are not finite.
+        """
+        with self._context.progress.work(f"{self._context.name}: holding max_drop") as bar:
+            self._advance = bar.advance
+            found = self._trial([], [])
+            if not self._holds(found):
+                found = self._spare()
+        return self._conclude(found)
+
+    def _spare(self) -> int:
+        """Return the trial that holds with the fewest layers spared, or the best there is."""
+        ranked = self._ranked("start", [])
+        narrow = [name for name in ranked if name in self._state["narrow"]]
+        if narrow:
+            found = self._fewest(len(narrow), lambda count: self._trial(narrow[:count], []))
+            if found is not None:
+                return found
+            ranked = self._ranked("wide", narrow)
+        found = self._fewest(len(ranked) - 1, lambda count: self._trial(narrow, ranked[:count]))
+        if found is not None:
+            return found
+        sign = 1 if self._context.task.higher_is_better else -1
+        return max(range(len(self._state["trials"])), key=lambda number: sign * self._trials[number]["quality"])
+
+    def _fewest(self, most: int, trial: Callable[[int], int]) -> int | None:
+        """Return the trial of the smallest count that holds, taking it that more hold better; None if `most` fails."""
+        if most < 1 or not self._holds(found := trial(most)):
+            return None
+        fails, holds = 0, most
+        while holds - fails > 1:
+            middle = (fails + holds) // 2
+            tried = trial(middle)
+            if self._holds(tried):
+                holds, found = middle, tried
+            else:
+                fails = middle
+        return found
+
+    @property
+    def _trials(self) -> list[dict[str, Any]]:
+        trials: list[dict[str, Any]] = self._state["trials"]
+        return trials
+
+    def _drop(self, number: int) -> float:
+        quality, higher = self._trials[number]["quality"], self._context.task.higher_is_better
+        return relative_drop(self._state["float"], quality, higher_is_better=higher)
+
+    def _holds(self, number: int) -> bool:
+        drop = self._drop(number)
+        return drop <= self._bound or math.isclose(drop, self._bound, rel_tol=1e-9)
+
+    def _quality(self, model: Model) -> float:
+        return quality_or_worst(model, self._context, samples=len(self._context.data.val))
+
+    def _loss(self, model: Model, samples: int) -> float:
+        return mean_loss(model, self._context, samples=min(samples, len(self._context.data.val)))
+
+    def _trial(self, widened: Sequence[str], spared: Sequence[str]) -> int:
+        """Return the number of the trial in which some layers get 8 bits, and some stay float."""
+        names = {"widened": sorted(widened), "spared": sorted(spared)}
+        for number, trial in enumerate(self._trials):
+            if all(trial[key] == value for key, value in names.items()):
+                return number
+        number = len(self._trials)
+        model, notes = self._run(names, number)
+        self._trials.append({**names, "quality": self._quality(model), "notes": notes})
+        self._slot.save(self._state)
+        drop = self._drop(number)
+        self._advance(note=f"drop {100 * drop:.2f} %")
+        if self._holds(number) or self._best is None or drop < self._drop(self._best[0]):
+            self._best = number, model
+        return number
+
+    def _run(self, names: dict[str, list[str]], number: int) -> tuple[Model, dict[str, object]]:
+        self._context.notes.clear()
+        model = self._context.run(self._model, self._with(**names), name=f"trial{number}")
+        told = dict(self._context.notes)
+        self._forget_notes()
+        return model, told
+
+    def _ranked(self, key: str, widened: Sequence[str]) -> list[str]:
+        """Return the names of the layers, those first that do most damage.
+
+        Args:
+            key: Where what was measured is kept.
+            widened: The layers that get more bits.
+        """
+        names = self._names(widened)
+        self._forget_notes()
+        losses: list[float] = self._state["ranks"].setdefault(key, [])
+        with self._context.progress.work(
+            f"{self._context.name}: damage of layers", len(names), done=len(losses)
+        ) as bar:
+            for name in names[len(losses) :]:
+                losses.append(self._damage(name, widened))
+                self._forget_notes()
+                self._slot.save(self._state)
+                bar.advance()
+        return [name for _, name in sorted(zip(losses, names, strict=True), key=lambda pair: -pair[0])]
+
+    def _forget_notes(self) -> None:
+        """Take back what trials told, as it is not of what is made."""
+        self._context.notes.clear()
+        self._context.notes.update(self._before)
+
+    def _conclude(self, number: int) -> Model:
+        """Return the model of a trial, and tell what became of the bound."""
+        context, trial, drop = self._context, self._trials[number], self._drop(number)
+        if not math.isfinite(trial["quality"]):
+            raise StageError("no quantized model has finite outputs", where=f"stages.{context.name}.max_drop")
+        if self._best is None or self._best[0] != number:
+            names = {key: trial[key] for key in ("widened", "spared")}
+            self._best = number, self._run(names, number)[0]
+        context.note(**trial["notes"])
+        kept = context.notes.get("kept_float")
+        if isinstance(kept, dict):
+            context.notes["kept_float"] = {**kept, **dict.fromkeys(trial["spared"], "it cost more than max_drop")}
+        context.note(max_drop=self._bound, drop=drop, max_drop_held=self._holds(number), trials=len(self._trials))
+        context.note(widened=trial["widened"], spared=trial["spared"])
+        if not self._holds(number):
+            context.progress.notice(
+                f"{context.name}: no setting holds max_drop {100 * self._bound:.4g} %; "
+                f"the best of {len(self._trials)} loses {100 * drop:.4g} %"
+            )
+        return self._best[1]
+
+
+def spared_too(skip: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the patterns of layers that stay float, with some layers added by their names."""
+    return (*skip, *map(glob.escape, names))

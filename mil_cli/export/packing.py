@@ -26,6 +26,7 @@ _THREE_BITS_OPSET = 18
 """The first opset with BitwiseAnd. ONNX has no type of 3 bits: eight codes lie in three bytes."""
 
 ALL_WIDTHS = (2, 3, 4, 8)
+_WIDEST = 64
 _OF_WEIGHTS = ("quantize_affine", "quantize_blocks", "quantize_levels")
 
 
@@ -39,6 +40,19 @@ def storage_bits(quant_min: int, quant_max: int, widths: Collection[int] = ALL_W
         if -(2 ** (bits - 1)) <= quant_min and quant_max < 2 ** (bits - 1):
             return bits
     raise ExportError("weights of more than 8 bits cannot be written as integers", value=(quant_min, quant_max))
+
+
+def widening(quant_min: int, quant_max: int) -> int:
+    """Return the power of two that kernels see a weight's codes multiplied by, and that its scale is divided by.
+
+    Integer kernels add the bias as int32, in steps of the input's scale times the weight's. With few bits on both sides
+    such a step is large, and a bias would lose as much as weights do. Multiplied codes say the same in smaller steps.
+    They keep to 7 bits, which holds for devices with a reduced range too.
+    """
+    factor = 1
+    while 2 * factor * max(abs(quant_min), abs(quant_max)) <= _WIDEST:
+        factor *= 2
+    return factor
 
 
 def needed_opset(graph: GraphModule, widths: Collection[int] = ALL_WIDTHS) -> int:
@@ -71,7 +85,12 @@ def write_indices(onnx: GraphWriter, before: ir.Node, name: str, codes: npt.NDAr
 
 
 def write_codes(
-    onnx: GraphWriter, before: ir.Node, name: str, codes: npt.NDArray[np.int32], bits: int, dtype: ir.DataType
+    onnx: GraphWriter,
+    before: ir.Node,
+    name: str,
+    codes: npt.NDArray[np.int32],
+    bits: int,
+    dtype: ir.DataType,
 ) -> ir.Value:
     """Insert the initializer of a weight's codes and what reads it out.
 
@@ -94,8 +113,45 @@ def write_codes(
     return onnx.insert(before, "Cast", [stored], {"to": int(dtype)}, dtype)
 
 
+class Multiplied:
+    """Writes codes that kernels see multiplied, as INT8; tables of products are shared by the weights of a file.
+
+    Args:
+        onnx: Writes the nodes.
+    """
+
+    def __init__(self, onnx: GraphWriter) -> None:
+        self._onnx = onnx
+        self._tables: dict[tuple[int, int], ir.Value] = {}
+
+    def write(self, before: ir.Node, name: str, codes: npt.NDArray[np.int32], bits: int, factor: int) -> ir.Value:
+        """Insert the initializer of a weight's codes and what reads them out times a factor; returns that.
+
+        Args:
+            before: The node that comes next.
+            name: The initializer's name.
+            codes: Signed codes that fit into `bits`, in the shape in which they are read.
+            bits: 2, 3, 4 or 8.
+            factor: As `widening` gives it.
+        """
+        if bits == 8:
+            return write_codes(self._onnx, before, name, codes * factor, bits, ir.DataType.INT8)
+        if bits == 3:
+            return _write_three_bits(self._onnx, before, name, codes, ir.DataType.INT8, factor)
+        if factor == 1:
+            return write_codes(self._onnx, before, name, codes, bits, ir.DataType.INT8)
+        if (bits, factor) not in self._tables:
+            half = 2 ** (bits - 1)
+            wrapped = np.roll(np.arange(-half, half), half)  # entries of negative codes are counted from the end
+            products = np.clip(factor * wrapped, -128, 127)  # what is cut off are codes that the weight does not have
+            self._tables[bits, factor] = self._onnx.constant("products", products, ir.DataType.INT8)
+        stored = self._onnx.constant(name, codes, _PACKED[bits][0])
+        indices = self._onnx.insert(before, "Cast", [stored], {"to": int(ir.DataType.INT32)}, ir.DataType.INT32)
+        return self._onnx.insert(before, "Gather", [self._tables[bits, factor], indices], {"axis": 0}, ir.DataType.INT8)
+
+
 def _write_three_bits(
-    onnx: GraphWriter, before: ir.Node, name: str, codes: npt.NDArray[np.int32], dtype: ir.DataType
+    onnx: GraphWriter, before: ir.Node, name: str, codes: npt.NDArray[np.int32], dtype: ir.DataType, factor: int = 1
 ) -> ir.Value:
     """Write eight codes as three bytes, one for each bit; shifts, a mask and a product make numbers of them."""
     byte, real = ir.DataType.UINT8, ir.DataType.FLOAT
@@ -104,7 +160,8 @@ def _write_three_bits(
     value = onnx.insert(before, "BitShift", [value, shifts], {"direction": "RIGHT"}, byte)
     value = onnx.insert(before, "BitwiseAnd", [value, onnx.constant("bit", np.array(1), byte)], {}, byte)
     value = onnx.insert(before, "Cast", [value], {"to": int(real)}, real)
-    value = onnx.insert(before, "MatMul", [value, onnx.constant("bit_values", np.array([1, 2, -4]), real)], {}, real)
+    bit_values = onnx.constant("bit_values", factor * np.array([1, 2, -4]), real)
+    value = onnx.insert(before, "MatMul", [value, bit_values], {}, real)
     if dtype != real:
         value = onnx.insert(before, "Cast", [value], {"to": int(dtype)}, dtype)
     if codes.size % 8:

@@ -21,7 +21,7 @@ from mil_cli.export.exporter import MARKER_DOMAIN
 from mil_cli.export.float_layers import keep_float_layers
 from mil_cli.export.gemm import finish_products
 from mil_cli.export.markers import Marker, read_marker
-from mil_cli.export.packing import ALL_WIDTHS, index_bits, storage_bits, write_codes, write_indices
+from mil_cli.export.packing import ALL_WIDTHS, Multiplied, index_bits, storage_bits, widening, write_indices
 from mil_cli.export.signed import pair_moved_codes
 from mil_cli.export.surgery import GraphWriter, constant_of
 from mil_cli.export.tables import lookups_in, write_lookups
@@ -92,6 +92,14 @@ def _activation_type(marker: Marker) -> tuple[ir.DataType, tuple[int, int]]:
     return ir.DataType.UINT8 if unsigned else ir.DataType.INT8, limits
 
 
+def _factor(weight: Marker) -> int:
+    """Return what the codes of a weight are multiplied by for kernels: 1 where none reads it, or they are levels."""
+    looked_up = len(lookups_in(weight.output)) == len(list(weight.output.consumers()))
+    if weight.levels is not None or weight.zero_point.any() or looked_up:
+        return 1
+    return widening(weight.quant_min, weight.quant_max)
+
+
 class _Writer:
     """Writes markers as standard nodes."""
 
@@ -100,6 +108,7 @@ class _Writer:
         self._widths = widths
         self._written: dict[int, Marker] = {}
         self._widened: dict[str, int] = {}
+        self._multiplied = Multiplied(onnx)
 
     def write(self, marker: Marker) -> None:
         constant = constant_of(marker.x)
@@ -160,23 +169,31 @@ class _Writer:
         if count <= 2 ** (bits - 1):
             text = f"{count} levels stored in {bits} bits each, the narrowest form of the target that holds them"
             self._widened[text] = self._widened.get(text, 0) + 1
+        factor = _factor(marker)
         users = list(marker.output.consumers())
         turns = [user for user in users if user.op_type == "Transpose" and user.domain == ""]
         # Codes that are read as they are, too, are stored but once; onnxruntime transposes them when it loads the file.
         once = len(users) > len(turns) or marker.output.is_graph_output()
-        stored = self._integers(marker, name, codes, bits) if once else None
+        stored = self._integers(marker, name, codes, bits, factor) if once else None
         for user in turns:
-            self._write_transposed(marker, name, user, stored, codes, bits)
+            self._write_transposed(marker, name, user, stored, codes, bits, factor)
         if stored is not None:
-            self._write_lookups(marker, name, stored)
+            self._write_lookups(marker, name, stored, factor)
             if marker.output.uses() or marker.output.is_graph_output():
-                values = self._dequantize(marker, name, stored, marker.axis)
+                values = self._dequantize(marker, name, stored, marker.axis, factor=factor)
                 self._onnx.replace(marker.output, values, marker.node)
                 return
         self._onnx.graph.remove(marker.node, safe=True)
 
     def _write_transposed(
-        self, marker: Marker, name: str, user: ir.Node, stored: ir.Value | None, codes: npt.NDArray[np.int32], bits: int
+        self,
+        marker: Marker,
+        name: str,
+        user: ir.Node,
+        stored: ir.Value | None,
+        codes: npt.NDArray[np.int32],
+        bits: int,
+        factor: int,
     ) -> None:
         """Write a weight as the exporter transposes it, in a node that is replaced.
 
@@ -186,15 +203,16 @@ class _Writer:
         order = user.attributes["perm"].as_ints() if "perm" in user.attributes else range(codes.ndim)[::-1]
         axis = None if marker.axis is None else list(order).index(marker.axis % codes.ndim)
         if stored is None:
-            turned = self._integers(marker, f"{name}.transposed", codes.transpose(order), bits)
+            turned = self._integers(marker, f"{name}.transposed", codes.transpose(order), bits, factor)
         else:
             turned = self._onnx.insert(marker.node, "Transpose", [stored], {"perm": list(order)}, ir.DataType.INT8)
-        self._onnx.replace(user.outputs[0], self._dequantize(marker, name, turned, axis), user)
+        values = self._dequantize(marker, name, turned, axis, factor=factor)
+        self._onnx.replace(user.outputs[0], values, user)
 
-    def _integers(self, marker: Marker, name: str, codes: npt.NDArray[np.int32], bits: int) -> ir.Value:
+    def _integers(self, marker: Marker, name: str, codes: npt.NDArray[np.int32], bits: int, factor: int) -> ir.Value:
         """Insert the initializer of a weight's codes and what turns it into int8; returns that."""
         if marker.levels is None:
-            return write_codes(self._onnx, marker.node, f"{name}.codes", codes, bits, ir.DataType.INT8)
+            return self._multiplied.write(marker.node, f"{name}.codes", codes, bits, factor)
         levels: Any = marker.levels  # looked up once, when onnxruntime loads the file
         if not np.array_equal(levels, np.clip(np.rint(levels), -128, 127)):
             raise ExportError("levels of weights are no whole numbers of 8 bits", value=marker.x.name)
@@ -202,22 +220,29 @@ class _Writer:
         table = self._onnx.constant(f"{name}.levels", levels, ir.DataType.INT8)
         return self._onnx.insert(marker.node, "Gather", [table, indices], {"axis": 0}, ir.DataType.INT8)
 
-    def _write_lookups(self, marker: Marker, name: str, codes: ir.Value) -> None:
+    def _write_lookups(self, marker: Marker, name: str, codes: ir.Value, factor: int) -> None:
         """Let what looks rows up in a weight read the codes."""
         plain = marker.x.shape is not None and len(marker.x.shape) == 2 and not marker.zero_point.any()
         looks = lookups_in(marker.output) if plain and marker.axis in (None, 0, -2) else []
         if not looks:
             return
-        steps = self._onnx.constant(f"{name}.scale", marker.scale, ir.DataType.FLOAT)
+        steps = self._onnx.constant(f"{name}.scale", marker.scale / factor, ir.DataType.FLOAT)
         by_row = marker.axis is not None
         if by_row:
             steps = self._onnx.reshape(marker.node, steps, (-1, 1), ir.DataType.FLOAT)
         write_lookups(self._onnx, looks, codes, steps, by_row=by_row)
 
     def _dequantize(
-        self, marker: Marker, name: str, codes: ir.Value, axis: int | None, dtype: ir.DataType = ir.DataType.INT8
+        self,
+        marker: Marker,
+        name: str,
+        codes: ir.Value,
+        axis: int | None,
+        dtype: ir.DataType = ir.DataType.INT8,
+        *,
+        factor: int = 1,
     ) -> ir.Value:
-        scale = self._onnx.constant(f"{name}.scale", marker.scale, ir.DataType.FLOAT)
+        scale = self._onnx.constant(f"{name}.scale", marker.scale / factor, ir.DataType.FLOAT)
         zero_point = self._onnx.constant(f"{name}.zero_point", marker.zero_point, dtype)
         attributes = {} if axis is None else {"axis": axis}
         inputs: list[ir.Value | None] = [codes, scale, zero_point]

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 PARITY_BATCHES = 4
 PARITY_BATCH_SIZE = 32
 
+_EXPORT_VERSION = 2
+"""Changes with the form of exported files."""
+
 _SCORE_VERSION = 2
 """Changes with what is kept of a scored file."""
 
@@ -91,7 +94,7 @@ class Prover:
         split_name = "test" if judged else "val"
         split = self.data.test if judged else self.data.val
         exported, _ = self.cache.memo(
-            fingerprint_of(["export", model.fingerprint, self.device.fingerprint(), versions()]),
+            fingerprint_of(["export", _EXPORT_VERSION, model.fingerprint, self.device.fingerprint(), versions()]),
             kind="export",
             label=name,
             fresh=self.fresh,

@@ -16,7 +16,7 @@ from mil_cli.device.profile import DeviceProfile, Int8Form
 from mil_cli.errors import ExportError
 from mil_cli.export.coverage import integer_coverage
 from mil_cli.export.onnx import export_onnx
-from mil_cli.export.packing import storage_bits
+from mil_cli.export.packing import storage_bits, widening
 from mil_cli.export.parity import Parity, check_parity, without_quantizers
 from mil_cli.export.session import OnnxModel
 from mil_cli.export.surgery import GraphWriter
@@ -123,7 +123,9 @@ def test_packed_codes_are_those_of_the_graph(case: Build, tmp_path: Path) -> Non
     expected = (weight / quantizers.scale[:, None]).round().clamp(-8, 7)
     assert np.array_equal(codes.T, expected.detach().numpy())
     assert (codes.min(), codes.max()) == (-8, 7)
-    assert np.array_equal(scale, quantizers.scale.numpy())
+    assert np.array_equal(
+        8 * scale, quantizers.scale.numpy()
+    )  # kernels see codes times 8, so that biases have finer steps
 
 
 def test_target_without_packed_types_gets_bytes(case: Build, tmp_path: Path) -> None:
@@ -259,6 +261,11 @@ def test_quantizers_that_onnx_cannot_hold_are_refused(make_case: Callable[..., A
     with pytest.raises(ExportError, match="NaN"):
         export_onnx(broken, tmp_path / "model.onnx")
     assert [file.name for file in tmp_path.glob("*.onnx")] == ["float.onnx"]
+
+
+def test_codes_of_few_bits_are_multiplied_as_far_as_seven_bits_hold_them() -> None:
+    ranges = ((-127, 127), (-64, 64), (-32, 31), (-16, 15), (-8, 7), (-4, 3), (-2, 1), (-1, 1))
+    assert [widening(low, high) for low, high in ranges] == [1, 1, 2, 4, 8, 16, 32, 64]
 
 
 def test_storage_bits() -> None:

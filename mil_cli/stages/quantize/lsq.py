@@ -40,7 +40,7 @@ class LsqConfig(AwareConfig):
     """
 
     method: ClassVar[str] = "lsq"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     initialization: Initialization = "mse"
 

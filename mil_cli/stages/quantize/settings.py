@@ -62,7 +62,7 @@ class QuantizationConfig(StageConfig):
     """
 
     family: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     never_after: ClassVar[dict[str, str]] = {"quantize": "the model would hold two sets of quantizers"}
 
     weight_bits: int = Field(8, ge=2, le=8)

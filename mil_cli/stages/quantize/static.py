@@ -20,7 +20,7 @@ class StaticConfig(PostTrainingConfig):
     """
 
     method: ClassVar[str] = "static"
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
 
     bias_correction: bool | None = None
 

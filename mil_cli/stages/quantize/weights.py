@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from mil_cli.export.packing import widening
 from mil_cli.graph.fold import reads_alone
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, schema_index, set_attribute
 from mil_cli.ops import QUANTIZERS
@@ -110,22 +111,23 @@ def _least_of_few(rows: Tensor, full: Tensor, smallest_share: float, rounded: Ca
     return best
 
 
-def scale_for_bias(scale: Tensor, bias: Tensor | None, input_scale: float) -> Tensor:
+def scale_for_bias(scale: Tensor, bias: Tensor | None, input_scale: float, factor: int = 1) -> Tensor:
     """Raise the scales of channels whose weights are so small beside their bias that the bias would overflow.
 
-    Integer kernels hold the bias as int32 in steps of ``input_scale * scale``. Folded batch norms and pruning leave
+    Integer kernels hold the bias as int32 in steps of ``input_scale * scale / factor``, the factor being
+    `mil_cli.export.packing.widening` of the codes. Folded batch norms and pruning leave
     channels with next to no weights and a real bias; without this floor their bias would saturate.
     """
     if bias is None:
         return scale
-    floor = bias.detach().abs().double() / (input_scale * 2.0**28)
+    floor = bias.detach().abs().double() * factor / (input_scale * 2.0**28)
     if scale.dim() == 0:
         floor = floor.max()
     return torch.maximum(scale.double(), floor).float()
 
 
 def settle_biases(graph: GraphModule) -> None:
-    """Make biases what integer kernels hold, in place: int32 in steps of the input's scale times the weight's.
+    """Make biases what integer kernels hold, in place: int32 in steps of the input's scale times the weight's there.
 
     Scales of weights are raised where `scale_for_bias` asks for it, and biases rounded to whole steps. A step is small,
     but unrounded biases move one code in a thousand, and so the file's outputs away from the graph's. A bias that
@@ -134,12 +136,13 @@ def settle_biases(graph: GraphModule) -> None:
     biased = list(_biased_layers(graph))
     for quantizer, _, values, input_scale in biased:
         target = str(get_argument(quantizer, "scale").target)
-        set_attribute(graph, target, scale_for_bias(get_attribute(graph, target), values, input_scale))
+        scale = scale_for_bias(get_attribute(graph, target), values, input_scale, _factor(quantizer))
+        set_attribute(graph, target, scale)
     # A weight that several layers read has one scale, so that no bias is rounded before all of them have raised it.
     for quantizer, layer, values, input_scale in biased:
         if op_name(quantizer) in _BY_CHANNEL and reads_alone(graph, get_argument(layer, "bias"), layer):
             scale = get_attribute(graph, str(get_argument(quantizer, "scale").target))
-            _round_bias(values, input_scale * scale.detach().double())
+            _round_bias(values, input_scale * scale.detach().double() / _factor(quantizer))
 
 
 def _biased_layers(graph: GraphModule) -> Iterator[tuple[Node, Node, Tensor, float]]:
@@ -155,6 +158,13 @@ def _biased_layers(graph: GraphModule) -> Iterator[tuple[Node, Node, Tensor, flo
             if isinstance(bias, Node) and bias.op == "get_attr" and sources:
                 input_scale = float(get_attribute(graph, str(get_argument(sources[0], "scale").target)))
                 yield quantizer, layer, get_attribute(graph, str(bias.target)), input_scale
+
+
+def _factor(quantizer: Node) -> int:
+    """Return what kernels see the codes of a weight multiplied by."""
+    if op_name(quantizer) != "quantize_affine":
+        return 1
+    return widening(get_argument(quantizer, "quant_min"), get_argument(quantizer, "quant_max"))
 
 
 def _round_bias(bias: Tensor, step: Tensor) -> None:

@@ -11,6 +11,7 @@ from mil_cli.data.digits import digits
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.session import OnnxModel
 from mil_cli.graph.capture import capture
+from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 from mil_cli.ops.quantize import quantize_affine
 from mil_cli.stages.quantize.ranges import weight_codes
@@ -89,17 +90,32 @@ def test_scale_keeps_the_bias_in_32_bits() -> None:
     assert scale_for_bias(torch.tensor(1e-12), bias, 0.02).shape == ()
 
 
-def test_the_file_agrees_with_the_graph_since_biases_are_whole_steps(tmp_path: Path) -> None:
-    """Integer kernels hold a bias as int32: what lies between two steps moves one code in a thousand."""
+@pytest.mark.parametrize(("weight_bits", "activation_bits", "factor"), [(8, 8, 1), (4, 8, 8), (2, 4, 32)])
+def test_the_file_agrees_with_the_graph_since_biases_are_whole_steps(
+    weight_bits: int, activation_bits: int, factor: int, tmp_path: Path
+) -> None:
+    """Integer kernels hold a bias as int32: what lies between two steps moves one code in a thousand.
+
+    Of few bits steps are large, and a bias would lose as much as weights: kernels see multiplied codes.
+    """
     data = digits()
-    made = quantize_static(trained_digits(), StaticConfig(), make_context(data)).eval()
+    config = StaticConfig(weight_bits=weight_bits, activation_bits=activation_bits, first_last_bits=2)
+    float_model = fold_batch_norm(trained_digits())
+    made = quantize_static(trained_digits(), config.model_copy(update={"bias_correction": False}), make_context(data))
+    made.eval()
     (images, _), *_ = data.test.batches(len(data.test))
     layers = [node for node in calls(made.graph) if op_name(node) in ("conv2d", "linear")]
     for layer in layers:
         source, weight, bias = layer.args[:3]
-        steps = [get_attribute(made.graph, str(get_argument(each, "scale").target)) for each in (source, weight)]
-        whole = get_attribute(made.graph, str(bias.target)).detach().double() / steps[0].double() / steps[1].double()
+        steps = [
+            get_attribute(made.graph, str(get_argument(each, "scale").target)).double() for each in (source, weight)
+        ]
+        step = steps[0] * steps[1] / factor
+        values = get_attribute(made.graph, str(bias.target)).detach().double()
+        whole = values / step
         assert (whole - whole.round()).abs().max() < 1e-2  # float32 has 24 bits for up to 32
+        before = get_attribute(float_model.graph, str(bias.target)).detach().double()
+        assert ((values - before).abs() <= 0.51 * step + 1e-6 * before.abs()).all()
     file = export_onnx(made, tmp_path / "model.onnx").path
     with torch.no_grad():
         wanted = made(images)

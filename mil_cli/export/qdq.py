@@ -93,10 +93,12 @@ def _activation_type(marker: Marker) -> tuple[ir.DataType, tuple[int, int]]:
 
 
 def _factor(weight: Marker) -> int:
-    """Return what the codes of a weight are multiplied by for kernels: 1 where none reads it, or they are levels."""
+    """Return what the codes or levels of a weight are multiplied by for kernels; 1 where none reads it."""
     looked_up = len(lookups_in(weight.output)) == len(list(weight.output.consumers()))
-    if weight.levels is not None or weight.zero_point.any() or looked_up:
+    if weight.zero_point.any() or looked_up:
         return 1
+    if weight.levels is not None:
+        return widening(int(weight.levels.min()), int(weight.levels.max()))
     return widening(weight.quant_min, weight.quant_max)
 
 
@@ -217,7 +219,7 @@ class _Writer:
         if not np.array_equal(levels, np.clip(np.rint(levels), -128, 127)):
             raise ExportError("levels of weights are no whole numbers of 8 bits", value=marker.x.name)
         indices = write_indices(self._onnx, marker.node, f"{name}.codes", codes, bits)
-        table = self._onnx.constant(f"{name}.levels", levels, ir.DataType.INT8)
+        table = self._onnx.constant(f"{name}.levels", levels * factor, ir.DataType.INT8)
         return self._onnx.insert(marker.node, "Gather", [table, indices], {"axis": 0}, ir.DataType.INT8)
 
     def _write_lookups(self, marker: Marker, name: str, codes: ir.Value, factor: int) -> None:

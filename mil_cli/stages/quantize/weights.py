@@ -136,13 +136,13 @@ def settle_biases(graph: GraphModule) -> None:
     biased = list(_biased_layers(graph))
     for quantizer, _, values, input_scale in biased:
         target = str(get_argument(quantizer, "scale").target)
-        scale = scale_for_bias(get_attribute(graph, target), values, input_scale, _factor(quantizer))
+        scale = scale_for_bias(get_attribute(graph, target), values, input_scale, _factor(graph, quantizer))
         set_attribute(graph, target, scale)
     # A weight that several layers read has one scale, so that no bias is rounded before all of them have raised it.
     for quantizer, layer, values, input_scale in biased:
         if op_name(quantizer) in _BY_CHANNEL and reads_alone(graph, get_argument(layer, "bias"), layer):
-            scale = get_attribute(graph, str(get_argument(quantizer, "scale").target))
-            _round_bias(values, input_scale * scale.detach().double() / _factor(quantizer))
+            scale = get_attribute(graph, str(get_argument(quantizer, "scale").target)).detach().double()
+            _round_bias(values, input_scale * scale / _factor(graph, quantizer))
 
 
 def _biased_layers(graph: GraphModule) -> Iterator[tuple[Node, Node, Tensor, float]]:
@@ -160,10 +160,11 @@ def _biased_layers(graph: GraphModule) -> Iterator[tuple[Node, Node, Tensor, flo
                 yield quantizer, layer, get_attribute(graph, str(bias.target)), input_scale
 
 
-def _factor(quantizer: Node) -> int:
-    """Return what kernels see the codes of a weight multiplied by."""
-    if op_name(quantizer) != "quantize_affine":
-        return 1
+def _factor(graph: GraphModule, quantizer: Node) -> int:
+    """Return what kernels see the codes or levels of a weight multiplied by."""
+    if op_name(quantizer) == "quantize_levels":
+        levels = get_attribute(graph, str(get_argument(quantizer, "levels").target))
+        return widening(int(levels.min()), int(levels.max()))
     return widening(get_argument(quantizer, "quant_min"), get_argument(quantizer, "quant_max"))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from mil_cli.data.base import Data
 from mil_cli.errors import ExportError
@@ -18,7 +19,7 @@ from mil_cli.export.coverage import integer_coverage
 from mil_cli.export.onnx import export_onnx
 from mil_cli.export.parity import check_parity
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import calls, get_attribute, op_name, set_attribute
+from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name, set_attribute
 from mil_cli.stages.quantize import aware
 from mil_cli.stages.quantize.apot import ApotConfig, additive_levels, whole_levels
 from mil_cli.stages.quantize.describe import present_bits
@@ -302,3 +303,26 @@ def test_apot_leaves_a_mean_where_it_is_most_of_a_weight(data: Data, inserted: d
         arguments = [get_attribute(inserted["start"].graph, str(source.target)) for source in node.args[:3]]
         rounded = node.target(*arguments, *node.args[3:])
         torch.testing.assert_close(rounded, model.state_dict()[name], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "bits", "factor"), [(DorefaConfig, 2, 16), (ApotConfig, 2, 64), (ApotConfig, 4, 4)])
+def test_biases_beside_levels_are_rounded_to_steps_of_the_multiplied_ones(
+    kind: type[StageConfig], bits: int, factor: int, model: Model, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: dict[str, Tensor] = {}
+    original = aware.settle_biases
+
+    def settled(graph: GraphModule) -> None:
+        before.update({name: value.detach().clone() for name, value in graph.named_parameters() if "bias" in name})
+        original(graph)
+
+    monkeypatch.setattr(aware, "settle_biases", settled)
+    result = run(kind, model, data, weight_bits=bits, activation_bits=2, trainer={"epochs": 1})
+    (layer,) = (
+        node for node in calls(result.graph) if op_name(node) == "conv2d" and str(node.args[2].target) == "body.0.bias"
+    )
+    scales = [get_attribute(result.graph, str(get_argument(node, "scale").target)) for node in layer.args[:2]]
+    step = scales[0].double() * scales[1].double() / factor
+    after, start = (each["body.0.bias"].detach().double() for each in (dict(result.named_parameters()), before))
+    assert ((after - start).abs() <= 0.51 * step).all()
+    assert ((after / step) - (after / step).round()).abs().max() < 1e-3

@@ -189,7 +189,9 @@ FEW: list[DynamicConfig | WeightOnlyConfig] = [
 ]
 
 
-@pytest.mark.parametrize("few", FEW, ids=["dynamic", "weight_only", "gptq"])
+@pytest.mark.parametrize(
+    "few", [*FEW[:2], pytest.param(FEW[2], marks=pytest.mark.slow)], ids=["dynamic", "weight_only", "gptq"]
+)
 def test_a_method_without_bits_by_layer_leaves_no_more_layers_float_than_needed(
     few: DynamicConfig | WeightOnlyConfig, linear: Model, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

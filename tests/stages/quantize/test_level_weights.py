@@ -305,7 +305,14 @@ def test_apot_leaves_a_mean_where_it_is_most_of_a_weight(data: Data, inserted: d
         torch.testing.assert_close(rounded, model.state_dict()[name], rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize(("kind", "bits", "factor"), [(DorefaConfig, 2, 16), (ApotConfig, 2, 64), (ApotConfig, 4, 4)])
+@pytest.mark.parametrize(
+    ("kind", "bits", "factor"),
+    [
+        (DorefaConfig, 2, 16),
+        pytest.param(ApotConfig, 2, 64, marks=pytest.mark.slow),
+        pytest.param(ApotConfig, 4, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_biases_beside_levels_are_rounded_to_steps_of_the_multiplied_ones(
     kind: type[StageConfig], bits: int, factor: int, model: Model, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:

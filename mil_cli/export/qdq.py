@@ -1,10 +1,10 @@
 """Turns quantizer markers of an ONNX graph into QuantizeLinear/DequantizeLinear pairs and packed integer weights.
 
 The forms are those that onnxruntime fuses into integer kernels: activations are quantized and dequantized in 8 bits,
-8-bit weights are int8 initializers that are dequantized, weights of fewer bits are packed initializers that become int8
-before, multiplied (a direct 4-bit DequantizeLinear would be run at every inference). Rows of tables are looked up as int8, and
-become floats then. Biases stay float, and onnxruntime quantizes them itself with the scales that it needs, but for one
-case (see `mil_cli.export.gemm`).
+8-bit weights are int8 initializers that are dequantized, weights of fewer bits are packed initializers that become
+int8 before, multiplied (a direct 4-bit DequantizeLinear would be run at every inference). Rows of tables are looked
+up as int8, and become floats then. Biases stay float, and onnxruntime quantizes them itself with the scales that it
+needs, but for one case (see `mil_cli.export.gemm`).
 """
 
 from __future__ import annotations

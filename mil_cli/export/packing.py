@@ -78,19 +78,27 @@ def index_bits(count: int, widths: Collection[int]) -> int:
     return min(bits for bits in {*widths, 8} & {*_INDICES} if count <= 2**bits)
 
 
-def write_indices(onnx: GraphWriter, before: ir.Node, name: str, codes: npt.NDArray[np.int32], bits: int) -> ir.Value:
-    """Insert the initializer of a weight's indices into levels; returns them as int32."""
-    stored = onnx.constant(name, codes, _INDICES[bits])
-    return onnx.insert(before, "Cast", [stored], {"to": int(ir.DataType.INT32)}, ir.DataType.INT32)
-
-
-def write_codes(
+def write_levels(
     onnx: GraphWriter,
     before: ir.Node,
     name: str,
     codes: npt.NDArray[np.int32],
     bits: int,
-    dtype: ir.DataType,
+    levels: npt.NDArray[np.float32],
+) -> ir.Value:
+    """Insert the initializer of a weight's indices into levels and what looks them up, as INT8; returns that."""
+    stored = onnx.constant(f"{name}.codes", codes, _INDICES[bits])
+    return _look_up(onnx, before, onnx.constant(f"{name}.levels", levels, ir.DataType.INT8), stored)
+
+
+def _look_up(onnx: GraphWriter, before: ir.Node, table: ir.Value, stored: ir.Value) -> ir.Value:
+    """Insert what takes entries of a table, once, when onnxruntime loads the file; negative ones count from its end."""
+    indices = onnx.insert(before, "Cast", [stored], {"to": int(ir.DataType.INT32)}, ir.DataType.INT32)
+    return onnx.insert(before, "Gather", [table, indices], {"axis": 0}, ir.DataType.INT8)
+
+
+def write_codes(
+    onnx: GraphWriter, before: ir.Node, name: str, codes: npt.NDArray[np.int32], bits: int, dtype: ir.DataType
 ) -> ir.Value:
     """Insert the initializer of a weight's codes and what reads it out.
 
@@ -146,8 +154,7 @@ class Multiplied:
             products = np.clip(factor * wrapped, -128, 127)  # what is cut off are codes that the weight does not have
             self._tables[bits, factor] = self._onnx.constant("products", products, ir.DataType.INT8)
         stored = self._onnx.constant(name, codes, _PACKED[bits][0])
-        indices = self._onnx.insert(before, "Cast", [stored], {"to": int(ir.DataType.INT32)}, ir.DataType.INT32)
-        return self._onnx.insert(before, "Gather", [self._tables[bits, factor], indices], {"axis": 0}, ir.DataType.INT8)
+        return _look_up(self._onnx, before, self._tables[bits, factor], stored)
 
 
 def _write_three_bits(

@@ -21,7 +21,7 @@ from mil_cli.export.exporter import MARKER_DOMAIN
 from mil_cli.export.float_layers import keep_float_layers
 from mil_cli.export.gemm import finish_products
 from mil_cli.export.markers import Marker, read_marker
-from mil_cli.export.packing import ALL_WIDTHS, Multiplied, index_bits, storage_bits, widening, write_indices
+from mil_cli.export.packing import ALL_WIDTHS, Multiplied, index_bits, storage_bits, widening, write_levels
 from mil_cli.export.signed import pair_moved_codes
 from mil_cli.export.surgery import GraphWriter, constant_of
 from mil_cli.export.tables import lookups_in, write_lookups
@@ -215,12 +215,10 @@ class _Writer:
         """Insert the initializer of a weight's codes and what turns it into int8; returns that."""
         if marker.levels is None:
             return self._multiplied.write(marker.node, f"{name}.codes", codes, bits, factor)
-        levels: Any = marker.levels  # looked up once, when onnxruntime loads the file
+        levels: Any = marker.levels
         if not np.array_equal(levels, np.clip(np.rint(levels), -128, 127)):
             raise ExportError("levels of weights are no whole numbers of 8 bits", value=marker.x.name)
-        indices = write_indices(self._onnx, marker.node, f"{name}.codes", codes, bits)
-        table = self._onnx.constant(f"{name}.levels", levels * factor, ir.DataType.INT8)
-        return self._onnx.insert(marker.node, "Gather", [table, indices], {"axis": 0}, ir.DataType.INT8)
+        return write_levels(self._onnx, marker.node, name, codes, bits, levels * factor)
 
     def _write_lookups(self, marker: Marker, name: str, codes: ir.Value, factor: int) -> None:
         """Let what looks rows up in a weight read the codes."""

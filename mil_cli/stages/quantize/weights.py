@@ -111,16 +111,15 @@ def _least_of_few(rows: Tensor, full: Tensor, smallest_share: float, rounded: Ca
     return best
 
 
-def scale_for_bias(scale: Tensor, bias: Tensor | None, input_scale: float, factor: int = 1) -> Tensor:
+def scale_for_bias(scale: Tensor, bias: Tensor | None, input_scale: float) -> Tensor:
     """Raise the scales of channels whose weights are so small beside their bias that the bias would overflow.
 
-    Integer kernels hold the bias as int32 in steps of ``input_scale * scale / factor``, the factor being
-    `mil_cli.export.packing.widening` of the codes. Folded batch norms and pruning leave
+    Integer kernels hold the bias as int32 in steps of ``input_scale * scale``. Folded batch norms and pruning leave
     channels with next to no weights and a real bias; without this floor their bias would saturate.
     """
     if bias is None:
         return scale
-    floor = bias.detach().abs().double() * factor / (input_scale * 2.0**28)
+    floor = bias.detach().abs().double() / (input_scale * 2.0**28)
     if scale.dim() == 0:
         floor = floor.max()
     return torch.maximum(scale.double(), floor).float()
@@ -136,17 +135,19 @@ def settle_biases(graph: GraphModule) -> None:
     biased = list(_biased_layers(graph))
     for quantizer, _, values, input_scale in biased:
         target = str(get_argument(quantizer, "scale").target)
-        scale = scale_for_bias(get_attribute(graph, target), values, input_scale, _factor(graph, quantizer))
-        set_attribute(graph, target, scale)
+        set_attribute(graph, target, scale_for_bias(get_attribute(graph, target), values, input_scale))
     # A weight that several layers read has one scale, so that no bias is rounded before all of them have raised it.
     for quantizer, layer, values, input_scale in biased:
         if op_name(quantizer) in _BY_CHANNEL and reads_alone(graph, get_argument(layer, "bias"), layer):
             scale = get_attribute(graph, str(get_argument(quantizer, "scale").target)).detach().double()
-            _round_bias(values, input_scale * scale / _factor(graph, quantizer))
+            _round_bias(values, input_scale * scale)
 
 
 def _biased_layers(graph: GraphModule) -> Iterator[tuple[Node, Node, Tensor, float]]:
-    """Yield, for each layer with a bias and quantized weight and input: quantizer, layer, bias, the input's scale."""
+    """Yield, for each layer with a bias and quantized weight and input: quantizer, layer, bias, the input's scale.
+
+    The scale is divided by what kernels see the weight's codes multiplied by: so much finer are the bias's steps.
+    """
     for quantizer in calls(graph):
         weight = get_argument(quantizer, "x") if op_name(quantizer) in QUANTIZERS else None
         if not isinstance(weight, Node) or weight.op != "get_attr":
@@ -157,7 +158,7 @@ def _biased_layers(graph: GraphModule) -> Iterator[tuple[Node, Node, Tensor, flo
             sources = [node for node in inputs if node is not quantizer]
             if isinstance(bias, Node) and bias.op == "get_attr" and sources:
                 input_scale = float(get_attribute(graph, str(get_argument(sources[0], "scale").target)))
-                yield quantizer, layer, get_attribute(graph, str(bias.target)), input_scale
+                yield quantizer, layer, get_attribute(graph, str(bias.target)), input_scale / _factor(graph, quantizer)
 
 
 def _factor(graph: GraphModule, quantizer: Node) -> int:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.nodes import get_argument, op_name
-from mil_cli.stages.quantize.holding import Holding, spared_too
+from mil_cli.stages.quantize.holding import BoundedConfig, Holding
 from mil_cli.stages.quantize.passing import after_rectifier
 from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
-from mil_cli.stages.quantize.settings import LayerSettings
-from mil_cli.stages.registry import StageConfig
+from mil_cli.stages.quantize.settings import LayerSettings, QuantizationConfig
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -27,39 +26,20 @@ F = TypeVar("F", bound=Callable[..., "Model"])
 _FULL = 8
 """Bits of layers that get more."""
 
-
-class HasSkip(Protocol):
-    """Settings of a method whose layers can be left float, and that may hold a bound."""
-
-    skip: tuple[str, ...]
-    max_drop: float | None
-    max_drop_samples: int
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Any:
-        """Return a copy with some settings changed."""
-
-
 NamesOf = Callable[["Model", Any, "Context"], Sequence[str]]
 """Returns the names of the layers that a method would quantize, from the model, its settings and the context."""
 
 
 def within_drop(quantize: F) -> F:
-    """Make a method with calibrated activations hold `max_drop`, where its settings ask for it.
+    """Make a method that has bits by layer hold `max_drop`, where its settings ask for it.
 
     Args:
-        quantize: The method's function; its settings are a `PostTrainingConfig`.
+        quantize: The method's function; its settings are a `QuantizationConfig`.
 
     Returns:
         A function that runs it once, or tries settings until the quality on val holds.
     """
-
-    @wraps(quantize)
-    def controlled(model: Model, config: PostTrainingConfig, context: Context) -> Model:
-        if config.max_drop is None:
-            return quantize(model, config, context)
-        return _Calibrated(model, config, context, config.max_drop).search()
-
-    return cast("F", controlled)
+    return _holding(quantize, _Widening)
 
 
 def within_drop_by_skipping(names_of: NamesOf, **quick: object) -> Callable[[F], F]:
@@ -72,40 +52,43 @@ def within_drop_by_skipping(names_of: NamesOf, **quick: object) -> Callable[[F],
     Returns:
         What makes a function that runs the method once, or tries settings until the quality on val holds.
     """
-
-    def decorate(quantize: F) -> F:
-        @wraps(quantize)
-        def controlled(model: Model, config: HasSkip, context: Context) -> Model:
-            if config.max_drop is None:
-                return quantize(model, config, context)
-            return _Skipping(model, config, context, config.max_drop, names_of=names_of, quick=quick).search()
-
-        return cast("F", controlled)
-
-    return decorate
+    return partial(_holding, search=partial(_Skipping, names_of=names_of, quick=quick))
 
 
-class _Calibrated(Holding):
-    """Layers get 8 bits before any stays float; all are measured in one graph, the others' quantizers left out."""
+def _holding(quantize: F, search: Callable[[Model, Any, Context], Holding[Any]]) -> F:
+    @wraps(quantize)
+    def controlled(model: Model, config: BoundedConfig, context: Context) -> Model:
+        if config.max_drop is None:
+            return quantize(model, config, context)
+        return search(model, config, context).search()
 
-    def __init__(self, model: Model, config: PostTrainingConfig, context: Context, bound: float) -> None:
-        super().__init__(model, context, bound)
-        self._config = config
+    return cast("F", controlled)
+
+
+class _Widening(Holding[QuantizationConfig]):
+    """Layers get 8 bits before any stays float; all are measured in one graph, the others' quantizers left out.
+
+    That graph's weights are rounded and no more, whatever the method does beyond it: it only ranks the layers.
+    """
+
+    def __init__(self, model: Model, config: QuantizationConfig, context: Context) -> None:
+        super().__init__(model, config, context)
         self._quantized: tuple[Model, Placement] | None = None
 
-    def _with(self, *, widened: Sequence[str], spared: Sequence[str]) -> PostTrainingConfig:
+    def _with(self, *, widened: Sequence[str], spared: Sequence[str]) -> QuantizationConfig:
         layers = dict(self._config.layers)
         for name in sorted(widened):  # the path of a layer is also a pattern for those below it
             layers.pop(glob.escape(name), None)
             per_channel = self._state["narrow"][name]
             layers[glob.escape(name)] = LayerSettings(weight_bits=_FULL, activation_bits=_FULL, per_channel=per_channel)
-        skip = spared_too(self._config.skip, spared)
-        return self._config.model_copy(update={"layers": layers, "skip": skip, "max_drop": None})
+        return super()._with(widened=widened, spared=spared).model_copy(update={"layers": layers})
 
     def _names(self, widened: Sequence[str]) -> list[str]:
+        own = self._with(widened=widened, spared=[])
+        shared = PostTrainingConfig.model_fields.keys() & type(own).model_fields.keys()
         # Biases that make up for the rounding of all layers would be wrong for each of them alone.
-        config = self._with(widened=widened, spared=[]).model_copy(update={"bias_correction": False})
-        prepared = prepare(self._model, config, self._context)
+        settings = {name: getattr(own, name) for name in shared} | {"bias_correction": False}
+        prepared = prepare(self._model, PostTrainingConfig.model_validate(settings), self._context)
         placement, rules = prepared.placement, prepared.rules
         self._quantized = prepared.insert(), placement
         forms = {layer.name: rules.of_layer(layer) for layer in placement.layers}
@@ -123,29 +106,24 @@ class _Calibrated(Holding):
         model, placement = self._quantized
         nodes = [layer.node for layer in placement.layers if layer.name == name]
         with alone(model.graph, nodes, placement):
-            return self._loss(model, self._config.max_drop_samples)
+            return self._loss(model)
 
 
-class _Skipping(Holding):
+class _Skipping(Holding[BoundedConfig]):
     """Layers stay float; each is measured by the method on it alone."""
 
     def __init__(
         self,
         model: Model,
-        config: HasSkip,
+        config: BoundedConfig,
         context: Context,
-        bound: float,
         *,
         names_of: NamesOf,
         quick: Mapping[str, object],
     ) -> None:
-        super().__init__(model, context, bound)
-        self._config, self._quick = config, quick
+        super().__init__(model, config, context)
+        self._quick = quick
         self._known = list(dict.fromkeys(names_of(model, config, context)))
-
-    def _with(self, *, widened: Sequence[str], spared: Sequence[str]) -> StageConfig:
-        update = {"skip": spared_too(self._config.skip, spared), "max_drop": None}
-        return cast("StageConfig", self._config.model_copy(update=update))
 
     def _names(self, widened: Sequence[str]) -> list[str]:
         return self._known
@@ -153,8 +131,7 @@ class _Skipping(Holding):
     def _damage(self, name: str, widened: Sequence[str]) -> float:
         others = [other for other in self._known if other != name]
         settings = self._with(widened=[], spared=others).model_copy(update=self._quick)
-        single = self._context.run(self._model, settings, name="alone")
-        return self._loss(single, self._config.max_drop_samples)
+        return self._loss(self._context.run(self._model, settings, name="alone"))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute, set_attribute
 from mil_cli.ops.learned_scale import SMALLEST_SCALE
 from mil_cli.stages.context import Context
+from mil_cli.stages.quantize.accuracy import within_drop
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import Quantizer
@@ -39,6 +40,7 @@ class ApotConfig(AwareConfig):
 
 @stage(ApotConfig)
 @where_faster
+@within_drop
 def quantize(model: Model, config: ApotConfig, context: Context) -> Model:
     """Train a copy of a float model whose weights round to sums of powers of two, and fold its batch norms.
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
+from mil_cli.stages.quantize.accuracy import within_drop
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import insert_quantizers
@@ -30,6 +31,7 @@ class DorefaConfig(AwareConfig, ObservedConfig):
 
 @stage(DorefaConfig)
 @where_faster
+@within_drop
 def quantize(model: Model, config: DorefaConfig, context: Context) -> Model:
     """Train a copy of a float model with the quantizers of DoReFa, none of which learns, and fold its batch norms.
 

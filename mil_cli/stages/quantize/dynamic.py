@@ -12,6 +12,7 @@ from mil_cli.graph.nodes import get_attribute
 from mil_cli.graph.segment import overwritten
 from mil_cli.stages.quantize.accuracy import within_drop_by_skipping
 from mil_cli.stages.quantize.describe import LayerBits
+from mil_cli.stages.quantize.holding import BoundedConfig
 from mil_cli.stages.quantize.insert import Quantizer, QuantizerWriter, refuse_quantized
 from mil_cli.stages.quantize.layers import (
     CONVOLUTIONS,
@@ -26,8 +27,7 @@ from mil_cli.stages.quantize.layers import (
 from mil_cli.stages.quantize.ranges import weight_codes
 from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
-from mil_cli.stages.registry import StageConfig, stage
-from mil_cli.stages.targets import Drop
+from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -40,7 +40,7 @@ _SLOWER = "onnxruntime's convolutions with ranges found at run time take longer 
 _LEFT_OUT = {**NEVER, **dict.fromkeys(CONVOLUTIONS, _SLOWER)}
 
 
-class DynamicConfig(StageConfig):
+class DynamicConfig(BoundedConfig):
     """Settings of dynamic quantization.
 
     Attributes:
@@ -51,10 +51,6 @@ class DynamicConfig(StageConfig):
         per_channel: Whether each output channel has a scale of its own; None: as the device says.
         reduce_range: Whether 8-bit weights keep to [-64, 64]; None: as the device says.
         weight_observer: How the range of weights is found.
-        skip: Layers to leave float: module paths (with all below), node names, or patterns with ``*``.
-        max_drop: By what share quality on val may get worse, relative to the model that the stage is given: the layers
-            with products that do most damage stay float until it holds; None: all are quantized.
-        max_drop_samples: For `max_drop`: samples of val on which the damage of single layers is measured.
     """
 
     family: ClassVar[str] = "quantize"
@@ -68,9 +64,6 @@ class DynamicConfig(StageConfig):
     per_channel: bool | None = None
     reduce_range: bool | None = None
     weight_observer: WeightObserverName = "mse"
-    skip: tuple[str, ...] = ()
-    max_drop: Drop | None = None
-    max_drop_samples: int = Field(1000, ge=1)
 
 
 def _products(model: Model, config: DynamicConfig, context: Context) -> list[str]:

@@ -1,4 +1,4 @@
-"""The search for the most compressed setting of a method that holds a bound on the loss of quality."""
+"""The search for the most compressed setting of a method that holds a bound on quality, and its settings."""
 
 from __future__ import annotations
 
@@ -6,19 +6,42 @@ import glob
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import Field
 
 from mil_cli.errors import StageError
 from mil_cli.stages.judging import mean_loss, quality_or_worst
+from mil_cli.stages.registry import StageConfig
+from mil_cli.stages.targets import Drop
 from mil_cli.training.quality import relative_drop
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
     from mil_cli.stages.context import Context
-    from mil_cli.stages.registry import StageConfig
 
 
-class Holding(ABC):
+class BoundedConfig(StageConfig):
+    """Settings of a method that leaves layers float: those that are named, or that cost more quality than is allowed.
+
+    Attributes:
+        skip: Layers to leave float: module paths (with all below), node names, or patterns with ``*``.
+        max_drop: By what share of its value the quality on val may get worse in this stage, relative to the model that
+            the stage is given: layers get 8 bits where the method has bits by layer, or stay float, until that holds,
+            those first that do most damage. Each setting that is tried is a whole run of the method. None: the settings
+            hold, whatever comes of it.
+        max_drop_samples: For `max_drop`: samples of val on which the damage of single layers is measured.
+    """
+
+    skip: tuple[str, ...] = ()
+    max_drop: Drop | None = None
+    max_drop_samples: int = Field(1000, ge=1)
+
+
+C = TypeVar("C", bound=BoundedConfig)
+
+
+class Holding(ABC, Generic[C]):
     """Looks for the most compressed setting that holds a bound.
 
     Layers are ranked once by the loss with each of them alone quantized; then the fewest of the worst that must be
@@ -27,12 +50,14 @@ class Holding(ABC):
 
     Args:
         model: The float model.
+        config: The settings, with the bound.
         context: Gives val, progress and checkpoints.
-        bound: By what share the quality may get worse.
     """
 
-    def __init__(self, model: Model, context: Context, bound: float) -> None:
-        self._model, self._context, self._bound = model, context, bound
+    def __init__(self, model: Model, config: C, context: Context) -> None:
+        if config.max_drop is None:
+            raise ValueError("the settings have no bound")
+        self._model, self._config, self._context, self._bound = model, config, context, config.max_drop
         self._slot = context.slot("max_drop")
         self._state: dict[str, Any] = self._slot.load() or {"float": None, "ranks": {}, "narrow": {}, "trials": []}
         self._before = dict(context.notes)
@@ -41,9 +66,10 @@ class Holding(ABC):
             self._state["float"] = self._quality(model)
             self._slot.save(self._state)
 
-    @abstractmethod
-    def _with(self, *, widened: Sequence[str], spared: Sequence[str]) -> StageConfig:
+    def _with(self, *, widened: Sequence[str], spared: Sequence[str]) -> C:
         """Return the method's settings, without the bound, by which some layers get more bits and some stay float."""
+        skip = (*self._config.skip, *map(glob.escape, spared))
+        return self._config.model_copy(update={"skip": skip, "max_drop": None})
 
     @abstractmethod
     def _names(self, widened: Sequence[str]) -> list[str]:
@@ -111,8 +137,9 @@ class Holding(ABC):
     def _quality(self, model: Model) -> float:
         return quality_or_worst(model, self._context, samples=len(self._context.data.val))
 
-    def _loss(self, model: Model, samples: int) -> float:
-        return mean_loss(model, self._context, samples=min(samples, len(self._context.data.val)))
+    def _loss(self, model: Model) -> float:
+        samples = min(self._config.max_drop_samples, len(self._context.data.val))
+        return mean_loss(model, self._context, samples=samples)
 
     def _trial(self, widened: Sequence[str], spared: Sequence[str]) -> int:
         """Return the number of the trial in which some layers get 8 bits, and some stay float."""
@@ -182,8 +209,3 @@ class Holding(ABC):
                 f"the best of {len(self._trials)} loses {100 * drop:.4g} %"
             )
         return self._best[1]
-
-
-def spared_too(skip: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Return the patterns of layers that stay float, with some layers added by their names."""
-    return (*skip, *map(glob.escape, names))

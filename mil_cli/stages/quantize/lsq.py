@@ -14,6 +14,7 @@ from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_attribute
 from mil_cli.ops.learned_scale import SMALLEST_SCALE
 from mil_cli.stages.context import Context
+from mil_cli.stages.quantize.accuracy import within_drop
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen
 from mil_cli.stages.quantize.insert import Quantizer
@@ -47,6 +48,7 @@ class LsqConfig(AwareConfig):
 
 @stage(LsqConfig)
 @where_faster
+@within_drop
 def quantize(model: Model, config: LsqConfig, context: Context) -> Model:
     """Train a copy of a float model with quantizers whose scales learn, and fold its batch norms.
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_argument, get_attribute, set_attribute
 from mil_cli.stages.context import Context
+from mil_cli.stages.quantize.accuracy import within_drop
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import Quantizer, quantizers_at, replace_quantizer
@@ -44,6 +45,7 @@ class LsqPlusConfig(AwareConfig):
 
 @stage(LsqPlusConfig)
 @where_faster
+@within_drop
 def quantize(model: Model, config: LsqPlusConfig, context: Context) -> Model:
     """Train a copy of a float model with quantizers whose scales and offsets learn, and fold its batch norms.
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from mil_cli.errors import StageError
 from mil_cli.stages.quantize.allocation import Search
 from mil_cli.stages.quantize.layers import Layer, matches
-from mil_cli.stages.quantize.post_training import PostTrainingConfig, Prepared, prepare
+from mil_cli.stages.quantize.post_training import Prepared, prepare
 from mil_cli.stages.quantize.sensitivity import Rounding, estimated_rises, measured_rises, weights_of
 from mil_cli.stages.quantize.settings import QuantizationConfig
 from mil_cli.stages.quantize.static import StaticConfig
@@ -79,7 +79,7 @@ class MixedConfig(StageConfig):
             hint = "name a quantize stage that has weight_bits, such as static or lsq"
             what = f"'{self.by}' is {other.key()}, which takes no bits by layer"
             raise StageError(what, where=f"stages.{name}.by", value=self.by, hint=hint)
-        if isinstance(other, PostTrainingConfig) and other.max_drop is not None:
+        if other.max_drop is not None:
             where, hint = f"stages.{self.by}.max_drop", "take max_drop out: it gives layers more bits than were chosen"
             raise StageError(
                 "mixed keeps a bound on bits, not on quality", where=where, value=other.max_drop, hint=hint

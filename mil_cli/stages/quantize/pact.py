@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 from mil_cli.stages.context import Context
+from mil_cli.stages.quantize.accuracy import within_drop
 from mil_cli.stages.quantize.aware import AwareConfig, train_quantized
 from mil_cli.stages.quantize.calibrate import Seen, ranged_quantizers
 from mil_cli.stages.quantize.insert import insert_quantizers, quantizers_at, replace_quantizer
@@ -41,6 +42,7 @@ class PactConfig(AwareConfig, ObservedConfig):
 
 @stage(PactConfig)
 @where_faster
+@within_drop
 def quantize(model: Model, config: PactConfig, context: Context) -> Model:
     """Train a copy of a float model with activations whose clips learn, and fold its batch norms.
 

@@ -22,7 +22,6 @@ from mil_cli.stages.quantize.settings import ObservedConfig, Rules
 from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.smoothing import smooth
 from mil_cli.stages.quantize.weights import WeightObserverName, settle_biases, weight_scale
-from mil_cli.stages.targets import Drop
 
 
 class PostTrainingConfig(ObservedConfig):
@@ -30,9 +29,6 @@ class PostTrainingConfig(ObservedConfig):
 
     Attributes:
         weight_observer: How the range of weights is found.
-        max_drop: By what share of its value the quality on val may get worse in this stage: layers get 8 bits, or stay
-            float, until that holds, those first that do most damage. None: the settings hold, whatever comes of it.
-        max_drop_samples: Samples of val on which the damage of single layers is measured.
         equalise: Whether neighbouring layers get weights of the same range first.
         smooth: How far outliers of activations are moved into the weights that read them, 0 to 1; None: not at all.
         bias_correction: Whether the mean of each layer's outputs is restored by its bias afterwards; None: where
@@ -40,8 +36,6 @@ class PostTrainingConfig(ObservedConfig):
     """
 
     weight_observer: WeightObserverName = "mse"
-    max_drop: Drop | None = None
-    max_drop_samples: int = Field(1000, ge=1)
     equalise: bool = False
     smooth: float | None = Field(None, ge=0, le=1)
     bias_correction: bool | None = False

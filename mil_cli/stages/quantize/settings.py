@@ -12,11 +12,11 @@ from torch.fx import Node
 from mil_cli.device.profile import Int8Form
 from mil_cli.errors import StageError, did_you_mean
 from mil_cli.stages.context import Context
+from mil_cli.stages.quantize.holding import BoundedConfig
 from mil_cli.stages.quantize.layers import Layer, matches
 from mil_cli.stages.quantize.observers import Observer, ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Placement, Policy
 from mil_cli.stages.quantize.ranges import CodeRange, activation_codes, weight_codes
-from mil_cli.stages.registry import StageConfig
 
 
 class LayerSettings(BaseModel):
@@ -36,7 +36,7 @@ class LayerSettings(BaseModel):
     per_channel: bool | None = None
 
 
-class QuantizationConfig(StageConfig):
+class QuantizationConfig(BoundedConfig):
     """Settings of a method that puts quantizers before and after the layers of a model.
 
     Attributes:
@@ -54,7 +54,6 @@ class QuantizationConfig(StageConfig):
         activations: Unsigned or signed codes; None: as the device says.
         reduce_range: Whether 8-bit weights keep to [-64, 64]; None: as the device says.
         policy: Which values are quantized; ``auto`` decides by the graph; None: as the device says.
-        skip: Layers to leave float: module paths (with all below), node names, or patterns with ``*``.
         layers: Settings of some layers in place of those of all, by pattern as in `skip`; later patterns win. Those
             that read one value in fewer bits than it keeps elsewhere read it in the most that any of them asks for.
         latency_aware: Whether layers that the device is no faster at with integers stay float: it is measured what
@@ -75,7 +74,6 @@ class QuantizationConfig(StageConfig):
     activations: Literal["uint8", "int8"] | None = None
     reduce_range: bool | None = None
     policy: Literal["auto", "cnn", "transformer"] | None = None
-    skip: tuple[str, ...] = ()
     layers: dict[str, LayerSettings] = Field(default_factory=dict)
     latency_aware: bool = False
 

@@ -14,13 +14,13 @@ from mil_cli.graph.nodes import get_attribute, op_name
 from mil_cli.stages.quantize.accuracy import within_drop_by_skipping
 from mil_cli.stages.quantize.compensate import Compensation, round_layers
 from mil_cli.stages.quantize.describe import LayerBits
+from mil_cli.stages.quantize.holding import BoundedConfig
 from mil_cli.stages.quantize.insert import QuantizerWriter, refuse_quantized
 from mil_cli.stages.quantize.layers import NO_TABLES, Layer, find_layers, once_for_each_weight
 from mil_cli.stages.quantize.ranges import CodeRange, weight_codes
 from mil_cli.stages.quantize.settle import fold_weights
 from mil_cli.stages.quantize.weights import WeightObserverName, weight_scale
-from mil_cli.stages.registry import StageConfig, stage
-from mil_cli.stages.targets import Drop
+from mil_cli.stages.registry import stage
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -36,7 +36,7 @@ _SHORT_SCALE = 16
 """Bits of a block's scale in the file."""
 
 
-class WeightOnlyConfig(StageConfig):
+class WeightOnlyConfig(BoundedConfig):
     """Settings of weight-only quantization.
 
     Attributes:
@@ -51,10 +51,6 @@ class WeightOnlyConfig(StageConfig):
         calibration_batch_size: How many of them at once.
         damping: For gptq: share of the mean curvature that is added to each.
         act_order: For gptq: whether inputs with the largest curvature are rounded first.
-        skip: Layers to leave float: module paths (with all below), node names, or patterns with ``*``.
-        max_drop: By what share quality on val may get worse, relative to the model that the stage is given: the weights
-            that do most damage stay float until it holds; None: all are rounded.
-        max_drop_samples: For `max_drop`: samples of val on which the damage of single layers is measured.
     """
 
     family: ClassVar[str] = "quantize"
@@ -72,9 +68,6 @@ class WeightOnlyConfig(StageConfig):
     calibration_batch_size: int = Field(64, ge=1)
     damping: float = Field(0.01, gt=0, le=1)
     act_order: bool = True
-    skip: tuple[str, ...] = ()
-    max_drop: Drop | None = None
-    max_drop_samples: int = Field(1000, ge=1)
 
 
 def _names(model: Model, config: WeightOnlyConfig, context: Context) -> list[str]:

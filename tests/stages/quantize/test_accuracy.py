@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from mil_cli.data.base import Data
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize import holding as method
-from mil_cli.stages.quantize.accuracy import alone
+from mil_cli.stages.quantize.accuracy import alone, within_drop
 from mil_cli.stages.quantize.describe import present_bits
 from mil_cli.stages.quantize.dynamic import DynamicConfig
-from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
+from mil_cli.stages.quantize.holding import BoundedConfig
+from mil_cli.stages.quantize.lsq import LsqConfig
+from mil_cli.stages.quantize.lsq import quantize as lsq
+from mil_cli.stages.quantize.post_training import prepare
 from mil_cli.stages.quantize.static import StaticConfig, quantize
 from mil_cli.stages.quantize.weight_only import WeightOnlyConfig
 from mil_cli.stages.registry import METHODS, config_type, function_of
@@ -30,6 +34,8 @@ from tests.stages.quantize.striped import stripes
 from tests.stages.quantize.test_mixed import Net
 
 LAYERS = ("stem.0", "wide", "back", "head")
+HELD = within_drop(quantize).__code__
+"""The function that a bound puts around a method."""
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +163,49 @@ def test_a_layer_alone_is_quantized_as_if_all_others_were_skipped(name: str, dat
     assert not torch.equal(single(x), before)
 
 
-@pytest.mark.parametrize(("family", "name"), sorted(key for key in METHODS if key[0] == "quantize"))
-def test_every_method_that_takes_the_bound_holds_it(family: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "name"), sorted(key for key in METHODS if key[0] == "quantize" and key[1] != "mixed")
+)
+def test_every_method_holds_the_bound(family: str, name: str) -> None:
     kind = config_type(family, name)
-    if issubclass(kind, PostTrainingConfig | DynamicConfig | WeightOnlyConfig):
-        assert hasattr(function_of(kind()), "__wrapped__")
-    else:
-        assert "max_drop" not in kind.model_fields
+    assert issubclass(kind, BoundedConfig)
+    run = inspect.unwrap(function_of(kind()), stop=lambda function: function.__code__ is HELD)
+    assert run.__code__ is HELD
+
+
+TRAINED = {"batch_size": 64, "learning_rate": 0.02}
+
+
+def test_a_method_that_trains_widens_no_more_layers_than_needed(
+    even: Model, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = LsqConfig(weight_bits=2, activation_bits=2, first_last_bits=2, trainer={**TRAINED, "epochs": 1})
+    whole = accuracy(even, data)
+    reached = accuracy(lsq(even, few, context(data)), data)
+    bound = (1 - reached / whole) / 2
+    assert bound > 0.001
+    settings = few.model_copy(update={"max_drop": bound})
+    used = context(data, tmp_path / "whole")
+    result = lsq(even, settings, used)
+    assert used.notes["max_drop_held"] is True
+    assert 1 - accuracy(result, data) / whole <= bound
+    widened: list[str] = used.notes["widened"]  # type: ignore[assignment]
+    assert 0 < len(widened) < len(LAYERS)
+    assert used.notes["spared"] == []
+    assert sorted(weight for weight, _ in present_bits(result).bits.values()) == [
+        *[2] * (len(LAYERS) - len(widened)),
+        *[8] * len(widened),
+    ]
+    trials = used.slot("max_drop").load()["trials"]  # type: ignore[index]
+    fewer = [trial for trial in trials if len(trial["widened"]) == len(widened) - 1]
+    assert fewer
+    assert all(1 - trial["quality"] / whole > bound for trial in fewer)
+
+    def run() -> Model:
+        return lsq(even, settings, context(data, tmp_path / "killed"))
+
+    resumed = run_through_kills(run, monkeypatch, saves=(2, 5))
+    assert resumed.fingerprint() == result.fingerprint()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 import onnx_ir as ir
 
-from mil_cli.export.surgery import GraphWriter, constant_of, transposes_second
+from mil_cli.export.surgery import GraphWriter, constant_of, dequantizer_of, transposes_second
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm"})
 _PASSING = frozenset({"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Flatten"})
@@ -27,26 +27,19 @@ def keep_float_layers(onnx: GraphWriter) -> None:
         onnx: Writes into a graph whose quantizers are written.
     """
     for node in list(onnx.graph):
-        if node.domain == "" and node.op_type in _LAYERS and not _is_dequantized(node.inputs[1]):
+        if node.domain == "" and node.op_type in _LAYERS and dequantizer_of(node.inputs[1]) is None:
             source = _quantized(node.inputs[0])
             if source is not None:
                 _read_by_channel(onnx, node, source)
 
 
-def _is_dequantized(value: ir.Value | None) -> bool:
-    producer = None if value is None else value.producer()
-    return producer is not None and producer.op_type == "DequantizeLinear"
-
-
 def _quantized(value: ir.Value | None) -> ir.Node | None:
     """Return the DequantizeLinear, of one scale, that a value has its values from; None if there is none."""
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type in _PASSING and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    if node is None or node.op_type != "DequantizeLinear":
-        return None
-    scale = constant_of(node.inputs[1])
-    return node if scale is not None and scale.size == 1 else None
+    while value is not None and (node := value.producer()) is not None and node.op_type in _PASSING:
+        value = node.inputs[0]
+    source = dequantizer_of(value)
+    scale = None if source is None else constant_of(source.inputs[1])
+    return source if scale is not None and scale.size == 1 else None
 
 
 def _read_by_channel(onnx: GraphWriter, layer: ir.Node, source: ir.Node) -> None:

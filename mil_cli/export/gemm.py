@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mil_cli.export.surgery import GraphWriter, constant_of
+from mil_cli.export.surgery import GraphWriter, constant_of, dequantizer_of
 
 
 def finish_products(onnx: GraphWriter) -> None:
@@ -116,10 +116,8 @@ def _replace_rectifier(onnx: GraphWriter, relu: ir.Node) -> None:
 
 def _scale_of(value: ir.Value | None) -> npt.NDArray[np.float32] | None:
     """Return the scale of a value that a DequantizeLinear makes."""
-    node = None if value is None else value.producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.inputs[1] is None:
-        return None
-    scale = constant_of(node.inputs[1])
+    source = dequantizer_of(value)
+    scale = None if source is None else constant_of(source.inputs[1])
     return None if scale is None else scale.astype(np.float32)
 
 

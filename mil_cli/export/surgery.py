@@ -16,6 +16,12 @@ def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
     return None if tensor is None else tensor.numpy()
 
 
+def dequantizer_of(value: ir.Value | None) -> ir.Node | None:
+    """Return the DequantizeLinear that makes a value, or None if something else does."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
 def transposes_second(product: ir.Node) -> bool | None:
     """Whether a MatMul, or a Gemm that is a plain product, transposes its second operand; None if it is neither."""
     if product.domain != "" or product.op_type not in ("MatMul", "Gemm"):

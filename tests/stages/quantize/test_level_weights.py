@@ -31,7 +31,7 @@ from mil_cli.stages.quantize.squashed import levels_of
 from mil_cli.stages.quantize.static import StaticConfig
 from mil_cli.stages.quantize.static import quantize as quantize_static
 from mil_cli.stages.registry import StageConfig, config_type, function_of
-from tests.stages.quantize.striped import accuracy, context, images, loss, small_resnet, small_vit
+from tests.stages.quantize.striped import accuracy, context, images, loss, small_mlp, small_resnet, small_vit
 
 METHODS: list[type[StageConfig]] = [PactConfig, DorefaConfig, ApotConfig]
 
@@ -153,7 +153,8 @@ def test_it_learns_what_rounding_alone_loses(kind: type[StageConfig], model: Mod
 @pytest.mark.parametrize(
     ("build", "kind", "bits", "opset"),
     [
-        (small_vit, ApotConfig, 4, 21),
+        (small_mlp, ApotConfig, 4, 21),
+        pytest.param(small_vit, ApotConfig, 4, 21, marks=pytest.mark.slow),
         pytest.param(small_resnet, PactConfig, 2, 25, marks=pytest.mark.slow),
         pytest.param(small_resnet, ApotConfig, 4, 21, marks=pytest.mark.slow),
         pytest.param(small_resnet, ApotConfig, 2, 25, marks=pytest.mark.slow),

@@ -41,6 +41,10 @@ class Int8Form(_Part):
         embeddings: Whether tables of embeddings are quantized too; their rows are looked up as integers.
         policy: Where quantizers are placed. ``cnn``: at every input and output of convolutions, additions and linear
             layers; ``transformer``: at the inputs of linear layers only; ``auto``: the graph decides.
+        float_operators: Operators with weights that stay float, such as those that the target has no integer kernels
+            for.
+        first_last_bits: Bits of layers right after an input or right before an output, if that is more than the others
+            have.
     """
 
     activations: Literal["uint8", "int8"]
@@ -49,6 +53,8 @@ class Int8Form(_Part):
     per_channel: bool = True
     embeddings: bool = True
     policy: Literal["auto", "cnn", "transformer"] = "auto"
+    float_operators: tuple[Literal["conv1d", "conv2d", "conv3d", "linear", "matmul"], ...] = ()
+    first_last_bits: int = Field(8, ge=2, le=8)
 
 
 class PreferredMultiple(_Part):

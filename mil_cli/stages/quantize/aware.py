@@ -6,7 +6,7 @@ and on the output of its batch norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator
@@ -21,7 +21,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.calibrate import Seen, Watcher, place_observed
 from mil_cli.stages.quantize.damping import dampen
 from mil_cli.stages.quantize.insert import refuse_quantized
-from mil_cli.stages.quantize.layers import Layer
+from mil_cli.stages.quantize.layers import NEVER, Layer
 from mil_cli.stages.quantize.placement import Narrow, Placement, Policy, place_any
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
@@ -150,7 +150,7 @@ def _train(
 
     def place(silent: Collection[Node]) -> Placement:
         return place_unfolded(
-            start, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent, tables=rules.tables
+            start, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent, never=rules.never
         )
 
     placement, seen = place_observed(start, place, watcher, rules, config, context)
@@ -186,7 +186,7 @@ def place_unfolded(
     skip: Sequence[str],
     narrow: Narrow | None,
     silent: Collection[Node] = (),
-    tables: bool = True,
+    never: Mapping[str, str] = NEVER,
 ) -> Placement:
     """Decide where quantizers go on a model whose batch norms will be folded later.
 
@@ -196,7 +196,7 @@ def place_unfolded(
         skip: Patterns of layers to leave float.
         narrow: Says which layers read fewer bits than the rest of the graph has; None: no layer does.
         silent: Values of `model` of which nothing but zeros was seen; they and their readers stay float.
-        tables: Whether tables of embeddings are quantized.
+        never: Operator -> why it stays float.
 
     Returns:
         The placement that the folded model would get, on the nodes of `model`; the value of a layer that a batch norm
@@ -218,7 +218,7 @@ def place_unfolded(
         return found
 
     unheard = {node for node in folded.graph.graph.nodes if node.name in here and value(node) in silent}
-    chosen = place_any(folded.graph, policy=policy, skip=skip, narrow=narrow, silent=unheard, tables=tables)
+    chosen = place_any(folded.graph, policy=policy, skip=skip, narrow=narrow, silent=unheard, never=never)
 
     def layer(old: Layer) -> Layer:
         bias = None if old.bias is None else here.get(old.bias.name)

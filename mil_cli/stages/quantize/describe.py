@@ -54,7 +54,7 @@ def planned_bits(model: Model, rules: Rules, skip: Sequence[str] = (), *, traine
     folded = fold_batch_norm(model) if trained else fold_weights(model)
     make_functional(folded.graph)
     policy = choose_policy(folded.graph) if rules.policy == "auto" else rules.policy
-    placement = place(folded.graph, policy=policy, skip=skip, narrow=rules.narrow, tables=rules.tables)
+    placement = place(folded.graph, policy=policy, skip=skip, narrow=rules.narrow, never=rules.never)
     rules.check_used(placement)
     found = LayerBits(kept_float=placement.kept_float, form=_planned_form(placement, rules, folded.graph))
     for layer in placement.layers:

@@ -17,11 +17,11 @@ from mil_cli.stages.quantize.insert import Quantizer, QuantizerWriter, refuse_qu
 from mil_cli.stages.quantize.layers import (
     CONVOLUTIONS,
     NEVER,
-    NO_TABLES,
     OVERWRITTEN,
     FoundLayers,
     Layer,
     find_layers,
+    left_float,
     once_for_each_weight,
 )
 from mil_cli.stages.quantize.ranges import weight_codes
@@ -45,7 +45,8 @@ class DynamicConfig(BoundedConfig):
 
     Attributes:
         weight_bits: Bits of weights, 2 to 8; activations have 8.
-        first_last_bits: Bits of the weights of layers right after an input or right before an output, if that is more.
+        first_last_bits: Bits of the weights of layers right after an input or right before an output, if that is more;
+            None: as the device says.
         embeddings: Whether tables of embeddings are quantized too, in `weight_bits`, each row with a scale of its own;
             None: as the device says.
         per_channel: Whether each output channel has a scale of its own; None: as the device says.
@@ -59,7 +60,7 @@ class DynamicConfig(BoundedConfig):
     never_after: ClassVar[dict[str, str]] = {"quantize": "the model would hold two sets of quantizers"}
 
     weight_bits: int = Field(8, ge=2, le=8)
-    first_last_bits: int = Field(8, ge=2, le=8)
+    first_last_bits: int | None = Field(None, ge=2, le=8)
     embeddings: bool | None = None
     per_channel: bool | None = None
     reduce_range: bool | None = None
@@ -68,7 +69,7 @@ class DynamicConfig(BoundedConfig):
 
 def _products(model: Model, config: DynamicConfig, context: Context) -> list[str]:
     """Return the names of the layers whose products would be quantized."""
-    layers = _found(model, config, tables=_takes_tables(config, context.device.int8))[1].layers
+    layers = _found(model, config, context.device.int8)[1].layers
     return [layer.name for layer in layers if not layer.looks_up]
 
 
@@ -94,7 +95,7 @@ def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
     device = context.device.int8
     per_channel = device.per_channel if config.per_channel is None else config.per_channel
     reduce_range = device.reduce_range if config.reduce_range is None else config.reduce_range
-    quantized, (layers, kept_float, _) = _found(model, config, tables=_takes_tables(config, device))
+    quantized, (layers, kept_float, _) = _found(model, config, device)
     graph = quantized.graph
     products = [layer for layer in layers if not layer.looks_up]
     if not products:
@@ -103,7 +104,7 @@ def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
 
     def form(layer: Layer) -> Quantizer:
         only_table = all(each.looks_up for each in layer.sharing)
-        codes = weight_codes(_bits(layer, config), reduce_range=reduce_range and not only_table)
+        codes = weight_codes(_bits(layer, config, device), reduce_range=reduce_range and not only_table)
         axis = layer.axis if per_channel or only_table else None
         weight = get_attribute(graph, str(layer.weight.target))
         return Quantizer.of_weight(
@@ -124,7 +125,7 @@ def quantize(model: Model, config: DynamicConfig, context: Context) -> Model:
         quantized_values=len(readers),
         kept_float=kept_float,
         weight_bits=config.weight_bits,
-        first_last_bits=config.first_last_bits,
+        first_last_bits=_edge_bits(config, device),
         per_channel=per_channel,
         reduce_range=reduce_range,
     )
@@ -137,24 +138,25 @@ def planned_bits(model: Model, config: DynamicConfig, device: Int8Form) -> Layer
     Raises:
         StageError: A pattern of `skip` fits no layer.
     """
-    found = _found(model, config, tables=_takes_tables(config, device))[1]
-    bits = {layer.node.name: (_bits(layer, config), None if layer.looks_up else 8) for layer in found.layers}
+    found = _found(model, config, device)[1]
+    bits = {layer.node.name: (_bits(layer, config, device), None if layer.looks_up else 8) for layer in found.layers}
     return LayerBits(bits, found.left_out)
 
 
-def _takes_tables(config: DynamicConfig, device: Int8Form) -> bool:
-    return device.embeddings if config.embeddings is None else config.embeddings
-
-
-def _found(model: Model, config: DynamicConfig, *, tables: bool) -> tuple[Model, FoundLayers]:
+def _found(model: Model, config: DynamicConfig, device: Int8Form) -> tuple[Model, FoundLayers]:
     """Return a folded copy of a model, and its layers."""
     folded = fold_weights(model)
     make_functional(folded.graph)
     apart = dict.fromkeys(overwritten(folded.graph), OVERWRITTEN)
-    never = _LEFT_OUT if tables else {**_LEFT_OUT, **NO_TABLES}
+    tables = device.embeddings if config.embeddings is None else config.embeddings
+    never = left_float(device, tables=tables, never=_LEFT_OUT)
     return folded, find_layers(folded.graph, skip=config.skip, apart=apart, never=never)
 
 
-def _bits(layer: Layer, config: DynamicConfig) -> int:
+def _bits(layer: Layer, config: DynamicConfig, device: Int8Form) -> int:
     edge = any(each.edge for each in layer.sharing)
-    return max(config.weight_bits, config.first_last_bits) if edge else config.weight_bits
+    return max(config.weight_bits, _edge_bits(config, device)) if edge else config.weight_bits
+
+
+def _edge_bits(config: DynamicConfig, device: Int8Form) -> int:
+    return device.first_last_bits if config.first_last_bits is None else config.first_last_bits

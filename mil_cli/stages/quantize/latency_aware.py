@@ -96,8 +96,8 @@ def _slow_layers(model: Model, config: QuantizationConfig, context: Context, kno
     """
     folded = fold_batch_norm(model)
     make_functional(folded.graph)
-    policy = Rules.of(config, context).policy
-    placement = place_any(folded.graph, policy=policy, skip=config.skip)
+    rules = Rules.of(config, context)
+    placement = place_any(folded.graph, policy=rules.policy, skip=config.skip, never=rules.never)
     table = OperatorTable(context.device, progress=context.progress)
     try:
         gaining = gaining_layers(folded, placement, table)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from mil_cli.device.profile import Int8Form
 from mil_cli.errors import StageError, did_you_mean
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, module_path, module_stack, op_name
 from mil_cli.stages.quantize.passing import backwards, comes_from_any, comes_from_input, goes_to_output
@@ -43,6 +44,20 @@ NEVER = {
 NO_TABLES = {LOOK_UP: "embeddings: false"}
 
 OVERWRITTEN = "an operator in place changes its input after it was made"
+
+
+def left_float(device: Int8Form, *, tables: bool, never: Mapping[str, str] = NEVER) -> dict[str, str]:
+    """Return each operator that stays float, and why.
+
+    Args:
+        device: The form of the device, which may leave some float.
+        tables: Whether tables of embeddings are quantized.
+        never: Those that stay float on every device.
+    """
+    own: dict[str, str] = {name: f"the device profile leaves {name} in float" for name in device.float_operators}
+    if "matmul" in own:
+        own["mm"] = own["matmul"]
+    return {**own, **never, **({} if tables else NO_TABLES)}
 
 
 @dataclass(frozen=True)

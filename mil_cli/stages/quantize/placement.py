@@ -12,7 +12,7 @@ Tables of embeddings are quantized by either: codes are looked up, and only thes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from mil_cli.errors import StageError
 from mil_cli.graph.nodes import calls, get_argument, op_name
 from mil_cli.graph.segment import overwritten
-from mil_cli.stages.quantize.layers import CONVOLUTIONS, NEVER, NO_TABLES, OVERWRITTEN, Layer, find_layers
+from mil_cli.stages.quantize.layers import CONVOLUTIONS, NEVER, OVERWRITTEN, Layer, find_layers
 from mil_cli.stages.quantize.passing import after_rectifier, backwards, comes_from_any, goes_to_output, readers
 
 Policy = Literal["cnn", "transformer"]
@@ -115,7 +115,7 @@ def place(
     skip: Sequence[str] = (),
     narrow: Narrow | None = None,
     silent: Collection[Node] = (),
-    tables: bool = True,
+    never: Mapping[str, str] = NEVER,
 ) -> Placement:
     """Decide which values of a graph are quantized.
 
@@ -130,13 +130,13 @@ def place(
         narrow: Says which layers read fewer bits than the rest of the graph has; None: no layer does.
         silent: Values of which nothing but zeros was seen, which is no range; they and their readers stay float, as do
             values that an operator in place changes later.
-        tables: Whether tables of embeddings are quantized.
+        never: Operator -> why it stays float.
 
     Raises:
         StageError: A pattern of `skip` fits no layer.
     """
     apart = {**dict.fromkeys(overwritten(graph), OVERWRITTEN), **dict.fromkeys(silent, _SILENT)}
-    found = find_layers(graph, skip=skip, apart=apart, never=NEVER if tables else {**NEVER, **NO_TABLES})
+    found = find_layers(graph, skip=skip, apart=apart, never=never)
     placement = Placement(policy, found.layers, kept_float=found.left_out, names=found.names)
     wanted: dict[Node, set[Node]] = {}
     for layer in placement.products:
@@ -170,7 +170,7 @@ def place_any(
     skip: Sequence[str] = (),
     narrow: Narrow | None = None,
     silent: Collection[Node] = (),
-    tables: bool = True,
+    never: Mapping[str, str] = NEVER,
 ) -> Placement:
     """Decide as `place` does, by the policy that fits where it is ``auto``.
 
@@ -178,7 +178,7 @@ def place_any(
         StageError: No layer is left to quantize, or a pattern of `skip` fits none.
     """
     chosen = choose_policy(graph) if policy == "auto" else policy
-    placement = place(graph, policy=chosen, skip=skip, narrow=narrow, silent=silent, tables=tables)
+    placement = place(graph, policy=chosen, skip=skip, narrow=narrow, silent=silent, never=never)
     if not placement.layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in placement.kept_float.items())
         raise StageError("no layer of the model can be quantized", value=reasons or "it has no layer with weights")

@@ -108,7 +108,7 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
     placement, seen = place_observed(
         folded,
         lambda silent: place_any(
-            graph, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent, tables=rules.tables
+            graph, policy=rules.policy, skip=config.skip, narrow=rules.narrow, silent=silent, never=rules.never
         ),
         config.watcher,
         rules,

@@ -13,7 +13,7 @@ from mil_cli.device.profile import Int8Form
 from mil_cli.errors import StageError, did_you_mean
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.holding import BoundedConfig
-from mil_cli.stages.quantize.layers import Layer, matches
+from mil_cli.stages.quantize.layers import Layer, left_float, matches
 from mil_cli.stages.quantize.observers import Observer, ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Placement, Policy
 from mil_cli.stages.quantize.ranges import CodeRange, activation_codes, weight_codes
@@ -45,7 +45,8 @@ class QuantizationConfig(BoundedConfig):
             keeps `first_last_bits` if that is more.
         first_last_bits: Bits of layers right after an input or right before an output, of their weights and of the
             activations that they read, and of the outputs themselves where they are quantized; if that is more than
-            the others have: they are the most sensitive. Tables of embeddings have `weight_bits`.
+            the others have: they are the most sensitive. None: as the device says. Tables of embeddings have
+            `weight_bits`.
         embeddings: Whether tables of embeddings are quantized too, each row with a scale of its own; None: as the
             device says.
         calibration_samples: How many training samples are looked at, without augmentation.
@@ -66,7 +67,7 @@ class QuantizationConfig(BoundedConfig):
 
     weight_bits: int = Field(8, ge=2, le=8)
     activation_bits: int = Field(8, ge=2, le=8)
-    first_last_bits: int = Field(8, ge=2, le=8)
+    first_last_bits: int | None = Field(None, ge=2, le=8)
     embeddings: bool | None = None
     calibration_samples: int = Field(512, ge=1)
     calibration_batch_size: int = Field(64, ge=1)
@@ -119,7 +120,7 @@ class Rules:
         weight_bits: Bits of weights, unless `layers` says else.
         activation_bits: Bits in which layers read activations, unless `layers` says else.
         edge_bits: Bits of either at an input or output of the model, if that is more.
-        tables: Whether tables of embeddings are quantized.
+        never: Operator -> why it stays float, as the device says and the settings do of tables.
         layers: Pattern -> what the layers that it fits have instead; later ones win.
     """
 
@@ -130,7 +131,7 @@ class Rules:
     weight_bits: int
     activation_bits: int
     edge_bits: int
-    tables: bool
+    never: Mapping[str, str]
     layers: Mapping[str, LayerSettings] = field(default_factory=dict)
 
     @classmethod
@@ -148,8 +149,8 @@ class Rules:
             policy=device.policy if config.policy is None else config.policy,
             weight_bits=config.weight_bits,
             activation_bits=config.activation_bits,
-            edge_bits=config.first_last_bits,
-            tables=device.embeddings if config.embeddings is None else config.embeddings,
+            edge_bits=device.first_last_bits if config.first_last_bits is None else config.first_last_bits,
+            never=left_float(device, tables=device.embeddings if config.embeddings is None else config.embeddings),
             layers=config.layers,
         )
 

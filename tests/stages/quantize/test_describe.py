@@ -15,6 +15,8 @@ from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, op_name
 from mil_cli.models.vit import vit
 from mil_cli.stages.quantize.describe import planned_bits, present_bits
+from mil_cli.stages.quantize.dynamic import DynamicConfig
+from mil_cli.stages.quantize.dynamic import quantize as quantize_dynamic
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settings import Rules
 from mil_cli.stages.quantize.static import StaticConfig, quantize
@@ -55,6 +57,23 @@ def test_a_quantized_model_tells_its_signs_and_ranges_and_counts_as_before() -> 
         return {layer.node: layer.params for layer in count_layers(of) if layer.macs}
 
     assert parameters(done) == parameters(fold_batch_norm(model))
+
+
+def test_the_device_says_what_stays_float_and_what_first_and_last_layers_have() -> None:
+    used = context(float_operators=("linear",), first_last_bits=5)
+    model, config = make_model(), StaticConfig(weight_bits=3, activation_bits=3)
+    plan = planned_bits(model, Rules.of(config, used))
+    assert plan.kept_float == {"head": "the device profile leaves linear in float"}
+    assert {weight for weight, _ in plan.bits.values()} == {3, 5}
+    assert plan.bits == present_bits(quantize(model, config, used)).bits
+    own = Rules.of(config.model_copy(update={"first_last_bits": 3}), used)
+    assert {weight for weight, _ in planned_bits(model, own).bits.values()} == {3}
+
+    net, ranges_at_run_time = transformer(), DynamicConfig(weight_bits=3)
+    with pytest.raises(StageError, match="no product of the model can be quantized"):
+        quantize_dynamic(net, ranges_at_run_time, used)
+    bits = present_bits(quantize_dynamic(net, ranges_at_run_time, context(first_last_bits=5))).bits
+    assert {weight for weight, _ in bits.values()} == {3, 5}
 
 
 def test_a_pattern_that_fits_nothing_is_told_before_any_data_are_seen() -> None:

@@ -9,6 +9,7 @@ from mil_cli.errors import StageError
 from mil_cli.graph.functional import make_functional
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import calls, op_name
+from mil_cli.stages.quantize.layers import NEVER, NO_TABLES
 from mil_cli.stages.quantize.placement import Placement, Policy, choose_policy, place
 
 
@@ -207,7 +208,7 @@ def test_reasons_for_float_layers() -> None:
             return self.gru(self.up(self.normed(self.embedding(x)).transpose(1, 2)))[0]
 
     model = Model.capture(Float().eval(), (torch.zeros(3, 6, dtype=torch.int64),))
-    kept = place(model.graph, policy="transformer", tables=False).kept_float
+    kept = place(model.graph, policy="transformer", never={**NEVER, **NO_TABLES}).kept_float
     assert {name.split(".")[0]: reason.split(" ")[0] for name, reason in kept.items()} == {
         "embedding": "embeddings:",
         "normed": "its",

@@ -105,7 +105,6 @@ def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
     from mil_cli.device.host import resolve
     from mil_cli.recipe.load import load_recipe
     from mil_cli.stages.quantize import dynamic, weight_only
-    from mil_cli.stages.quantize.aware import AwareConfig
     from mil_cli.stages.quantize.describe import planned_bits, present_bits
     from mil_cli.stages.quantize.mixed import MixedConfig
     from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
@@ -136,8 +135,8 @@ def _bits(path: Path, graph: Model) -> tuple[LayerBits, str]:
                 form = resolve(device, runnable=False).int8
                 return dynamic.planned_bits(graph, stage, form), as_given
     profile = resolve(device, runnable=False)
-    rules, trained = Rules.on(config, profile.int8), isinstance(config, AwareConfig)
-    return planned_bits(graph, rules, config.skip, trained=trained), f"{origin}, on {profile.name}"
+    rules = Rules.on(config, profile.int8)
+    return planned_bits(graph, rules, config.skip, fold=config.fold), f"{origin}, on {profile.name}"
 
 
 def _show_layers(

@@ -41,8 +41,7 @@ class Int8Form(_Part):
         embeddings: Whether tables of embeddings are quantized too; their rows are looked up as integers.
         policy: Where quantizers are placed. ``cnn``: at every input and output of convolutions, additions and linear
             layers; ``transformer``: at the inputs of linear layers only; ``auto``: the graph decides.
-        float_operators: Operators with weights that stay float, such as those that the target has no integer kernels
-            for.
+        left_float: Operators with weights that stay float, such as those that the target has no integer kernels for.
         first_last_bits: Bits of layers right after an input or right before an output, if that is more than the others
             have.
     """
@@ -53,8 +52,12 @@ class Int8Form(_Part):
     per_channel: bool = True
     embeddings: bool = True
     policy: Literal["auto", "cnn", "transformer"] = "auto"
-    float_operators: tuple[Literal["conv1d", "conv2d", "conv3d", "linear", "matmul"], ...] = ()
+    left_float: tuple[Literal["conv1d", "conv2d", "conv3d", "linear", "matmul"], ...] = ()
     first_last_bits: int = Field(8, ge=2, le=8)
+
+    def leaves_float(self, operator: str) -> bool:
+        """Whether calls of one of torch's operators stay float; ``mm`` is a ``matmul``."""
+        return ("matmul" if operator == "mm" else operator) in self.left_float
 
 
 class PreferredMultiple(_Part):

@@ -77,7 +77,7 @@ def counted_by_torch(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     [
         (Convolutions(), (torch.randn(4, 3, 16, 16),)),
         (Transformer(), (torch.randn(4, 3, 16, 16),)),
-        (Recurrent(), (torch.randint(0, 11, (4, 7)),)),
+        pytest.param(Recurrent(), (torch.randint(0, 11, (4, 7)),), marks=pytest.mark.slow),
     ],
     ids=["convolutions", "transformer", "recurrent"],
 )

@@ -21,7 +21,7 @@ from torch import nn
 
 from mil_cli.data.base import Data
 from mil_cli.data.tensors import TensorSplit
-from mil_cli.device.profile import DeviceProfile
+from mil_cli.device.profile import DeviceProfile, Int8Form
 from mil_cli.errors import MeasureError
 from mil_cli.events import Bar, SilentProgress
 from mil_cli.export.onnx import export_onnx
@@ -88,6 +88,10 @@ class Notices(SilentProgress):
 
     def notice(self, text: str) -> None:
         self.notices.append(text)
+
+
+def int8_form(**settings: Any) -> Int8Form:
+    return Int8Form(activations="uint8", reduce_range=False, **settings)
 
 
 def kinds(operators: Sequence[Operator]) -> Tally[str]:
@@ -257,8 +261,11 @@ def test_int8_nets_have_additions_and_no_activations_beside_convolutions(resnet:
     lister = OperatorLister(counter, "int8")
     assert kinds(lister.operators({})) == {"conv": 21, "binary": 9, "reduce": 1, "view": 1, "linear": 1}
     assert Tally(operator.int8 for operator in lister.operators({})) == {True: 31, False: 2}
-    as_transformer = OperatorLister(counter, "int8", policy="transformer").operators({})
+    as_transformer = OperatorLister(counter, "int8", int8_form(policy="transformer")).operators({})
     assert not any(operator.int8 for operator in as_transformer if operator.kind == "binary")
+    without_convolutions = OperatorLister(counter, "int8", int8_form(left_float=("conv2d",))).operators({})
+    assert [operator.kind for operator in without_convolutions if operator.int8] == ["linear"]
+    assert without_convolutions[:-1] == OperatorLister(counter).operators({})[:-1]
 
 
 def test_int8_transformers_keep_what_lies_between_linear_layers_float(transformer: Analysed) -> None:
@@ -448,7 +455,7 @@ def test_activations_that_floats_have_for_free_are_calls_of_their_own_between_in
 
     model, _, counter, _ = analysed(Between())
     kinds = {
-        precision: [one.kind for one in OperatorLister(counter, precision, "cnn").operators({})]
+        precision: [one.kind for one in OperatorLister(counter, precision, int8_form(policy="cnn")).operators({})]
         for precision in ("float", "int8")
     }
     assert kinds == {"float": ["conv", "conv"], "int8": ["conv", "unary", "conv"]}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch.fx import Node
 
+from mil_cli.device.profile import Int8Form
 from mil_cli.graph.coupling import Counter, Dropped, Removed, RunningCall
 from mil_cli.graph.coupling.operators import argument, operator_name
 from mil_cli.graph.nodes import calls
@@ -54,26 +55,30 @@ class OperatorLister:
     activation and the addition of a shortcut into the convolution before them. An operator without a rule stands as
     one pass over the elements that it gives.
 
-    In an int8 model every convolution and every product with a weight runs on integers, and in convolutional nets so
-    does every addition beside convolutions, which is an operator of its own there. The others are as in a float model.
+    In an int8 model every convolution and every product with a weight runs on integers, but for those that the device
+    leaves float, and in convolutional nets so does every addition beside convolutions, which is an operator of its own
+    there. The others are as in a float model.
 
     Args:
         counter: Tells which calls run after a cut, on which sizes.
         precision: Whether the model that ships is float or int8.
-        policy: Where an int8 model has quantizers, as the device profile's int8 form has it.
+        form: The device's form of int8 models: where they have quantizers, and what stays float; None: the graph
+            decides, and nothing does.
     """
 
     def __init__(
         self,
         counter: Counter,
         precision: Literal["float", "int8"] = "float",
-        policy: Literal["auto", "cnn", "transformer"] = "auto",
+        form: Int8Form | None = None,
     ) -> None:
-        self._counter = counter
+        self._counter, self._form = counter, form
         self._int8 = precision == "int8"
         names = {operator_name(node) for node in calls(counter.coupling.graph)}
         convolutional = bool(names & _CONVOLUTIONS) and not names & _ATTENTION
-        self._int8_additions = self._int8 and (convolutional if policy == "auto" else policy == "cnn")
+        if form is not None and form.policy != "auto":
+            convolutional = form.policy == "cnn"
+        self._int8_additions = self._int8 and convolutional and not self._stays_float("conv2d")
         self._known: dict[tuple[Node, tuple[Shape | None, ...], tuple[Shape, ...], bool], tuple[Operator, ...]] = {}
 
     def operators(self, removed: Removed, dropped: Dropped = frozenset()) -> list[Operator]:
@@ -128,7 +133,10 @@ class OperatorLister:
         if name == "add":
             return self._int8_additions and self._joins(node)
         layer = name in _CONVOLUTIONS or (name != "addmm" and operators[0].kind == "linear")
-        return self._int8 and layer
+        return self._int8 and layer and not self._stays_float(name)
+
+    def _stays_float(self, name: str) -> bool:
+        return self._form is not None and self._form.leaves_float(name)
 
     def _is_merged(self, call: RunningCall, name: str, alone: bool) -> bool:
         """Whether onnxruntime computes a call as part of the layer before it; not if that is gone (`alone`)."""

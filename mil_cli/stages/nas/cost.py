@@ -64,7 +64,7 @@ class CandidateCost:
             case "channels":
                 raise ValueError("candidates leave out blocks: their channels are not counted")
             case "latency":
-                listers = [OperatorLister(counter, kernels, device.int8.policy) for counter in counters]
+                listers = [OperatorLister(counter, kernels, device.int8) for counter in counters]
                 operators = {key: seconds for key, seconds in known.items() if key != WHOLE}
                 self._table = table = OperatorTable(device, operators, progress)
                 self._counts = [partial(self._predicted, lister, table) for lister in listers]

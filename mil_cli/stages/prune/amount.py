@@ -83,7 +83,7 @@ class Amount:
             self._table.measure(operator for cut in cuts for operator in lister.operators(*cut))
 
     def _lister(self, counter: Counter) -> OperatorLister:
-        return OperatorLister(counter, self._config.multiple, self._context.device.int8.policy)
+        return OperatorLister(counter, self._config.multiple, self._context.device.int8)
 
     @property
     def table(self) -> dict[str, float]:

@@ -88,7 +88,7 @@ class _Widening(Holding[QuantizationConfig]):
         shared = PostTrainingConfig.model_fields.keys() & type(own).model_fields.keys()
         # Biases that make up for the rounding of all layers would be wrong for each of them alone.
         settings = {name: getattr(own, name) for name in shared} | {"bias_correction": False}
-        prepared = prepare(self._model, PostTrainingConfig.model_validate(settings), self._context)
+        prepared = prepare(self._model, PostTrainingConfig.model_validate(settings), self._context, fold=own.fold)
         placement, rules = prepared.placement, prepared.rules
         self._quantized = prepared.insert(), placement
         forms = {layer.name: rules.of_layer(layer) for layer in placement.layers}

@@ -30,12 +30,15 @@ from mil_cli.stages.registry import stage
 
 _aten = torch.ops.aten
 _TERNARY = 3
+_MOST = 8
+"""The most bits of a weight."""
 
 
 class ApotConfig(AwareConfig):
     """Settings of ``quantize/apot``: those that all training with quantizers shares."""
 
     method: ClassVar[str] = "apot"
+    version: ClassVar[int] = 6
 
 
 @stage(ApotConfig)
@@ -96,16 +99,16 @@ def additive_levels(bits: int) -> Tensor:
 def _insert(model: Model, placement: Placement, seen: Seen[MeanSquaredError], rules: Rules) -> None:
     graph = model.graph
     values, narrow = ranged_quantizers(seen)
-    inner = _inner_bits(placement, rules)
+    fewest = _fewest_bits(placement, rules)
 
     def weight(layer: Layer) -> Quantizer:
-        levels = _levels(graph, layer, rules, inner)
+        levels = _levels(graph, layer, rules, fewest)
         return even(graph, layer, rules) if levels is None else _additive(graph, layer, levels, rules)
 
     weights = once_for_each_weight(placement.layers, weight)
     paths = insert_learned(model, placement, values, narrow, weights)
     for path, layer in dict(zip(paths.weights, placement.layers, strict=True)).items():
-        additive = _levels(graph, layer, rules, inner)
+        additive = _levels(graph, layer, rules, fewest)
         if additive is None:
             continue
         stored: Tensor = get_attribute(graph, str(layer.weight.target)).detach()
@@ -115,23 +118,24 @@ def _insert(model: Model, placement: Placement, seen: Seen[MeanSquaredError], ru
             round_to_levels(graph, path, additive)
 
 
-def _inner_bits(placement: Placement, rules: Rules) -> int:
-    """Return the fewest bits of the weights between the first and last layers."""
+def _fewest_bits(placement: Placement, rules: Rules) -> int:
+    """Return the fewest bits that the settings give weights, or have given those between the first and last layers."""
     inner = [rules.of_layer(layer).weight_bits for layer in placement.products if not layer.edge]
-    return min(inner, default=rules.weight_bits)
+    return min([*inner, rules.weight_bits])
 
 
-def _levels(graph: GraphModule, layer: Layer, rules: Rules, inner: int) -> Tensor | None:
+def _levels(graph: GraphModule, layer: Layer, rules: Rules, fewest: int) -> Tensor | None:
     """Return the levels of a layer's weight; None: it is even.
 
-    That are tables, first and last layers that have more bits, and weights whose mean is most of them, a filter that
-    averages say: normalised to mean 0 they would be something else, or nothing at all.
+    That are tables, first and last layers that have more bits, layers of 8 bits where others have fewer, for levels of
+    8 bits lose some to rounding, and weights whose mean is most of them, a filter that averages say: normalised to mean
+    0 they would be something else, or nothing at all.
     """
     bits = rules.of_layer(layer).weight_bits
     weight: Tensor = get_attribute(graph, str(layer.weight.target)).detach()
     if weight.mean().square() > weight.var(correction=0):
         return None
-    if layer.has_table or (any(each.edge for each in layer.sharing) and bits > inner):
+    if layer.has_table or (bits > fewest and (bits == _MOST or any(each.edge for each in layer.sharing))):
         return None
     return whole_levels(bits, largest=rules.largest_weight)
 

@@ -65,6 +65,10 @@ class AwareConfig(QuantizationConfig):
             raise ValueError("bits_schedule holds numbers of bits from 8 to 2, each less than the one before")
         return bits
 
+    def fold(self, model: Model) -> Model:
+        """Return a copy whose layers are those that it quantizes: what computes weights stays, since it trains."""
+        return fold_batch_norm(model)
+
     def phases(self, rules: Rules) -> Iterator[tuple[int, Rules]]:
         """Yield the trainings, the last one with those rules: the bits of the schedule (0: the last), and the rules."""
         for bits in self.bits_schedule:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule, Node
 
-from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.functional import make_functional
 from mil_cli.graph.nodes import calls, get_argument, get_attribute, op_name
 from mil_cli.ops import QUANTIZERS
@@ -39,19 +38,21 @@ class LayerBits:
     form: list[str] = field(default_factory=list)
 
 
-def planned_bits(model: Model, rules: Rules, skip: Sequence[str] = (), *, trained: bool = False) -> LayerBits:
+def planned_bits(
+    model: Model, rules: Rules, skip: Sequence[str] = (), *, fold: Callable[[Model], Model] = fold_weights
+) -> LayerBits:
     """Return what quantization would give the layers of a float model, before it has seen any data.
 
     Args:
         model: The model; not changed.
         rules: Settings and device.
         skip: Patterns of layers to leave float.
-        trained: Whether the method trains with quantizers in place: what computes weights stays in the graph then.
+        fold: Folds the batch norms, as the method's settings do.
 
     Raises:
         StageError: A pattern fits no layer.
     """
-    folded = fold_batch_norm(model) if trained else fold_weights(model)
+    folded = fold(model)
     make_functional(folded.graph)
     policy = choose_policy(folded.graph) if rules.policy == "auto" else rules.policy
     placement = place(folded.graph, policy=policy, skip=skip, narrow=rules.narrow, never=rules.never)

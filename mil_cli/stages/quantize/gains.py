@@ -125,7 +125,8 @@ def gaining_layers(model: Model, placement: Placement, table: OperatorTable) -> 
         MeasureError: The runtime cannot even run an empty model.
     """
     counter = Counter(analyse(model))
-    as_float, as_int8 = (OperatorLister(counter, kind, placement.policy).by_call({}) for kind in ("float", "int8"))
+    form = table.device.int8.model_copy(update={"policy": placement.policy})
+    as_float, as_int8 = (OperatorLister(counter, kind, form).by_call({}) for kind in ("float", "int8"))
     names = {layer.node: layer.name for layer in placement.products}
     sources = {layer.node: [layer.source] for layer in placement.products}
     for node in calls(model.graph):

@@ -148,13 +148,13 @@ class Holding(ABC, Generic[C]):
             if all(trial[key] == value for key, value in names.items()):
                 return number
         number = len(self._trials)
-        tried = f"layers in 8 bits: {len(widened)}, left float: {len(spared)}"
-        self._advance(0, note=f"trying {tried}")
+        last = f"drop {100 * self._drop(number - 1):.2f} %; " if number else ""
+        self._advance(0, note=f"{last}now layers in 8 bits: {len(widened)}, left float: {len(spared)}")
         model, notes = self._run(names, number)
         self._trials.append({**names, "quality": self._quality(model), "notes": notes})
         self._slot.save(self._state)
         drop = self._drop(number)
-        self._advance(note=f"drop {100 * drop:.2f} %, {tried}")
+        self._advance(note=f"drop {100 * drop:.2f} %")
         if self._holds(number) or self._best is None or drop < self._drop(self._best[0]):
             self._best = number, model
         return number

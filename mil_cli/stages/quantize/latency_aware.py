@@ -8,7 +8,6 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mil_cli.errors import ModelError
-from mil_cli.graph.fold import fold_batch_norm
 from mil_cli.graph.functional import make_functional
 from mil_cli.measure.operators import OperatorTable
 from mil_cli.stages.measured import latency_ratios
@@ -94,7 +93,7 @@ def _slow_layers(model: Model, config: QuantizationConfig, context: Context, kno
         context: Gives the device and progress.
         known: Takes the latencies that were measured.
     """
-    folded = fold_batch_norm(model)
+    folded = config.fold(model)
     make_functional(folded.graph)
     rules = Rules.of(config, context)
     placement = place_any(folded.graph, policy=rules.policy, skip=config.skip, never=rules.never)
@@ -117,7 +116,7 @@ def _timed(model: Model, config: QuantizationConfig, context: Context, skipped: 
     samples = min(config.calibration_samples, _SAMPLES)
     before = dict(context.notes)
     settings = PostTrainingConfig.model_validate({**shared, **quick, "calibration_samples": samples})
-    result = prepare(model, settings, context).insert()
+    result = prepare(model, settings, context, fold=config.fold).insert()
     context.notes.clear()
     context.notes.update(before)
     return result

@@ -23,6 +23,8 @@ _TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose
 _PRODUCTS = {"linear": ("input", "weight", 0), "matmul": ("self", "other", -1), "mm": ("self", "mat2", 1)}
 """Operator -> its activation, its weight, and the weight's axis of output channels."""
 
+_QUANTIZED = (*sorted(CONVOLUTIONS), *_PRODUCTS)
+
 _OWNERS = ("torch.nn.modules.sparse.Embedding", "torch.nn.modules.linear.Linear")
 """Modules that often share their weights: heads with embeddings."""
 
@@ -54,9 +56,7 @@ def left_float(device: Int8Form, *, tables: bool, never: Mapping[str, str] = NEV
         tables: Whether tables of embeddings are quantized.
         never: Those that stay float on every device.
     """
-    own: dict[str, str] = {name: f"the device profile leaves {name} in float" for name in device.float_operators}
-    if "matmul" in own:
-        own["mm"] = own["matmul"]
+    own = {name: f"the device profile leaves {name} in float" for name in _QUANTIZED if device.leaves_float(name)}
     return {**own, **never, **({} if tables else NO_TABLES)}
 
 

@@ -48,7 +48,7 @@ class MixedConfig(StageConfig):
 
     family: ClassVar[str] = "quantize"
     method: ClassVar[str] = "mixed"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     never_after: ClassVar[dict[str, str]] = QuantizationConfig.never_after
 
     by: str | None = None
@@ -125,7 +125,7 @@ def mixed(model: Model, config: MixedConfig, context: Context) -> Model:
     static = StaticConfig.model_validate({name: getattr(own, name) for name in shared})
     few = min(config.bits) < 8
     corrected = few if static.bias_correction is None else static.bias_correction
-    prepared = prepare(model, static.model_copy(update={"bias_correction": corrected}), context)
+    prepared = prepare(model, static.model_copy(update={"bias_correction": corrected}), context, fold=own.fold)
     weights = weights_of(prepared, lambda layer: _widths(layer, config, prepared))
     rounding = Rounding(prepared, static, context, config.samples)
     cost = rounding.distance if config.sensitivity == "outputs" else rounding.loss

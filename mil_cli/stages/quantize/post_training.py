@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -83,7 +83,13 @@ class Prepared:
             settle_biases(self.model.graph)
 
 
-def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepared:
+def prepare(
+    model: Model,
+    config: PostTrainingConfig,
+    context: Context,
+    *,
+    fold: Callable[[Model], Model] = fold_weights,
+) -> Prepared:
     """Fold a model's batch norms, prepare its weights, place quantizers and find their ranges on calibration samples.
 
     Layers whose input was nothing but zeros in calibration stay float.
@@ -92,13 +98,14 @@ def prepare(model: Model, config: PostTrainingConfig, context: Context) -> Prepa
         model: A float model; not changed.
         config: The settings.
         context: Gives calibration samples and the device's rules; is told what the report shows.
+        fold: Folds the batch norms; that of another method's settings prepares what that method quantizes.
 
     Raises:
         StageError: The model is quantized already, nothing in it can be quantized, or calibration fails.
     """
     refuse_quantized(model.graph)
     rules = Rules.of(config, context)
-    folded = fold_weights(model)
+    folded = fold(model)
     graph = folded.graph
     make_functional(graph)
     if config.equalise:

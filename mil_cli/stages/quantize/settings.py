@@ -11,12 +11,14 @@ from torch.fx import Node
 
 from mil_cli.device.profile import Int8Form
 from mil_cli.errors import StageError, did_you_mean
+from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.holding import BoundedConfig
 from mil_cli.stages.quantize.layers import Layer, left_float, matches
 from mil_cli.stages.quantize.observers import Observer, ObserverName, make_observer
 from mil_cli.stages.quantize.placement import Placement, Policy
 from mil_cli.stages.quantize.ranges import CodeRange, activation_codes, weight_codes
+from mil_cli.stages.quantize.settle import fold_weights
 
 
 class LayerSettings(BaseModel):
@@ -77,6 +79,10 @@ class QuantizationConfig(BoundedConfig):
     policy: Literal["auto", "cnn", "transformer"] | None = None
     layers: dict[str, LayerSettings] = Field(default_factory=dict)
     latency_aware: bool = False
+
+    def fold(self, model: Model) -> Model:
+        """Return a copy of a float model whose layers are those that the method quantizes, batch norms folded."""
+        return fold_weights(model)
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -100,7 +100,12 @@ def test_others_are_paired_by_resolution(student: str, teacher: str, expected: d
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"), [("mobilenet", "resnet20"), ("coarse_vit", "mobilenet"), ("convnet", "coarse_vit")]
+    ("student", "teacher"),
+    [
+        pytest.param("mobilenet", "resnet20", marks=pytest.mark.slow),
+        ("coarse_vit", "mobilenet"),
+        ("convnet", "coarse_vit"),
+    ],
 )
 def test_order_is_kept_and_the_last_belong_together(student: str, teacher: str) -> None:
     ours, theirs = ([pair.student.path for pair in _pairs(net, net, count=100)] for net in (student, teacher))

@@ -288,6 +288,7 @@ def test_params_can_be_the_bound_and_a_time_budget_sets_how_many_are_scored(trai
     assert used.notes["scored"] == 8  # the fewest
 
 
+@pytest.mark.slow
 def test_memory_can_be_the_bound(trained: Model) -> None:
     used = context()
     small = elastic(trained, ElasticConfig(**{**QUICK, "macs": None, "memory": 0.5, "minutes": 0.001}), used)

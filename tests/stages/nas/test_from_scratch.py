@@ -37,6 +37,7 @@ def test_the_winner_keeps_the_bound_and_learnt(tmp_path: Path) -> None:
     assert space().architecture(used.notes["architecture"]) is not None  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_going_on_after_a_kill_ends_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = FromScratchConfig(**QUICK)
     whole = from_scratch(incoming(), config, context(tmp_path / "whole"))

@@ -287,7 +287,8 @@ def test_a_target_that_the_model_does_not_reach_cuts_nothing_and_is_told(model: 
     assert len(progress.told) == 1
 
 
-@pytest.mark.parametrize("kernels", [pytest.param("float", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["float", "int8"])
 def test_latency_can_be_the_target(kernels: str) -> None:
     layers = [nn.Conv2d(1, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU()]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))

@@ -247,6 +247,7 @@ def test_killed_and_resumed_is_bit_identical(trained: Model, tmp_path: Path, mon
     assert resumed.fingerprint() == whole.fingerprint()
 
 
+@pytest.mark.slow
 def test_the_file_is_smaller_when_it_is_zipped(trained: Model, tmp_path: Path) -> None:
     sparse = sparse_magnitude(trained, SparseMagnitudeConfig(sparsity=0.9, train=False), context())
     files = [export_onnx(model, tmp_path / f"{i}.onnx").path for i, model in enumerate((trained, sparse))]

@@ -17,6 +17,8 @@ from mil_cli.models.vit import vit
 from mil_cli.stages.quantize.describe import planned_bits, present_bits
 from mil_cli.stages.quantize.dynamic import DynamicConfig
 from mil_cli.stages.quantize.dynamic import quantize as quantize_dynamic
+from mil_cli.stages.quantize.lsq import LsqConfig
+from mil_cli.stages.quantize.lsq import quantize as quantize_lsq
 from mil_cli.stages.quantize.ranges import CodeRange
 from mil_cli.stages.quantize.settings import Rules
 from mil_cli.stages.quantize.static import StaticConfig, quantize
@@ -60,7 +62,7 @@ def test_a_quantized_model_tells_its_signs_and_ranges_and_counts_as_before() -> 
 
 
 def test_the_device_says_what_stays_float_and_what_first_and_last_layers_have() -> None:
-    used = context(float_operators=("linear",), first_last_bits=5)
+    used = context(left_float=("linear",), first_last_bits=5)
     model, config = make_model(), StaticConfig(weight_bits=3, activation_bits=3)
     plan = planned_bits(model, Rules.of(config, used))
     assert plan.kept_float == {"head": "the device profile leaves linear in float"}
@@ -68,6 +70,11 @@ def test_the_device_says_what_stays_float_and_what_first_and_last_layers_have() 
     assert plan.bits == present_bits(quantize(model, config, used)).bits
     own = Rules.of(config.model_copy(update={"first_last_bits": 3}), used)
     assert {weight for weight, _ in planned_bits(model, own).bits.values()} == {3}
+
+    trained = LsqConfig(weight_bits=3, activation_bits=3, trainer={"epochs": 1})
+    planned = planned_bits(model, Rules.of(trained, used), fold=trained.fold)
+    assert (planned.bits, planned.kept_float) == (plan.bits, plan.kept_float)
+    assert planned.bits == present_bits(quantize_lsq(model, trained, used)).bits
 
     net, ranges_at_run_time = transformer(), DynamicConfig(weight_bits=3)
     with pytest.raises(StageError, match="no product of the model can be quantized"):

@@ -140,6 +140,7 @@ def test_a_network_keeps_its_outputs_better_than_by_nearest(tmp_path: Path) -> N
     assert integer_coverage(path).float_layers == ()
 
 
+@pytest.mark.slow
 def test_killed_between_layers_it_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, config = trained_digits(), GptqConfig(weight_bits=4, calibration_samples=64)
     whole = quantize(net, config, context())

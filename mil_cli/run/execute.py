@@ -14,6 +14,7 @@ from mil_cli.graph.model import Model
 from mil_cli.run.cache import Cache, Entry, Workspace
 from mil_cli.run.environment import code_fingerprint, computing_environment
 from mil_cli.stages.context import Context
+from mil_cli.stages.quantize.weights import settle_biases
 from mil_cli.stages.registry import StageConfig, function_of
 from mil_cli.stages.surroundings import StoredModel, Surroundings, fingerprint_of
 from mil_cli.stages.trace import Trace
@@ -153,6 +154,8 @@ class Executor:
             if error.where in type(config).model_fields:  # what reads a setting need not know the stage that has it
                 error.where = f"stages.{name}.{error.where}"
             raise
+        if config.family != "quantize":  # training moves the biases of a quantized model off what its kernels hold
+            settle_biases(model.graph)
         seconds = spent + self.clock() - started
         path = workspace.result / "model.pt2"
         model.save(path)

@@ -12,6 +12,8 @@ import torch
 from mil_cli.device.host import resolve
 from mil_cli.errors import StageError
 from mil_cli.run.execute import CapturedModel
+from mil_cli.stages.quantize.static import StaticConfig
+from mil_cli.stages.quantize.weights import settle_biases
 from mil_cli.stages.registry import config_type
 from mil_cli.training.config import TrainerConfig
 from tests.run.toys import RUNS, Scale, toy_data, toy_executor, toy_model
@@ -167,3 +169,16 @@ def test_what_a_stage_refuses_is_told_with_the_whole_key(
     with pytest.raises(StageError) as caught:
         toy_executor(tmp_path).run("scale", Scale(refuses=where), model)
     assert caught.value.where == told
+
+
+def test_training_a_quantized_model_leaves_its_biases_whole_steps(tmp_path: Path, model: CapturedModel) -> None:
+    executor = toy_executor(tmp_path, trainer=TrainerConfig(epochs=1, batch_size=16, learning_rate=0.1))
+    quantized = executor.run("quantize", StaticConfig(weight_bits=4), model)
+    trained = executor.run("train", config_type("train", "supervised")(), quantized.model).model.load()
+    biases = [name for name, _ in trained.named_parameters() if name.endswith("bias")]
+    before, after = dict(quantized.model.load().named_parameters()), dict(trained.named_parameters())
+    assert biases
+    assert all(not torch.equal(before[name], after[name]) for name in biases)
+    fingerprint = trained.fingerprint()
+    settle_biases(trained.graph)
+    assert trained.fingerprint() == fingerprint

@@ -15,7 +15,7 @@ from mil_cli.stages.quantize.holding import BoundedConfig, Holding
 from mil_cli.stages.quantize.passing import after_rectifier
 from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
-from mil_cli.stages.quantize.settings import LayerSettings, QuantizationConfig
+from mil_cli.stages.quantize.settings import LayerSettings, QuantizationConfig, shared_settings
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -85,9 +85,8 @@ class _Widening(Holding[QuantizationConfig]):
 
     def _names(self, widened: Sequence[str]) -> list[str]:
         own = self._with(widened=widened, spared=[])
-        shared = PostTrainingConfig.model_fields.keys() & type(own).model_fields.keys()
         # Biases that make up for the rounding of all layers would be wrong for each of them alone.
-        settings = {name: getattr(own, name) for name in shared} | {"bias_correction": False}
+        settings = shared_settings(own, PostTrainingConfig) | {"bias_correction": False}
         prepared = prepare(self._model, PostTrainingConfig.model_validate(settings), self._context, fold=own.fold)
         placement, rules = prepared.placement, prepared.rules
         self._quantized = prepared.insert(), placement

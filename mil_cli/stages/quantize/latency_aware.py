@@ -14,7 +14,7 @@ from mil_cli.stages.measured import latency_ratios
 from mil_cli.stages.quantize.gains import gaining_layers
 from mil_cli.stages.quantize.placement import place_any
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
-from mil_cli.stages.quantize.settings import QuantizationConfig, Rules
+from mil_cli.stages.quantize.settings import QuantizationConfig, Rules, shared_settings
 
 if TYPE_CHECKING:
     from mil_cli.graph.model import Model
@@ -110,7 +110,7 @@ def _slow_layers(model: Model, config: QuantizationConfig, context: Context, kno
 
 def _timed(model: Model, config: QuantizationConfig, context: Context, skipped: list[str]) -> Model:
     """Return the model as the settings quantize it but for some layers, its ranges only guessed: they take no time."""
-    shared = {name: getattr(config, name) for name in QuantizationConfig.model_fields}
+    shared = shared_settings(config, QuantizationConfig)
     skip = (*config.skip, *map(glob.escape, skipped))
     quick = {"skip": skip, "observer": "min_max", "weight_observer": "min_max"}
     samples = min(config.calibration_samples, _SAMPLES)

@@ -12,7 +12,7 @@ from mil_cli.stages.quantize.allocation import Search
 from mil_cli.stages.quantize.layers import Layer, matches
 from mil_cli.stages.quantize.post_training import Prepared, prepare
 from mil_cli.stages.quantize.sensitivity import Rounding, estimated_rises, measured_rises, weights_of
-from mil_cli.stages.quantize.settings import QuantizationConfig
+from mil_cli.stages.quantize.settings import QuantizationConfig, shared_settings
 from mil_cli.stages.quantize.static import StaticConfig
 from mil_cli.stages.registry import StageConfig, stage
 from mil_cli.stages.targets import SizeTarget
@@ -121,8 +121,7 @@ def mixed(model: Model, config: MixedConfig, context: Context) -> Model:
         slot.save(state)
 
     own, before = _settings(config, context), dict(context.notes)
-    shared = StaticConfig.model_fields.keys() & type(own).model_fields.keys()
-    static = StaticConfig.model_validate({name: getattr(own, name) for name in shared})
+    static = StaticConfig.model_validate(shared_settings(own, StaticConfig))
     few = min(config.bits) < 8
     corrected = few if static.bias_correction is None else static.bias_correction
     prepared = prepare(model, static.model_copy(update={"bias_correction": corrected}), context, fold=own.fold)

@@ -96,6 +96,11 @@ class QuantizationConfig(BoundedConfig):
         return [(pattern, settings.model_dump(exclude_none=True)) for pattern, settings in value.items()]
 
 
+def shared_settings(config: QuantizationConfig, kind: type[QuantizationConfig]) -> dict[str, Any]:
+    """Return those settings of a method that another kind of settings has too."""
+    return {name: getattr(config, name) for name in kind.model_fields.keys() & type(config).model_fields.keys()}
+
+
 class ObservedConfig(QuantizationConfig):
     """Settings of a method that finds the ranges of activations by an observer.
 

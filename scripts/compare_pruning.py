@@ -105,7 +105,7 @@ def _peer(recipe: Recipe, chain: Chain, point: Point, progress: Progress) -> Mod
     """Cut by Torch-Pruning to at most the share of operations, and fine-tune by the recipe's stage."""
     original = chain.original.load()
     module: nn.Module = build_module(recipe.model, root=recipe.root, seed=recipe.seed)
-    module.load_state_dict(original.state_dict(), strict=False)
+    module.load_state_dict(original.state_dict())
     context = Context(
         name="compare", surroundings=replace(chain.surroundings, original=chain.original), progress=progress
     )

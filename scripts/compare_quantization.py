@@ -48,6 +48,9 @@ ORIGINAL = "original"
 """What stands for the method of the uncompressed model's own point."""
 
 POST_TRAINING = ("static", "gptq", "adaround", "brecq")
+LEARNING = ("adaround", "brecq")
+"""Those that learn how to round, from no more samples than all the others see."""
+
 AWARE = ("lsq", "lsq_plus", "pact", "dorefa", "apot")
 METHODS = (*POST_TRAINING, *PEERS, *AWARE)
 
@@ -109,6 +112,7 @@ def _recipe(file: Path, overrides: Sequence[str], method: str, bits: Bits | None
         f"stage/quantize@stages.quantize={method}",
         *(f"stages.quantize.{key}={width}" for key, width in widths.items()),
         *(["stages.quantize.distill=tune"] if method in AWARE else []),
+        *([f"stages.quantize.samples={CALIBRATION_SAMPLES}"] if method in LEARNING else []),
     ]
     return load_recipe(file, [*own, *overrides])
 
@@ -150,7 +154,7 @@ def _material(recipe: Recipe, chain: Chain, baseline: Path, folder: Path) -> Mat
     """Return what a peer is given: the user's module with the weights of the seed, and our stages' samples."""
     original = chain.original.load()
     module: nn.Module = build_module(recipe.model, root=recipe.root, seed=recipe.seed)
-    module.load_state_dict(original.state_dict(), strict=False)
+    module.load_state_dict(original.state_dict())
     context = Context(name="quantize", surroundings=chain.surroundings, progress=SilentProgress())
     calls = list(context.calibration(samples=CALIBRATION_SAMPLES, batch_size=CALIBRATION_BATCH))
     return Material(original, module.eval(), baseline, calls, chain.surroundings.device, folder)
@@ -216,8 +220,8 @@ def _page(arguments: argparse.Namespace, origins: Mapping[str, str], rows: Rows)
         size = statistics.mean(found["bytes"] for found in originals.values()) / 1000
         lines.append(f"Uncompressed: {quality:.2f} % on test, mean of {len(originals)} seeds; a file of {size:.0f} kB.")
     lines += [
-        "W4A8: weights of 4 bits, 8 for what layers read; first and last layer have 8. Ranges are found on the same",
-        f"{CALIBRATION_SAMPLES} samples by all. Drop: relative loss of test quality against the uncompressed model.",
+        "W4A8: weights of 4 bits, 8 for what layers read; first and last layer have 8. Methods after training see the",
+        f"same {CALIBRATION_SAMPLES} samples. Drop: relative loss of test quality against the uncompressed model.",
     ]
     if post:
         lines += [

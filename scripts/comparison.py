@@ -1,8 +1,9 @@
 """What comparisons of methods share: points kept beside the page, processes that compute them, intervals, the table.
 
 A comparison lists its points and gives a function that computes one. Each point runs in a process of its own; its row
-is kept in a file beside the page as soon as it is there, so that an interrupted comparison goes on. A point holds the
-fingerprint of the code and settings behind it: a row of other code or settings is not taken for it.
+is kept in a file beside the page as soon as it is there, so that an interrupted comparison goes on; the lines that
+several machines made of their shards can be joined by ``cat``. A point holds the fingerprint of the code and settings
+behind it: a row of other code or settings is not taken for it, unless that is asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mil_cli.run.cache import default_location
 from mil_cli.run.environment import computing_environment
 from mil_cli.stages.registry import StageConfig
 from mil_cli.stages.surroundings import fingerprint_of
-from scripts.pool import Report, append_row, read_rows, run
+from scripts.pool import Report, append_row, read_rows, run, shard
 
 Point = dict[str, Any]
 """What one result is of: method, seed and other coordinates, and ``of``, the fingerprint of its code and settings."""
@@ -41,8 +42,9 @@ Compute = Callable[[Point], Result]
 Value = Callable[[str, Mapping[str, Any], int], float | None]
 """(method, coordinates of a column, seed) -> what the table compares, smaller being better; None: not known."""
 
-_CODE = ("stages", "training")
+_CODE = ("export", "graph", "measure", "ops", "stages", "training")
 _PRELOAD = ("scripts.comparison", "mil_cli.run.runner", "mil_cli.recipe.load", "torch.export")
+_EARLIER = "Some rows are of a run of an earlier state of the code."
 _SHOWN = 16
 """Hexadecimal digits of a fingerprint that rows hold."""
 
@@ -298,7 +300,9 @@ def parser_of(description: str | None, *, methods: Sequence[str], out: Path) -> 
     parser.add_argument("--jobs", type=int, default=1, help="points at a time, each in a process of its own")
     parser.add_argument("--timeout", type=float, default=Limits.timeout, help="seconds for one point")
     parser.add_argument("--seconds", type=float, help="end after so many: what is there by then makes the table")
+    parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help="every N-th point from the I-th")
     parser.add_argument("--known-only", action="store_true", help="compute nothing: the table of what is there")
+    parser.add_argument("--trust-rows", action="store_true", help="take rows of other code and settings too")
     return parser
 
 
@@ -321,19 +325,23 @@ def carry_out(
     """
     points = [point for phase in phases for point in phase]
     kept = arguments.out.with_suffix(".jsonl")
+    known = Rows(kept, trusted=arguments.trust_rows)
+    index, count = arguments.shard
+    missing = [[point for point in phase[index - 1 :: count] if point not in known] for phase in phases]
     limits = Limits(
         jobs=arguments.jobs, timeout=arguments.timeout, seconds=arguments.seconds, preload=(*_PRELOAD, *preload)
     )
     computing = partial(work, arguments.recipe, tuple(arguments.set), default_location())
-    failures = [] if arguments.known_only else compute(computing, phases, kept, limits)
-    rows = Rows(kept)
-    stale = rows.stale(points)
+    failures = [] if arguments.known_only else compute(computing, missing, kept, limits)
+    rows, current = Rows(kept, trusted=arguments.trust_rows), Rows(kept)
+    earlier = any(point in rows and point not in current for point in points)
+    stale = 0 if arguments.trust_rows else rows.stale(points)
     if stale:
         print(f"{stale} rows of {kept} are of other code or settings and are left out", file=sys.stderr)
     if arguments.known_only and arguments.out.exists() and not any(point in rows for point in points):
         print(f"no row of {kept} is of these points, code and settings: {arguments.out} is left alone", file=sys.stderr)
         return 1
-    text = "\n".join(page(rows)) + "\n"
+    text = "\n".join([*page(rows), *(["", _EARLIER] if earlier else [])]) + "\n"
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")
     print(text)

@@ -16,7 +16,19 @@ from scipy import stats
 import mil_cli
 from mil_cli.recipe.load import load_recipe
 from scripts.compare_pruning import main
-from scripts.comparison import Limits, Point, Result, Rows, code_of, compute, origin_of, paired_interval, table
+from scripts.comparison import (
+    Limits,
+    Point,
+    Result,
+    Rows,
+    carry_out,
+    code_of,
+    compute,
+    origin_of,
+    paired_interval,
+    parser_of,
+    table,
+)
 from scripts.pool import append_row, read_rows
 from tests.recipe.conftest import RECIPE
 
@@ -179,3 +191,38 @@ def test_pruning_is_compared_point_by_point_and_shown_again(tmp_path: Path, caps
     assert "2 rows of" in told
     assert "page.md is left alone" in told
     assert json.loads(out.with_suffix(".jsonl").read_text().splitlines()[0])["point"]["method"] == "original"
+
+
+def test_shards_share_the_points_out_and_rows_of_other_code_are_taken_if_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = [points("first"), points("a", "b", "c")]
+    out = tmp_path / "page.md"
+    asked: list[str] = []
+
+    def note(work: object, missing: list[list[Point]], kept: Path, limits: Limits) -> list[str]:
+        asked.append("".join(point["method"] for phase in missing for point in phase))
+        return []
+
+    def run(*words: str) -> str:
+        parser = parser_of(None, methods=("a",), out=out)
+        carry_out(parser.parse_args(["recipe.yaml", *words]), _nothing, phases, _known)
+        return out.read_text()
+
+    monkeypatch.setattr("scripts.comparison.compute", note)
+    assert [run("--shard", shard) for shard in ("1/2", "2/2")] == ["\n", "\n"]
+    environment = {"torch": "2", "gpu": None, "isa": "AVX2"}
+    for point in points("b", of="earlier code"):
+        append_row(out.with_suffix(".jsonl"), {"point": point, "result": {}, "environment": environment})
+    assert run() == "\n"
+    assert "1 rows" in capsys.readouterr().err
+    assert run("--trust-rows") == "b\n\nSome rows are of a run of an earlier state of the code.\n"
+    assert asked == ["firstac", "b", "firstabc", "firstac"]
+
+
+def _nothing(file: Path, overrides: object, location: Path, point: Point) -> Result:
+    return {}
+
+
+def _known(rows: Rows) -> list[str]:
+    return ["".join(point["method"] for point in points("a", "b", "c") if point in rows)]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import Field
 
-from mil_cli.errors import StageError
 from mil_cli.stages.judging import mean_loss, quality_or_worst
 from mil_cli.stages.registry import StageConfig
 from mil_cli.stages.targets import Drop
@@ -28,8 +27,8 @@ class BoundedConfig(StageConfig):
         skip: Layers to leave float: module paths (with all below), node names, or patterns with ``*``.
         max_drop: By what share of its value the quality on val may get worse in this stage, relative to the model that
             the stage is given: layers get 8 bits where the method has bits by layer, or stay float, until that holds,
-            those first that do most damage. Each setting that is tried is a whole run of the method. None: the settings
-            hold, whatever comes of it.
+            those first that do most damage, and all of them where nothing else holds. Each setting that is tried is a
+            whole run of the method. None: the settings hold, whatever comes of it.
         max_drop_samples: For `max_drop`: samples of val on which the damage of single layers is measured.
     """
 
@@ -39,6 +38,8 @@ class BoundedConfig(StageConfig):
 
 
 C = TypeVar("C", bound=BoundedConfig)
+
+_TOO_DEAR = "it cost more than max_drop"
 
 
 class Holding(ABC, Generic[C]):
@@ -80,11 +81,7 @@ class Holding(ABC, Generic[C]):
         """Return the loss with one layer alone quantized."""
 
     def search(self) -> Model:
-        """Return the model of the most compressed setting that holds, or of the best one.
-
-        Raises:
-            StageError: The outputs of every quantized model are not finite.
-        """
+        """Return the model of the most compressed setting that holds: the float one if no other does."""
         with self._context.progress.work(f"{self._context.name}: holding max_drop") as bar:
             self._advance = bar.advance
             found = self._trial([], [])
@@ -93,7 +90,7 @@ class Holding(ABC, Generic[C]):
         return self._conclude(found)
 
     def _spare(self) -> int:
-        """Return the trial that holds with the fewest layers spared, or the best there is."""
+        """Return the trial that holds with the fewest layers spared."""
         ranked = self._ranked("start", [])
         narrow = [name for name in ranked if name in self._state["narrow"]]
         if narrow:
@@ -102,10 +99,7 @@ class Holding(ABC, Generic[C]):
                 return found
             ranked = self._ranked("wide", narrow)
         found = self._fewest(len(ranked) - 1, lambda count: self._trial(narrow, ranked[:count]))
-        if found is not None:
-            return found
-        sign = 1 if self._context.task.higher_is_better else -1
-        return max(range(len(self._state["trials"])), key=lambda number: sign * self._trials[number]["quality"])
+        return self._all_float(ranked) if found is None else found
 
     def _fewest(self, most: int, trial: Callable[[int], int]) -> int | None:
         """Return the trial of the smallest count that holds, taking it that more hold better; None if `most` fails."""
@@ -155,7 +149,7 @@ class Holding(ABC, Generic[C]):
         self._slot.save(self._state)
         drop = self._drop(number)
         self._advance(note=f"drop {100 * drop:.2f} %")
-        if self._holds(number) or self._best is None or drop < self._drop(self._best[0]):
+        if self._holds(number):
             self._best = number, model
         return number
 
@@ -191,23 +185,29 @@ class Holding(ABC, Generic[C]):
         self._context.notes.clear()
         self._context.notes.update(self._before)
 
+    def _all_float(self, names: Sequence[str]) -> int:
+        """Return the trial of the float model, which nothing has to be run for, and tell that no other holds."""
+        context, best = self._context, min(map(self._drop, range(len(self._trials))))
+        context.progress.notice(
+            f"{context.name}: no quantized model holds max_drop {100 * self._bound:.4g} %, the best of "
+            f"{len(self._trials)} loses {100 * best:.4g} %: all layers stay float"
+        )
+        kept = self._trials[0]["notes"].get("kept_float", {})
+        facts = {"quantized_layers": 0, "kept_float": kept}
+        self._best = len(self._trials), self._model.clone()
+        self._trials.append({"widened": [], "spared": sorted(names), "quality": self._state["float"], "notes": facts})
+        return self._best[0]
+
     def _conclude(self, number: int) -> Model:
-        """Return the model of a trial, and tell what became of the bound."""
-        context, trial, drop = self._context, self._trials[number], self._drop(number)
-        if not math.isfinite(trial["quality"]):
-            raise StageError("no quantized model has finite outputs", where=f"stages.{context.name}.max_drop")
+        """Return the model of a trial that holds, and tell what it took."""
+        context, trial = self._context, self._trials[number]
         if self._best is None or self._best[0] != number:
             names = {key: trial[key] for key in ("widened", "spared")}
             self._best = number, self._run(names, number)[0]
         context.note(**trial["notes"])
         kept = context.notes.get("kept_float")
         if isinstance(kept, dict):
-            context.notes["kept_float"] = {**kept, **dict.fromkeys(trial["spared"], "it cost more than max_drop")}
-        context.note(max_drop=self._bound, drop=drop, max_drop_held=self._holds(number), trials=len(self._trials))
+            context.notes["kept_float"] = {**kept, **dict.fromkeys(trial["spared"], _TOO_DEAR)}
+        context.note(max_drop=self._bound, drop=self._drop(number), trials=len(self._trials))
         context.note(widened=trial["widened"], spared=trial["spared"])
-        if not self._holds(number):
-            context.progress.notice(
-                f"{context.name}: no setting holds max_drop {100 * self._bound:.4g} %; "
-                f"the best of {len(self._trials)} loses {100 * drop:.4g} %"
-            )
         return self._best[1]

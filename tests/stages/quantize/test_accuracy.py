@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,6 @@ def test_the_bound_holds_with_no_more_layers_spared_than_needed(
     whole = accuracy(model, data)
     assert accuracy(without, data) < 0.98 * whole <= accuracy(result, data)
     notes, trials = used.notes, used.slot("max_drop").load()["trials"]  # type: ignore[index]
-    assert notes["max_drop_held"] is True
     assert notes["drop"] == pytest.approx(1 - accuracy(result, data) / whole)
     assert notes["trials"] == len(trials)
     spared: list[str] = notes["spared"]  # type: ignore[assignment]
@@ -116,18 +116,22 @@ def test_what_holds_at_once_is_what_there_is_without_the_bound(model: Model, dat
     assert {"data/val", "data/train"} <= set(used.trace.reads)
 
 
-def test_where_nothing_holds_the_best_is_returned_and_told(
-    model: Model, data: Data, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quality", [0.87, -math.inf])
+def test_where_nothing_holds_the_model_stays_float_and_that_is_told(
+    quality: float, model: Model, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if every quantized layer cost three points."""
-    monkeypatch.setattr(method, "quality_or_worst", lambda net, *_, **__: 0.9 - 0.03 * len(present_bits(net).bits))
+    """As if every quantized layer cost three points, or everything that is left."""
+    monkeypatch.setattr(method, "quality_or_worst", lambda net, *_, **__: quality if present_bits(net).bits else 0.9)
     told = Notices()
     used = context(data, progress=told)
     result = quantize(model, config(max_drop="1%"), used)
-    assert len(present_bits(result).bits) == 1
-    assert used.notes["max_drop_held"] is False
-    assert used.notes["drop"] == pytest.approx(0.03 / 0.9)
-    assert told.told == ["quantize: no setting holds max_drop 1 %; the best of 2 loses 3.333 %"]
+    assert result.fingerprint() == model.fingerprint()
+    assert used.notes["quantized_layers"] == 0
+    assert used.notes["drop"] == 0
+    assert used.notes["kept_float"] == dict.fromkeys(LAYERS, "it cost more than max_drop")
+    lost = "3.333" if math.isfinite(quality) else "inf"
+    expected = f"quantize: no quantized model holds max_drop 1 %, the best of 2 loses {lost} %: all layers stay float"
+    assert told.told == [expected]
 
 
 class Chain(nn.Module):
@@ -186,7 +190,6 @@ def test_a_method_that_trains_widens_no_more_layers_than_needed(
     settings = few.model_copy(update={"max_drop": bound})
     used = context(data, tmp_path / "whole")
     result = lsq(even, settings, used)
-    assert used.notes["max_drop_held"] is True
     assert 1 - accuracy(result, data) / whole <= bound
     widened: list[str] = used.notes["widened"]  # type: ignore[assignment]
     assert 0 < len(widened) < len(LAYERS)
@@ -222,8 +225,10 @@ class Computed(nn.Module):
 
 
 def test_layers_that_a_method_leaves_float_are_not_ranked(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if every quantized layer cost three points: each of them is spared but one."""
-    monkeypatch.setattr(method, "quality_or_worst", lambda net, *_, **__: 0.9 - 0.03 * len(present_bits(net).bits))
+    """As if the second quantized layer cost three points: each of them is spared but one."""
+    monkeypatch.setattr(
+        method, "quality_or_worst", lambda net, *_, **__: 0.9 - 0.03 * max(len(present_bits(net).bits) - 1, 0)
+    )
     net = Model.capture(Computed().eval(), (torch.randn(2, 1, 8, 8),))
     used = context(data)
     settings = LsqConfig(weight_bits=2, max_drop=0.01, trainer={**TRAINED, "epochs": 1})
@@ -271,7 +276,6 @@ def test_a_method_without_bits_by_layer_leaves_no_more_layers_float_than_needed(
     used = context(data)
     result = run(linear, config, used)
     assert 1 - accuracy(result, data) / whole <= bound
-    assert used.notes["max_drop_held"] is True
     spared: list[str] = used.notes["spared"]  # type: ignore[assignment]
     assert 0 < len(spared) < 3
     assert used.notes["kept_float"] == dict.fromkeys(spared, "it cost more than max_drop")

@@ -9,10 +9,8 @@ import onnx_ir as ir
 
 from mil_cli.errors import ExportError
 from mil_cli.export.exporter import LOOKUP, MARKER_DOMAIN
+from mil_cli.export.packing import index_type
 from mil_cli.export.surgery import GraphWriter, constant_of
-
-_PACKED_ENTRIES = 16
-"""Indices below this fit into 4 bits."""
 
 
 def write_codebooks(onnx: GraphWriter, widths: Collection[int]) -> list[str]:
@@ -23,7 +21,7 @@ def write_codebooks(onnx: GraphWriter, widths: Collection[int]) -> list[str]:
 
     Args:
         onnx: Writes into a graph as `mil_cli.export.exporter.convert` gives it.
-        widths: The bits of packed tensors that the target takes; indices take 4 where it takes them, else 8.
+        widths: The bits of packed tensors that the target takes; indices take 2 or 4 where they fit, else 8.
 
     Returns:
         What the user should know about how weights are stored.
@@ -45,11 +43,9 @@ def _write(onnx: GraphWriter, node: ir.Node, widths: Collection[int]) -> None:
         raise ExportError("a codebook or its indices are computed at run time, ONNX needs constants", value=node.name)
     groups = node.attributes["groups"].as_int()
     codebook = codebook.reshape(groups, -1)
-    packed = 4 in widths and codebook.shape[1] <= _PACKED_ENTRIES
-    dtype = ir.DataType.UINT4 if packed else ir.DataType.UINT8
     name = (node.inputs[1].name or "weight").removesuffix("_indices")  # type: ignore[union-attr]
     shape = indices.shape if groups == 1 else (groups, indices.size // groups)
-    stored = onnx.constant(f"{name}.indices", indices.reshape(shape), dtype)
+    stored = onnx.constant(f"{name}.indices", indices.reshape(shape), index_type(codebook.shape[1], widths))
     entries = onnx.constant(f"{name}.entries", codebook[0] if groups == 1 else codebook, ir.DataType.FLOAT)
     numbers = onnx.insert(node, "Cast", [stored], {"to": int(ir.DataType.INT32)}, ir.DataType.INT32)
     if groups == 1:

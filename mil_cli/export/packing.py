@@ -20,7 +20,7 @@ _PACKED = {2: (ir.DataType.INT2, 25), 4: (ir.DataType.INT4, 21), 8: (ir.DataType
 """Bits of a weight's codes -> the type that holds them and the first opset that has it."""
 
 _INDICES = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
-"""Bits of a weight's indices into levels -> the type that holds them; the opsets are those of the codes."""
+"""Bits of indices into levels or a codebook -> the type that holds them; the opsets are those of the codes."""
 
 _THREE_BITS_OPSET = 18
 """The first opset with BitwiseAnd. ONNX has no type of 3 bits: eight codes lie in three bytes."""
@@ -63,6 +63,10 @@ def needed_opset(graph: GraphModule, widths: Collection[int] = ALL_WIDTHS) -> in
 
 def _weight_bits(graph: GraphModule, widths: Collection[int]) -> Iterator[int]:
     for node in calls(graph):
+        if op_name(node) == "lookup":
+            entries, groups = (get_argument(node, name) for name in ("codebook", "groups"))
+            yield index_bits(len(get_attribute(graph, str(entries.target))) // groups, widths)
+            continue
         source = get_argument(node, "x") if op_name(node) in _OF_WEIGHTS else None
         if not isinstance(source, Node) or source.op != "get_attr":
             continue
@@ -74,8 +78,13 @@ def _weight_bits(graph: GraphModule, widths: Collection[int]) -> Iterator[int]:
 
 
 def index_bits(count: int, widths: Collection[int]) -> int:
-    """Return how many bits an index of a level takes in the file."""
+    """Return how many bits an index of so many levels or entries takes in the file."""
     return min(bits for bits in {*widths, 8} & {*_INDICES} if count <= 2**bits)
+
+
+def index_type(count: int, widths: Collection[int]) -> ir.DataType:
+    """Return the type that holds indices below a number in the file."""
+    return _INDICES[index_bits(count, widths)]
 
 
 def write_levels(

@@ -387,6 +387,8 @@ def parity_line(report: Report) -> str:
         name = f"{quality.get('metric', 'metric')}{' on ' + quality['split'] if quality.get('split') else ''}"
         line += f"; {name}: {text.quality(parity['metric_onnx'])} in onnxruntime, "
         line += f"{text.quality(parity['metric_torch'])} in torch"
+    if parity.get("agreement") is not None:
+        line += f"; predictions agree: {text.percent(math.floor(10_000 * parity['agreement']) / 10_000)}"
     return line
 
 

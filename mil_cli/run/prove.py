@@ -17,6 +17,7 @@ from mil_cli.export.session import OnnxModel, feeds_of
 from mil_cli.files import sha256_of_file
 from mil_cli.measure.compare import Counts, compare
 from mil_cli.measure.latency import LATENCY_VERSION
+from mil_cli.run.agreement import Predictions
 from mil_cli.run.cache import Cache
 from mil_cli.run.environment import versions
 from mil_cli.run.kernels import kernel_notices, kernels_of
@@ -38,7 +39,7 @@ PARITY_BATCH_SIZE = 32
 _EXPORT_VERSION = 2
 """Changes with the form of exported files."""
 
-_SCORE_VERSION = 2
+_SCORE_VERSION = 3
 """Changes with what is kept of a scored file."""
 
 
@@ -50,7 +51,8 @@ class Proof:
         model: The graph it was exported from.
         path: The ONNX file.
         quality: Its quality in onnxruntime on the test split.
-        parity: How the file's outputs compare with the graph's, and both qualities.
+        parity: How the file's outputs compare with the graph's, both qualities, and how often they predict the same
+            class.
         notices: What the exporter has to say.
         counts: Its macs and params.
         kernels: Which kernels it runs on; None where nothing is quantized.
@@ -145,12 +147,18 @@ class Prover:
         batches = itertools.islice(whole, PARITY_BATCHES)
         parity = check_parity(graph, path, [self.task.inputs(batch) for batch in batches], threads=self.device.threads)
         split = getattr(self.data, split_name)
-        in_torch = evaluate(graph, task=self.task, split=split, split_name=split_name)
         session = OnnxModel(path, graph.spec, threads=self.device.threads)
-        in_onnx = evaluate(session, task=self.task, split=split, split_name=split_name)
+        of_graph, of_file = Predictions(self.task), Predictions(self.task)
+        in_torch = evaluate(graph, task=self.task, split=split, split_name=split_name, watch=of_graph.watch)
+        in_onnx = evaluate(session, task=self.task, split=split, split_name=split_name, watch=of_file.watch)
         return {
             "quality": asdict(in_onnx),
-            "parity": {**asdict(parity), "metric_torch": in_torch.value, "metric_onnx": in_onnx.value},
+            "parity": {
+                **asdict(parity),
+                "metric_torch": in_torch.value,
+                "metric_onnx": in_onnx.value,
+                "agreement": of_graph.agreement(of_file),
+            },
             "kernels": kernels_of(graph, path),
         }
 

@@ -56,6 +56,7 @@ def evaluate(
     batch_size: int = 256,
     limit: int | None = None,
     spec: ModelSpec | None = None,
+    watch: Callable[[Any, Batch], None] | None = None,
 ) -> Quality:
     """Score a model.
 
@@ -68,6 +69,7 @@ def evaluate(
         batch_size: Samples per call, where `spec` leaves them free; see `whole_batches`.
         limit: Score this many samples, drawn at random, always the same ones; None: all.
         spec: What the model takes; None: what `predict` says under that name, if anything.
+        watch: Called with the outputs of each batch, and the batch.
 
     Raises:
         DataError: There are fewer samples than the batch is fixed to.
@@ -80,7 +82,7 @@ def evaluate(
     if model is not None:
         model.eval()
     try:
-        return _evaluate(predict, task, split, split_name, batch_size, limit, spec)
+        return _evaluate(predict, task, split, split_name, batch_size, limit, spec, watch)
     finally:
         if model is not None and was_training:
             model.train()
@@ -137,6 +139,7 @@ def _evaluate(
     batch_size: int,
     limit: int | None,
     spec: ModelSpec | None,
+    watch: Callable[[Any, Batch], None] | None,
 ) -> Quality:
     metric = task.metric()
     finite: torch.Tensor | None = None
@@ -147,6 +150,8 @@ def _evaluate(
             args, kwargs = task.inputs(batch)
             outputs = predict(*args, **kwargs)
             task.update(metric, outputs, batch)
+            if watch is not None:
+                watch(outputs, batch)
             for leaf in tree_leaves(outputs):
                 if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
                     # A product with 0 is 0, or NaN where a value is not finite: one pass, no mask.

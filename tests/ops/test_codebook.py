@@ -37,6 +37,13 @@ def test_lookup_is_indexing_and_the_mean_of_its_gradients(groups: int) -> None:
     (wanted,) = torch.autograd.grad(expected, codebook, upstream)
     counts = torch.bincount((indices.long() + offsets).flatten(), minlength=len(codebook))
     torch.testing.assert_close(gradient, wanted / counts.clamp(min=1))
+    moved = 1e-4 * torch.eye(len(codebook), dtype=torch.float64)
+    start = codebook.detach()
+    ends = [
+        [float((lookup(end, indices, groups) * upstream).sum()) for end in (start + one, start - one)] for one in moved
+    ]
+    slopes = torch.tensor([(high - low) / 2e-4 for high, low in ends], dtype=torch.float64)
+    torch.testing.assert_close(gradient * counts, slopes, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -56,31 +56,31 @@ def test_with_the_quantizer_it_gives_the_gradients_of_the_paper(axis: int | None
     torch.testing.assert_close(parameter.grad, expected)
 
 
-def test_scale_gradient_agrees_with_finite_differences_where_codes_stay() -> None:
-    """While no code changes the output is linear in the scale outside, and constant in the value inside.
+def test_gradients_are_finite_differences_of_the_staircase_corrected_inside() -> None:
+    """While no code changes, an output is its code times the scale, whatever the value.
 
-    The straight-through estimate differs from the derivative of the staircase by the value itself: its surrogate is
-    ``x + s * (round(x / s) - x / s)`` with the bracket held, which is smooth.
+    Passing straight through takes the derivative by the value for 1 inside the range instead of 0, and that by the
+    scale for less by what follows from it: the value in steps.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, generator=generator, dtype=torch.float64) * 2
-    scale = torch.tensor(0.3, dtype=torch.float64)
-    steps = x / scale
-    inside = (steps >= -3) & (steps <= 3)
-    residue = (steps.round() - steps).detach()
-
-    def surrogate(value: Tensor, step: Tensor) -> Tensor:
-        return torch.where(inside, value + step * residue, steps.round().clamp(-3, 3) * step)
-
+    scale, zero = torch.tensor(0.3, dtype=torch.float64), torch.tensor(0, dtype=torch.int32)
     weights = torch.randn(40, generator=generator, dtype=torch.float64)
     values, step = x.clone().requires_grad_(), scale.clone().requires_grad_()
-    zero = torch.tensor(0, dtype=torch.int32)
     (quantize_affine(values, step, zero, None, -3, 3) * weights).sum().backward()  # type: ignore[no-untyped-call]
-    small = 1e-6
-    by_scale = ((surrogate(x, scale + small) - surrogate(x, scale - small)) * weights).sum() / (2 * small)
-    by_value = (surrogate(x + small, scale) - surrogate(x - small, scale)) * weights / (2 * small)
-    torch.testing.assert_close(step.grad, by_scale, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(values.grad, by_value, rtol=1e-6, atol=1e-6)
+    small = 1e-7
+
+    def slope(by_value: float, by_scale: float) -> Tensor:
+        high, low = (
+            quantize_affine(x + sign * by_value, scale + sign * by_scale, zero, None, -3, 3) for sign in (1, -1)
+        )
+        return (high - low) * weights / (2 * small)
+
+    inside = (x / scale).abs() <= 3
+    assert 0 < int(inside.sum()) < len(x)
+    torch.testing.assert_close(values.grad, slope(small, 0.0) + inside * weights)
+    expected = slope(0.0, small).sum() - (inside * weights * x / scale).sum()
+    torch.testing.assert_close(step.grad, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "mixed", "expanded"])

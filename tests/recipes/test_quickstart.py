@@ -96,6 +96,7 @@ def test_the_chain_ends_in_a_file_that_replaces_the_baseline(tmp_path: Path) -> 
     low, high = report["final"]["latency_ms"]["ratio_ci95"]
     assert low <= report["final"]["latency_ms"]["ratio_to_baseline"] <= high
     assert report["parity"]["metric_onnx"] == pytest.approx(report["parity"]["metric_torch"], abs=0.02)
+    assert report["parity"]["agreement"] >= 0.99
     assert report["kernels"]["integer_layers"] == report["kernels"]["quantized_layers"] > 0
 
     baseline, final = (onnxruntime.InferenceSession(out / name) for name in ("baseline.onnx", "model.onnx"))

@@ -33,6 +33,7 @@ def test_everything_that_matters_is_printed(make_report: Make) -> None:
         "10 min 13 s",
         "(cached)",
         "0.9288 in onnxruntime, 0.9288 in torch",
+        "predictions agree: 99.99 %",
         "note: the batch axis of input x is free",
     ):
         assert words in output

@@ -72,12 +72,26 @@ def test_additive_levels_are_all_sums_of_the_papers_sets(bits: int) -> None:
     assert float(levels[levels > 0].min()) == 1
 
 
-def test_additive_levels_of_the_authors() -> None:
-    """The tables of `build_power_value` in the authors' code, for 3, 4 and 5 magnitude bits."""
-    assert additive_levels(4)[7:].tolist() == [0, 1, 2, 3, 4, 6, 8, 10]
+AUTHORS: dict[int, tuple[tuple[int, ...], ...]] = {
+    2: ((4, 2, 1),),
+    3: ((8, 4, 1), (2,)),
+    4: ((32, 8, 2), (16, 4, 1)),
+    5: ((64, 16, 2), (32, 8, 1), (4,)),
+    6: ((256, 32, 4), (128, 16, 2), (64, 8, 1)),
+}
+"""Of so many bits of magnitude the terms of `build_power_value` in the authors' code, in units of the smallest."""
+
+
+@pytest.mark.parametrize("bits", AUTHORS)
+def test_additive_levels_of_the_authors(bits: int) -> None:
+    sums = sorted({sum(terms) for terms in itertools.product(*((0, *each) for each in AUTHORS[bits]))})
+    levels = additive_levels(bits + 1)
+    assert levels[levels >= 0].tolist() == sums
+
+
+def test_additive_levels_by_hand() -> None:
     assert additive_levels(2).tolist() == [-1, 0, 1]
-    assert additive_levels(3)[3:].tolist() == [0, 1, 2, 4]
-    assert float(additive_levels(6)[-1]) == 64 + 32 + 4
+    assert additive_levels(4)[7:].tolist() == [0, 1, 2, 3, 4, 6, 8, 10]
     assert torch.equal(whole_levels(6, largest=127), additive_levels(6))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.nodes import get_argument, op_name
-from mil_cli.stages.quantize.holding import BoundedConfig, Holding
+from mil_cli.stages.quantize.holding import MOST_BITS, BoundedConfig, Holding
 from mil_cli.stages.quantize.passing import after_rectifier
 from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., "Model"])
 
-_FULL = 8
-"""Bits of layers that get more."""
+_WIDER = (4, MOST_BITS)
+"""Bits that layers get where theirs are too few: those that files pack and integer kernels run."""
 
 NamesOf = Callable[["Model", Any, "Context"], Sequence[str]]
 """Returns the names of the layers that a method would quantize, from the model, its settings and the context."""
@@ -66,7 +66,7 @@ def _holding(quantize: F, search: Callable[[Model, Any, Context], Holding[Any]])
 
 
 class _Widening(Holding[QuantizationConfig]):
-    """Layers get 8 bits before any stays float; all are measured in one graph, the others' quantizers left out.
+    """Layers get more bits before any stays float; all are measured in one graph, the others' quantizers left out.
 
     That graph's weights are rounded and no more, whatever the method does beyond it: it only ranks the layers.
     """
@@ -75,16 +75,27 @@ class _Widening(Holding[QuantizationConfig]):
         super().__init__(model, config, context)
         self._quantized: tuple[Model, Placement] | None = None
 
-    def _with(self, *, widened: Sequence[str], spared: Sequence[str]) -> QuantizationConfig:
+    def _with(self, *, widened: Sequence[str], bits: int, spared: Sequence[str]) -> QuantizationConfig:
         layers = dict(self._config.layers)
         for name in sorted(widened):  # the path of a layer is also a pattern for those below it
             layers.pop(glob.escape(name), None)
-            per_channel = self._state["narrow"][name]
-            layers[glob.escape(name)] = LayerSettings(weight_bits=_FULL, activation_bits=_FULL, per_channel=per_channel)
-        return super()._with(widened=widened, spared=spared).model_copy(update={"layers": layers})
+            form = self._state["forms"][name]
+            more = {key: max(bits, form[key]) for key in ("weight_bits", "activation_bits")}
+            layers[glob.escape(name)] = LayerSettings(**more, per_channel=form["per_channel"])
+        return super()._with(widened=widened, bits=bits, spared=spared).model_copy(update={"layers": layers})
+
+    def _wider(self) -> dict[int, list[str]]:
+        return {
+            bits: [
+                name
+                for name, form in self._state["forms"].items()
+                if min(form["weight_bits"], form["activation_bits"]) < bits
+            ]
+            for bits in _WIDER
+        }
 
     def _names(self, widened: Sequence[str]) -> list[str]:
-        own = self._with(widened=widened, spared=[])
+        own = self._with(widened=widened, bits=MOST_BITS, spared=[])
         # Biases that make up for the rounding of all layers would be wrong for each of them alone.
         settings = shared_settings(own, PostTrainingConfig) | {"bias_correction": False}
         prepared = prepare(self._model, PostTrainingConfig.model_validate(settings), self._context, fold=own.fold)
@@ -93,10 +104,13 @@ class _Widening(Holding[QuantizationConfig]):
         forms = {layer.name: rules.of_layer(layer) for layer in placement.layers}
         if not widened:
             computing = {layer.name for layer in placement.products}
-            self._state["narrow"] = {
-                name: form.per_channel
+            self._state["forms"] = {
+                name: {
+                    "weight_bits": form.weight_bits,
+                    "activation_bits": form.activation_bits if name in computing else MOST_BITS,
+                    "per_channel": form.per_channel,
+                }
                 for name, form in forms.items()
-                if form.weight_bits < _FULL or (form.activation_bits < _FULL and name in computing)
             }
         return list(forms)
 
@@ -129,7 +143,7 @@ class _Skipping(Holding[BoundedConfig]):
 
     def _damage(self, name: str, widened: Sequence[str]) -> float:
         others = [other for other in self._known if other != name]
-        settings = self._with(widened=[], spared=others).model_copy(update=self._quick)
+        settings = self._with(widened=[], bits=MOST_BITS, spared=others).model_copy(update=self._quick)
         return self._loss(self._context.run(self._model, settings, name="alone"))
 
 

@@ -38,7 +38,7 @@ class ApotConfig(AwareConfig):
     """Settings of ``quantize/apot``: those that all training with quantizers shares."""
 
     method: ClassVar[str] = "apot"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
 
 @stage(ApotConfig)

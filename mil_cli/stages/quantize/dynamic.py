@@ -56,7 +56,7 @@ class DynamicConfig(BoundedConfig):
 
     family: ClassVar[str] = "quantize"
     method: ClassVar[str] = "dynamic"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     never_after: ClassVar[dict[str, str]] = {"quantize": "the model would hold two sets of quantizers"}
 
     weight_bits: int = Field(8, ge=2, le=8)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import Field
@@ -26,9 +27,9 @@ class BoundedConfig(StageConfig):
     Attributes:
         skip: Layers to leave float: module paths (with all below), node names, or patterns with ``*``.
         max_drop: By what share of its value the quality on val may get worse in this stage, relative to the model that
-            the stage is given: layers get 8 bits where the method has bits by layer, or stay float, until that holds,
-            those first that do most damage, and all of them where nothing else holds. Each setting that is tried is a
-            whole run of the method. None: the settings hold, whatever comes of it.
+            the stage is given: layers get 4 or 8 bits where the method has bits by layer, or stay float, until that
+            holds, those first that do most damage, and all of them where nothing else holds. Each setting that is
+            tried is a whole run of the method. None: the settings hold, whatever comes of it.
         max_drop_samples: For `max_drop`: samples of val on which the damage of single layers is measured.
     """
 
@@ -39,15 +40,19 @@ class BoundedConfig(StageConfig):
 
 C = TypeVar("C", bound=BoundedConfig)
 
+MOST_BITS = 8
+"""Bits of layers that get as many as there are."""
+
 _TOO_DEAR = "it cost more than max_drop"
 
 
 class Holding(ABC, Generic[C]):
     """Looks for the most compressed setting that holds a bound.
 
-    Layers are ranked once by the loss with each of them alone quantized; then the fewest of the worst that must be
-    spared are found by bisection, every step of it being a whole run of the method and its quality on val. Where more
-    bits for all are not enough, or the method has no bits by layer, those that stay float are found in the same way.
+    Layers are ranked once by the loss with each of them alone quantized. Then the fewest of the worst are found by
+    bisection that must get more bits, the next number of bits being tried where the one before is not enough for all;
+    every step is a whole run of the method and its quality on val. Where no bits are enough, or the method has none by
+    layer, those that stay float are found in the same way.
 
     Args:
         model: The float model.
@@ -60,46 +65,54 @@ class Holding(ABC, Generic[C]):
             raise ValueError("the settings have no bound")
         self._model, self._config, self._context, self._bound = model, config, context, config.max_drop
         self._slot = context.slot("max_drop")
-        self._state: dict[str, Any] = self._slot.load() or {"float": None, "ranks": {}, "narrow": {}, "trials": []}
+        self._state: dict[str, Any] = self._slot.load() or {"float": None, "ranks": {}, "forms": {}, "trials": []}
         self._before = dict(context.notes)
         self._best: tuple[int, Model] | None = None
         if self._state["float"] is None:
             self._state["float"] = self._quality(model)
             self._slot.save(self._state)
 
-    def _with(self, *, widened: Sequence[str], spared: Sequence[str]) -> C:
+    def _with(self, *, widened: Sequence[str], bits: int, spared: Sequence[str]) -> C:
         """Return the method's settings, without the bound, by which some layers get more bits and some stay float."""
         skip = (*self._config.skip, *map(glob.escape, spared))
         return self._config.model_copy(update={"skip": skip, "max_drop": None})
 
     @abstractmethod
     def _names(self, widened: Sequence[str]) -> list[str]:
-        """Return the layers that are quantized, and keep in the state which of them may get more bits (``narrow``)."""
+        """Return the layers that are quantized, where some have as many bits as there are."""
 
     @abstractmethod
     def _damage(self, name: str, widened: Sequence[str]) -> float:
-        """Return the loss with one layer alone quantized."""
+        """Return the loss with one layer alone quantized, where some have as many bits as there are."""
+
+    def _wider(self) -> Mapping[int, Collection[str]]:
+        """Return, for more and more bits, the layers that may get so many."""
+        return {}
 
     def search(self) -> Model:
         """Return the model of the most compressed setting that holds: the float one if no other does."""
         with self._context.progress.work(f"{self._context.name}: holding max_drop") as bar:
             self._advance = bar.advance
-            found = self._trial([], [])
+            found = self._trial([], MOST_BITS, [])
             if not self._holds(found):
                 found = self._spare()
         return self._conclude(found)
 
     def _spare(self) -> int:
         """Return the trial that holds with the fewest layers spared."""
-        ranked = self._ranked("start", [])
-        narrow = [name for name in ranked if name in self._state["narrow"]]
-        if narrow:
-            found = self._fewest(len(narrow), lambda count: self._trial(narrow[:count], []))
+        ranked, narrow = self._ranked("start", []), []
+        for bits, wider in self._wider().items():
+            narrow = [name for name in ranked if name in wider]
+            found = self._fewest(len(narrow), partial(self._widen, narrow, bits))
             if found is not None:
                 return found
+        if narrow:
             ranked = self._ranked("wide", narrow)
-        found = self._fewest(len(ranked) - 1, lambda count: self._trial(narrow, ranked[:count]))
+        found = self._fewest(len(ranked) - 1, lambda count: self._trial(narrow, MOST_BITS, ranked[:count]))
         return self._all_float(ranked) if found is None else found
+
+    def _widen(self, names: Sequence[str], bits: int, count: int) -> int:
+        return self._trial(names[:count], bits, [])
 
     def _fewest(self, most: int, trial: Callable[[int], int]) -> int | None:
         """Return the trial of the smallest count that holds, taking it that more hold better; None if `most` fails."""
@@ -135,17 +148,17 @@ class Holding(ABC, Generic[C]):
         samples = min(self._config.max_drop_samples, len(self._context.data.val))
         return mean_loss(model, self._context, samples=samples)
 
-    def _trial(self, widened: Sequence[str], spared: Sequence[str]) -> int:
-        """Return the number of the trial in which some layers get 8 bits, and some stay float."""
-        names = {"widened": sorted(widened), "spared": sorted(spared)}
+    def _trial(self, widened: Sequence[str], bits: int, spared: Sequence[str]) -> int:
+        """Return the number of the trial in which some layers get more bits, and some stay float."""
+        setting = {"widened": sorted(widened), "bits": bits, "spared": sorted(spared)}
         for number, trial in enumerate(self._trials):
-            if all(trial[key] == value for key, value in names.items()):
+            if all(trial[key] == value for key, value in setting.items()):
                 return number
         number = len(self._trials)
         last = f"drop {100 * self._drop(number - 1):.2f} %; " if number else ""
-        self._advance(0, note=f"{last}now layers in 8 bits: {len(widened)}, left float: {len(spared)}")
-        model, notes = self._run(names, number)
-        self._trials.append({**names, "quality": self._quality(model), "notes": notes})
+        self._advance(0, note=f"{last}now layers in {bits} bits: {len(widened)}, left float: {len(spared)}")
+        model, notes = self._run(setting, number)
+        self._trials.append({**setting, "quality": self._quality(model), "notes": notes})
         self._slot.save(self._state)
         drop = self._drop(number)
         self._advance(note=f"drop {100 * drop:.2f} %")
@@ -153,9 +166,9 @@ class Holding(ABC, Generic[C]):
             self._best = number, model
         return number
 
-    def _run(self, names: dict[str, list[str]], number: int) -> tuple[Model, dict[str, object]]:
+    def _run(self, setting: dict[str, Any], number: int) -> tuple[Model, dict[str, object]]:
         self._context.notes.clear()
-        model = self._context.run(self._model, self._with(**names), name=f"trial{number}")
+        model = self._context.run(self._model, self._with(**setting), name=f"trial{number}")
         told = dict(self._context.notes)
         self._forget_notes()
         return model, told
@@ -195,19 +208,21 @@ class Holding(ABC, Generic[C]):
         kept = self._trials[0]["notes"].get("kept_float", {})
         facts = {"quantized_layers": 0, "kept_float": kept}
         self._best = len(self._trials), self._model.clone()
-        self._trials.append({"widened": [], "spared": sorted(names), "quality": self._state["float"], "notes": facts})
+        self._trials.append(
+            {"widened": [], "bits": MOST_BITS, "spared": sorted(names), "quality": self._state["float"], "notes": facts}
+        )
         return self._best[0]
 
     def _conclude(self, number: int) -> Model:
         """Return the model of a trial that holds, and tell what it took."""
         context, trial = self._context, self._trials[number]
         if self._best is None or self._best[0] != number:
-            names = {key: trial[key] for key in ("widened", "spared")}
-            self._best = number, self._run(names, number)[0]
+            setting = {key: trial[key] for key in ("widened", "bits", "spared")}
+            self._best = number, self._run(setting, number)[0]
         context.note(**trial["notes"])
         kept = context.notes.get("kept_float")
         if isinstance(kept, dict):
             context.notes["kept_float"] = {**kept, **dict.fromkeys(trial["spared"], _TOO_DEAR)}
         context.note(max_drop=self._bound, drop=self._drop(number), trials=len(self._trials))
-        context.note(widened=trial["widened"], spared=trial["spared"])
+        context.note(widened=dict.fromkeys(trial["widened"], trial["bits"]), spared=trial["spared"])
         return self._best[1]

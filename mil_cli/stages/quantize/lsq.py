@@ -41,7 +41,7 @@ class LsqConfig(AwareConfig):
     """
 
     method: ClassVar[str] = "lsq"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
 
     initialization: Initialization = "mse"
 

@@ -64,7 +64,7 @@ class QuantizationConfig(BoundedConfig):
     """
 
     family: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     never_after: ClassVar[dict[str, str]] = {"quantize": "the model would hold two sets of quantizers"}
 
     weight_bits: int = Field(8, ge=2, le=8)

@@ -20,7 +20,7 @@ class StaticConfig(PostTrainingConfig):
     """
 
     method: ClassVar[str] = "static"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
 
     bias_correction: bool | None = None
 

@@ -55,7 +55,7 @@ class WeightOnlyConfig(BoundedConfig):
 
     family: ClassVar[str] = "quantize"
     method: ClassVar[str] = "weight_only"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     never_after: ClassVar[dict[str, str]] = {"quantize": "the model would hold two sets of quantizers"}
 
     weight_bits: Literal[2, 3, 4, 8] = 4

@@ -98,14 +98,35 @@ def test_the_bound_holds_with_no_more_layers_spared_than_needed(
     assert all(trial["quality"] < 0.98 * whole for trial in fewer)
 
 
-def test_more_bits_come_before_no_quantization(even: Model, data: Data) -> None:
+@pytest.mark.parametrize("enough", [4, 8])
+def test_more_bits_come_before_no_quantization(
+    enough: int, even: Model, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if two layers of fewer bits than are enough were what quality bears."""
+
+    def quality(net: Model, *_: object, **__: object) -> float:
+        bits = [weight for weight, _ in present_bits(net).bits.values()]
+        return 0.9 - 0.1 * (sum(each < enough for each in bits) > 2)
+
+    monkeypatch.setattr(method, "quality_or_worst", quality)
+    used = context(data)
+    low = {"weight_bits": 2, "activation_bits": 8, "first_last_bits": 2, "per_channel": True}
+    result = quantize(even, config(**low), used)
+    assert used.notes["spared"] == []
+    widened: dict[str, int] = used.notes["widened"]  # type: ignore[assignment]
+    assert sorted(widened.values()) == [enough] * (len(LAYERS) - 2)
+    found = {name: weight for name, (weight, _) in present_bits(result).bits.items()}
+    assert sorted(found.values()) == [2, 2, enough, enough]
+
+
+def test_wider_layers_are_those_that_do_most_damage(even: Model, data: Data) -> None:
     used = context(data)
     low = {"weight_bits": 2, "activation_bits": 8, "first_last_bits": 2, "per_channel": True}
     result = quantize(even, config(**low), used)
     assert accuracy(result, data) >= 0.98 * accuracy(even, data)
     assert used.notes["spared"] == []
     assert 0 < len(used.notes["widened"]) < len(LAYERS)  # type: ignore[arg-type]
-    assert {weight for weight, _ in present_bits(result).bits.values()} == {2, 8}
+    assert {weight for weight, _ in present_bits(result).bits.values()} == {2, 4}
 
 
 def test_what_holds_at_once_is_what_there_is_without_the_bound(model: Model, data: Data) -> None:
@@ -191,15 +212,16 @@ def test_a_method_that_trains_widens_no_more_layers_than_needed(
     used = context(data, tmp_path / "whole")
     result = lsq(even, settings, used)
     assert 1 - accuracy(result, data) / whole <= bound
-    widened: list[str] = used.notes["widened"]  # type: ignore[assignment]
+    widened: dict[str, int] = used.notes["widened"]  # type: ignore[assignment]
+    (bits,) = set(widened.values())
     assert 0 < len(widened) < len(LAYERS)
     assert used.notes["spared"] == []
     assert sorted(weight for weight, _ in present_bits(result).bits.values()) == [
         *[2] * (len(LAYERS) - len(widened)),
-        *[8] * len(widened),
+        *[bits] * len(widened),
     ]
     trials = used.slot("max_drop").load()["trials"]  # type: ignore[index]
-    fewer = [trial for trial in trials if len(trial["widened"]) == len(widened) - 1]
+    fewer = [trial for trial in trials if trial["bits"] == bits and len(trial["widened"]) == len(widened) - 1]
     assert fewer
     assert all(1 - trial["quality"] / whole > bound for trial in fewer)
 

@@ -44,7 +44,7 @@ Value = Callable[[str, Mapping[str, Any], int], float | None]
 
 _CODE = ("export", "graph", "measure", "ops", "stages", "training")
 _PRELOAD = ("scripts.comparison", "mil_cli.run.runner", "mil_cli.recipe.load", "torch.export")
-_EARLIER = "Some rows are of a run of an earlier state of the code."
+_FOREIGN = "Some rows are of other code or settings than those of today, as an earlier run left them."
 _SHOWN = 16
 """Hexadecimal digits of a fingerprint that rows hold."""
 
@@ -80,26 +80,34 @@ class Rows:
     """
 
     def __init__(self, file: Path, *, trusted: bool = False) -> None:
-        self._key = _without_origin if trusted else fingerprint_of
-        self._rows = {self._key(row["point"]): row for row in read_rows(file)}
+        rows = read_rows(file)
+        self._rows = {fingerprint_of(row["point"]): row for row in rows}
+        self._trusted = {_without_origin(row["point"]): row for row in rows} if trusted else {}
 
     def __contains__(self, point: Point) -> bool:
-        return self._key(point) in self._rows
+        return self._row(point) is not None
+
+    def _row(self, point: Point) -> Mapping[str, Any] | None:
+        return self._rows.get(fingerprint_of(point), self._trusted.get(_without_origin(point)))
 
     def result(self, point: Point) -> Result | None:
         """Return what a point gave, or None if it has no row."""
-        row = self._rows.get(self._key(point))
+        row = self._row(point)
         return None if row is None else row["result"]
+
+    def foreign(self, points: Iterable[Point]) -> bool:
+        """Return whether any row that is taken for one of these points is of other code or settings."""
+        return any(point in self and fingerprint_of(point) not in self._rows for point in points)
 
     def stale(self, points: Iterable[Point]) -> int:
         """Return how many rows are of these points but of other code or settings."""
         names = {_without_origin(point) for point in points}
-        current = {self._key(point) for point in points}
+        current = {fingerprint_of(point) for point in points}
         return sum(_without_origin(row["point"]) in names for key, row in self._rows.items() if key not in current)
 
     def computed_on(self, points: Iterable[Point]) -> list[str]:
         """Return on what the rows of these points were computed, each kind of machine once."""
-        found = [self._rows.get(self._key(point)) for point in points]
+        found = map(self._row, points)
         return sorted({_machine(row["environment"]) for row in found if row is not None})
 
 
@@ -114,8 +122,8 @@ def _machine(environment: Mapping[str, Any]) -> str:
 def origin_of(recipe: Recipe, script: Path, *more: object, code: Sequence[str] = _CODE) -> str:
     """Return the fingerprint of what a recipe's chain computes, whatever the seed: settings, and the code behind them.
 
-    Settings are those of all stages, since one may run another; code is that of all stages, of the training, and of the
-    comparison, since methods share most of it.
+    Settings are those of all stages, since one may run another; code is that of whole folders, and of the comparison,
+    since methods share most of it.
 
     Args:
         recipe: The recipe.
@@ -333,15 +341,14 @@ def carry_out(
     )
     computing = partial(work, arguments.recipe, tuple(arguments.set), default_location())
     failures = [] if arguments.known_only else compute(computing, missing, kept, limits)
-    rows, current = Rows(kept, trusted=arguments.trust_rows), Rows(kept)
-    earlier = any(point in rows and point not in current for point in points)
+    rows = Rows(kept, trusted=arguments.trust_rows)
     stale = 0 if arguments.trust_rows else rows.stale(points)
     if stale:
         print(f"{stale} rows of {kept} are of other code or settings and are left out", file=sys.stderr)
     if arguments.known_only and arguments.out.exists() and not any(point in rows for point in points):
         print(f"no row of {kept} is of these points, code and settings: {arguments.out} is left alone", file=sys.stderr)
         return 1
-    text = "\n".join([*page(rows), *(["", _EARLIER] if earlier else [])]) + "\n"
+    text = "\n".join([*page(rows), *(["", _FOREIGN] if rows.foreign(points) else [])]) + "\n"
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")
     print(text)

@@ -27,7 +27,8 @@ _THREE_BITS_OPSET = 18
 
 ALL_WIDTHS = (2, 3, 4, 8)
 _WIDEST = 64
-_OF_WEIGHTS = ("quantize_affine", "quantize_blocks", "quantize_levels")
+_OF_WEIGHTS = {"quantize_affine": "x", "quantize_blocks": "x", "quantize_levels": "x", "lookup": "codebook"}
+"""Operators that read weights -> the argument that is one, or the values that it takes."""
 
 
 def storage_bits(quant_min: int, quant_max: int, widths: Collection[int] = ALL_WIDTHS) -> int:
@@ -63,14 +64,12 @@ def needed_opset(graph: GraphModule, widths: Collection[int] = ALL_WIDTHS) -> in
 
 def _weight_bits(graph: GraphModule, widths: Collection[int]) -> Iterator[int]:
     for node in calls(graph):
-        if op_name(node) == "lookup":
-            entries, groups = (get_argument(node, name) for name in ("codebook", "groups"))
-            yield index_bits(len(get_attribute(graph, str(entries.target))) // groups, widths)
-            continue
-        source = get_argument(node, "x") if op_name(node) in _OF_WEIGHTS else None
+        source = get_argument(node, _OF_WEIGHTS[name]) if (name := op_name(node)) in _OF_WEIGHTS else None
         if not isinstance(source, Node) or source.op != "get_attr":
             continue
-        if op_name(node) == "quantize_levels":
+        if name == "lookup":
+            yield index_bits(len(get_attribute(graph, str(source.target))) // get_argument(node, "groups"), widths)
+        elif name == "quantize_levels":
             levels = get_attribute(graph, str(get_argument(node, "levels").target))
             yield index_bits(len(levels), widths)
         else:

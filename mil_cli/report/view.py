@@ -388,7 +388,7 @@ def parity_line(report: Report) -> str:
         line += f"; {name}: {text.quality(parity['metric_onnx'])} in onnxruntime, "
         line += f"{text.quality(parity['metric_torch'])} in torch"
     if parity.get("agreement") is not None:
-        line += f"; predictions agree: {text.percent(math.floor(10_000 * parity['agreement']) / 10_000)}"
+        line += f"; predictions agree: {text.percent(math.floor(10_000 * parity['agreement'] + 1e-6) / 10_000)}"
     return line
 
 

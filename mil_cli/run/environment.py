@@ -13,7 +13,17 @@ import mil_cli
 from mil_cli.run.processes import place
 from mil_cli.stages.registry import StageConfig, function_of
 
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "lightning-fabric", "torchmetrics", "numpy", "scikit-learn")
+PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "lightning-fabric",
+    "torchmetrics",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+)
 """Packages whose version can change a figure."""
 
 

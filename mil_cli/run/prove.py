@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PARITY_BATCHES = 4
 PARITY_BATCH_SIZE = 32
 
-_EXPORT_VERSION = 2
+_EXPORT_VERSION = 3
 """Changes with the form of exported files."""
 
 _SCORE_VERSION = 3
@@ -151,6 +151,9 @@ class Prover:
         of_graph, of_file = Predictions(self.task), Predictions(self.task)
         in_torch = evaluate(graph, task=self.task, split=split, split_name=split_name, watch=of_graph.watch)
         in_onnx = evaluate(session, task=self.task, split=split, split_name=split_name, watch=of_file.watch)
+        problem = of_graph.problem or of_file.problem
+        if problem is not None:
+            self.progress.notice(f"{name}: what graph and file predict is not compared: {problem}")
         return {
             "quality": asdict(in_onnx),
             "parity": {

@@ -149,9 +149,13 @@ def replace_output(outputs: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
     return tree_map(lambda leaf: new if leaf is old else leaf, outputs)
 
 
-def no_class_scores(task: str, reason: str) -> TaskError:
+class NoClassesError(TaskError):
+    """A task without classes, or without a label for each position, was asked for class scores."""
+
+
+def no_class_scores(task: str, reason: str) -> NoClassesError:
     """Return the error of a task that cannot give class scores with a label each."""
-    return TaskError(
+    return NoClassesError(
         f"this method compares the scores of classes position by position, and the task {task} gives none: {reason}",
         where="task",
         hint="distil by soft_labels, which uses the task's own distance",

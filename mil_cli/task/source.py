@@ -180,12 +180,16 @@ class UserTask:
         """Return the user's class scores and labels.
 
         Raises:
-            TaskError: The user's class gives none.
+            TaskError: The user's class gives none, or something else.
         """
         if not hasattr(self._own, "class_scores"):
             raise no_class_scores(self.name, "its class has no method class_scores(outputs, batch)")
-        scores, labels = self._ask("class_scores", outputs, batch)
-        return scores, labels
+        match self._ask("class_scores", outputs, batch):
+            case (torch.Tensor(ndim=2) as scores, torch.Tensor() as labels) if labels.shape == scores.shape[:1]:
+                return scores, labels
+        raise TaskError(
+            "class_scores gives something else than scores (positions, classes) and labels (positions,)", where="task"
+        )
 
     def combine(self, outputs: Sequence[Any], weights: Sequence[float], *, temperature: float) -> Any:
         """Return the user's combination, else the weighted mean of all real outputs."""

@@ -216,8 +216,20 @@ def test_shards_share_the_points_out_and_rows_of_other_code_are_taken_if_asked_f
         append_row(out.with_suffix(".jsonl"), {"point": point, "result": {}, "environment": environment})
     assert run() == "\n"
     assert "1 rows" in capsys.readouterr().err
-    assert run("--trust-rows") == "b\n\nSome rows are of a run of an earlier state of the code.\n"
+    assert run("--trust-rows").startswith("b\n\nSome rows are of other code")
     assert asked == ["firstac", "b", "firstabc", "firstac"]
+
+
+def test_a_row_of_this_code_goes_before_one_that_is_only_trusted(tmp_path: Path) -> None:
+    kept = tmp_path / "rows.jsonl"
+    for of in ("code", "earlier code"):
+        for point in points("a", of=of):
+            append_row(kept, {"point": point, "result": {"of": of}})
+    rows = Rows(kept, trusted=True)
+    assert rows.result(points("a")[0]) == {"of": "code"}
+    assert not rows.foreign(points("a"))
+    assert rows.result(points("a", of="later code")[0]) == {"of": "earlier code"}
+    assert rows.foreign(points("a", of="later code"))
 
 
 def _nothing(file: Path, overrides: object, location: Path, point: Point) -> Result:

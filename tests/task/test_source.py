@@ -105,3 +105,13 @@ def test_a_loss_that_is_no_scalar_is_told(tmp_path: Path) -> None:
     task = build_task({"_target_": "own_vector_task.Mine"}, tmp_path)
     with pytest.raises(TaskError, match="scalar"):
         task.loss(torch.zeros(3), ())
+
+
+@pytest.mark.parametrize("given", ["o", "(o, b[1].reshape(1, 1, -1))", "(o.flatten(), b[1])", "[o.argmax(1), b[1]]"])
+def test_class_scores_of_another_form_are_told(given: str, tmp_path: Path) -> None:
+    source = f"class Mine:\n    def loss(self, o, b): return o\n    def class_scores(self, o, b): return {given}\n"
+    module = f"own_{tmp_path.name}"
+    (tmp_path / f"{module}.py").write_text(source)
+    task = build_task({"_target_": f"{module}.Mine"}, tmp_path)
+    with pytest.raises(TaskError, match=r"scores \(positions, classes\)"):
+        task.class_scores(torch.randn(4, 3), (None, torch.zeros(4)))

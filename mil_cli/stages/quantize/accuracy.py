@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.nodes import get_argument, op_name
-from mil_cli.stages.quantize.holding import MOST_BITS, BoundedConfig, Holding
+from mil_cli.stages.quantize.holding import BoundedConfig, Holding
 from mil_cli.stages.quantize.passing import after_rectifier
 from mil_cli.stages.quantize.placement import Placement
 from mil_cli.stages.quantize.post_training import PostTrainingConfig, prepare
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., "Model"])
 
-_WIDER = (4, MOST_BITS)
-"""Bits that layers get where theirs are too few: those that files pack and integer kernels run."""
+_MOST_BITS = 8
+_WIDER = (4, _MOST_BITS)
+"""Bits that layers get where theirs are too few, of those that the target's files pack."""
 
 NamesOf = Callable[["Model", Any, "Context"], Sequence[str]]
 """Returns the names of the layers that a method would quantize, from the model, its settings and the context."""
@@ -75,14 +76,14 @@ class _Widening(Holding[QuantizationConfig]):
         super().__init__(model, config, context)
         self._quantized: tuple[Model, Placement] | None = None
 
-    def _with(self, *, widened: Sequence[str], bits: int, spared: Sequence[str]) -> QuantizationConfig:
+    def _with(self, *, widened: Mapping[str, int], spared: Sequence[str]) -> QuantizationConfig:
         layers = dict(self._config.layers)
-        for name in sorted(widened):  # the path of a layer is also a pattern for those below it
+        for name, bits in sorted(widened.items()):  # the path of a layer is also a pattern for those below it
             layers.pop(glob.escape(name), None)
             form = self._state["forms"][name]
             more = {key: max(bits, form[key]) for key in ("weight_bits", "activation_bits")}
             layers[glob.escape(name)] = LayerSettings(**more, per_channel=form["per_channel"])
-        return super()._with(widened=widened, bits=bits, spared=spared).model_copy(update={"layers": layers})
+        return super()._with(widened=widened, spared=spared).model_copy(update={"layers": layers})
 
     def _wider(self) -> dict[int, list[str]]:
         return {
@@ -92,10 +93,11 @@ class _Widening(Holding[QuantizationConfig]):
                 if min(form["weight_bits"], form["activation_bits"]) < bits
             ]
             for bits in _WIDER
+            if bits in {*self._context.device.weight_bits, _MOST_BITS}
         }
 
-    def _names(self, widened: Sequence[str]) -> list[str]:
-        own = self._with(widened=widened, bits=MOST_BITS, spared=[])
+    def _names(self, widened: Mapping[str, int]) -> list[str]:
+        own = self._with(widened=widened, spared=[])
         # Biases that make up for the rounding of all layers would be wrong for each of them alone.
         settings = shared_settings(own, PostTrainingConfig) | {"bias_correction": False}
         prepared = prepare(self._model, PostTrainingConfig.model_validate(settings), self._context, fold=own.fold)
@@ -107,14 +109,14 @@ class _Widening(Holding[QuantizationConfig]):
             self._state["forms"] = {
                 name: {
                     "weight_bits": form.weight_bits,
-                    "activation_bits": form.activation_bits if name in computing else MOST_BITS,
+                    "activation_bits": form.activation_bits if name in computing else _MOST_BITS,
                     "per_channel": form.per_channel,
                 }
                 for name, form in forms.items()
             }
         return list(forms)
 
-    def _damage(self, name: str, widened: Sequence[str]) -> float:
+    def _damage(self, name: str, widened: Mapping[str, int]) -> float:
         assert self._quantized is not None
         model, placement = self._quantized
         nodes = [layer.node for layer in placement.layers if layer.name == name]
@@ -138,12 +140,12 @@ class _Skipping(Holding[BoundedConfig]):
         self._quick = quick
         self._known = list(dict.fromkeys(names_of(model, config, context)))
 
-    def _names(self, widened: Sequence[str]) -> list[str]:
+    def _names(self, widened: Mapping[str, int]) -> list[str]:
         return self._known
 
-    def _damage(self, name: str, widened: Sequence[str]) -> float:
+    def _damage(self, name: str, widened: Mapping[str, int]) -> float:
         others = [other for other in self._known if other != name]
-        settings = self._with(widened=[], bits=MOST_BITS, spared=others).model_copy(update=self._quick)
+        settings = self._with(widened={}, spared=others).model_copy(update=self._quick)
         return self._loss(self._context.run(self._model, settings, name="alone"))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import Field
 
+from mil_cli.errors import StageError
 from mil_cli.stages.judging import mean_loss, quality_or_worst
 from mil_cli.stages.registry import StageConfig
 from mil_cli.stages.targets import Drop
@@ -40,24 +41,24 @@ class BoundedConfig(StageConfig):
 
 C = TypeVar("C", bound=BoundedConfig)
 
-MOST_BITS = 8
-"""Bits of layers that get as many as there are."""
-
 _TOO_DEAR = "it cost more than max_drop"
 
 
 class Holding(ABC, Generic[C]):
     """Looks for the most compressed setting that holds a bound.
 
-    Layers are ranked once by the loss with each of them alone quantized. Then the fewest of the worst are found by
-    bisection that must get more bits, the next number of bits being tried where the one before is not enough for all;
-    every step is a whole run of the method and its quality on val. Where no bits are enough, or the method has none by
-    layer, those that stay float are found in the same way.
+    Layers are ranked once by the loss with each of them alone quantized. Then the fewest of the worst that must get
+    more bits are found by bisection, every step of it being a whole run of the method and its quality on val. Where
+    these are not enough for all, all have them, and the worst get the next number of bits. Where no bits are enough, or
+    the method has none by layer, those that stay float are found in the same way.
 
     Args:
         model: The float model.
         config: The settings, with the bound.
         context: Gives val, progress and checkpoints.
+
+    Raises:
+        StageError: The float model's outputs are not finite.
     """
 
     def __init__(self, model: Model, config: C, context: Context) -> None:
@@ -68,22 +69,25 @@ class Holding(ABC, Generic[C]):
         self._state: dict[str, Any] = self._slot.load() or {"float": None, "ranks": {}, "forms": {}, "trials": []}
         self._before = dict(context.notes)
         self._best: tuple[int, Model] | None = None
+        self._layers: list[str] = []
         if self._state["float"] is None:
             self._state["float"] = self._quality(model)
             self._slot.save(self._state)
+        if not math.isfinite(self._state["float"]):
+            raise StageError("the model's outputs are not finite", where=f"stages.{context.name}.max_drop")
 
-    def _with(self, *, widened: Sequence[str], bits: int, spared: Sequence[str]) -> C:
+    def _with(self, *, widened: Mapping[str, int], spared: Sequence[str]) -> C:
         """Return the method's settings, without the bound, by which some layers get more bits and some stay float."""
         skip = (*self._config.skip, *map(glob.escape, spared))
         return self._config.model_copy(update={"skip": skip, "max_drop": None})
 
     @abstractmethod
-    def _names(self, widened: Sequence[str]) -> list[str]:
-        """Return the layers that are quantized, where some have as many bits as there are."""
+    def _names(self, widened: Mapping[str, int]) -> list[str]:
+        """Return the layers that are quantized, where some get more bits."""
 
     @abstractmethod
-    def _damage(self, name: str, widened: Sequence[str]) -> float:
-        """Return the loss with one layer alone quantized, where some have as many bits as there are."""
+    def _damage(self, name: str, widened: Mapping[str, int]) -> float:
+        """Return the loss with one layer alone quantized, where some get more bits."""
 
     def _wider(self) -> Mapping[int, Collection[str]]:
         """Return, for more and more bits, the layers that may get so many."""
@@ -93,26 +97,26 @@ class Holding(ABC, Generic[C]):
         """Return the model of the most compressed setting that holds: the float one if no other does."""
         with self._context.progress.work(f"{self._context.name}: holding max_drop") as bar:
             self._advance = bar.advance
-            found = self._trial([], MOST_BITS, [])
-            if not self._holds(found):
-                found = self._spare()
-        return self._conclude(found)
+            first = self._trial({}, [])
+            found = first if self._holds(first) else self._spare()
+        return self._leave_float() if found is None else self._conclude(found)
 
-    def _spare(self) -> int:
-        """Return the trial that holds with the fewest layers spared."""
-        ranked, narrow = self._ranked("start", []), []
+    def _spare(self) -> int | None:
+        """Return the trial that holds with the fewest layers spared; None if not even one can be quantized."""
+        ranked = self._ranked("start", {})
+        widened: dict[str, int] = {}
         for bits, wider in self._wider().items():
             narrow = [name for name in ranked if name in wider]
-            found = self._fewest(len(narrow), partial(self._widen, narrow, bits))
+            found = self._fewest(len(narrow), partial(self._widen, widened, narrow, bits))
             if found is not None:
                 return found
-        if narrow:
-            ranked = self._ranked("wide", narrow)
-        found = self._fewest(len(ranked) - 1, lambda count: self._trial(narrow, MOST_BITS, ranked[:count]))
-        return self._all_float(ranked) if found is None else found
+            widened |= dict.fromkeys(narrow, bits)
+        if widened:
+            ranked = self._ranked("wide", widened)
+        return self._fewest(len(ranked) - 1, lambda count: self._trial(widened, ranked[:count]))
 
-    def _widen(self, names: Sequence[str], bits: int, count: int) -> int:
-        return self._trial(names[:count], bits, [])
+    def _widen(self, widened: Mapping[str, int], names: Sequence[str], bits: int, count: int) -> int:
+        return self._trial({**widened, **dict.fromkeys(names[:count], bits)}, [])
 
     def _fewest(self, most: int, trial: Callable[[int], int]) -> int | None:
         """Return the trial of the smallest count that holds, taking it that more hold better; None if `most` fails."""
@@ -148,15 +152,15 @@ class Holding(ABC, Generic[C]):
         samples = min(self._config.max_drop_samples, len(self._context.data.val))
         return mean_loss(model, self._context, samples=samples)
 
-    def _trial(self, widened: Sequence[str], bits: int, spared: Sequence[str]) -> int:
+    def _trial(self, widened: Mapping[str, int], spared: Sequence[str]) -> int:
         """Return the number of the trial in which some layers get more bits, and some stay float."""
-        setting = {"widened": sorted(widened), "bits": bits, "spared": sorted(spared)}
+        setting = {"widened": dict(sorted(widened.items())), "spared": sorted(spared)}
         for number, trial in enumerate(self._trials):
             if all(trial[key] == value for key, value in setting.items()):
                 return number
         number = len(self._trials)
         last = f"drop {100 * self._drop(number - 1):.2f} %; " if number else ""
-        self._advance(0, note=f"{last}now layers in {bits} bits: {len(widened)}, left float: {len(spared)}")
+        self._advance(0, note=f"{last}now layers with more bits: {len(widened)}, left float: {len(spared)}")
         model, notes = self._run(setting, number)
         self._trials.append({**setting, "quality": self._quality(model), "notes": notes})
         self._slot.save(self._state)
@@ -173,14 +177,14 @@ class Holding(ABC, Generic[C]):
         self._forget_notes()
         return model, told
 
-    def _ranked(self, key: str, widened: Sequence[str]) -> list[str]:
+    def _ranked(self, key: str, widened: Mapping[str, int]) -> list[str]:
         """Return the names of the layers, those first that do most damage.
 
         Args:
             key: Where what was measured is kept.
-            widened: The layers that get more bits.
+            widened: The layers that get more bits, and how many.
         """
-        names = self._names(widened)
+        names = self._layers = self._names(widened)
         self._forget_notes()
         losses: list[float] = self._state["ranks"].setdefault(key, [])
         with self._context.progress.work(
@@ -198,31 +202,29 @@ class Holding(ABC, Generic[C]):
         self._context.notes.clear()
         self._context.notes.update(self._before)
 
-    def _all_float(self, names: Sequence[str]) -> int:
-        """Return the trial of the float model, which nothing has to be run for, and tell that no other holds."""
-        context, best = self._context, min(map(self._drop, range(len(self._trials))))
+    def _leave_float(self) -> Model:
+        """Return the float model, and tell that no quantized one holds."""
+        context, told = self._context, self._trials[0]["notes"]
+        best = min(self._drop(number) for number in range(len(self._trials)))
+        kept = {**told.get("kept_float", {}), **dict.fromkeys(self._layers, _TOO_DEAR)}
+        context.note(**{key: 0 for key in told if key.startswith("quantized_")}, kept_float=kept)
+        context.note(max_drop=self._bound, drop=0.0, trials=len(self._trials), widened={}, spared=sorted(self._layers))
         context.progress.notice(
             f"{context.name}: no quantized model holds max_drop {100 * self._bound:.4g} %, the best of "
             f"{len(self._trials)} loses {100 * best:.4g} %: all layers stay float"
         )
-        kept = self._trials[0]["notes"].get("kept_float", {})
-        facts = {"quantized_layers": 0, "kept_float": kept}
-        self._best = len(self._trials), self._model.clone()
-        self._trials.append(
-            {"widened": [], "bits": MOST_BITS, "spared": sorted(names), "quality": self._state["float"], "notes": facts}
-        )
-        return self._best[0]
+        return self._model.clone()
 
     def _conclude(self, number: int) -> Model:
         """Return the model of a trial that holds, and tell what it took."""
         context, trial = self._context, self._trials[number]
         if self._best is None or self._best[0] != number:
-            setting = {key: trial[key] for key in ("widened", "bits", "spared")}
+            setting = {key: trial[key] for key in ("widened", "spared")}
             self._best = number, self._run(setting, number)[0]
         context.note(**trial["notes"])
         kept = context.notes.get("kept_float")
         if isinstance(kept, dict):
             context.notes["kept_float"] = {**kept, **dict.fromkeys(trial["spared"], _TOO_DEAR)}
         context.note(max_drop=self._bound, drop=self._drop(number), trials=len(self._trials))
-        context.note(widened=dict.fromkeys(trial["widened"], trial["bits"]), spared=trial["spared"])
+        context.note(widened=trial["widened"], spared=trial["spared"])
         return self._best[1]

@@ -136,7 +136,7 @@ def test_sparse_weights_keep_their_zeros_in_training(trained: Model) -> None:
     [
         pytest.param(16, None, "UINT4", marks=pytest.mark.slow),
         (16, 8, "UINT4"),
-        (4, None, "UINT2"),
+        (4, 8, "UINT2"),
         pytest.param(40, None, "UINT8", marks=pytest.mark.slow),
     ],
 )

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mil_cli.data.base import Data
+from mil_cli.device.profile import DeviceProfile, Int8Form
 from mil_cli.graph.model import Model
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize import holding as method
-from mil_cli.stages.quantize.accuracy import alone, within_drop
+from mil_cli.stages.quantize.accuracy import _Widening, alone, within_drop
 from mil_cli.stages.quantize.describe import present_bits
 from mil_cli.stages.quantize.dynamic import DynamicConfig
 from mil_cli.stages.quantize.holding import BoundedConfig
@@ -37,6 +38,7 @@ from tests.stages.quantize.striped import stripes
 from tests.stages.quantize.test_mixed import Net
 
 LAYERS = ("stem.0", "wide", "back", "head")
+LOW = {"weight_bits": 2, "activation_bits": 8, "first_last_bits": 2, "per_channel": True}
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +112,38 @@ def test_more_bits_come_before_no_quantization(
 
     monkeypatch.setattr(method, "quality_or_worst", quality)
     used = context(data)
-    low = {"weight_bits": 2, "activation_bits": 8, "first_last_bits": 2, "per_channel": True}
-    result = quantize(even, config(**low), used)
+    result = quantize(even, config(**LOW), used)
     assert used.notes["spared"] == []
     widened: dict[str, int] = used.notes["widened"]  # type: ignore[assignment]
-    assert sorted(widened.values()) == [enough] * (len(LAYERS) - 2)
+    assert sorted(widened.values()) == ([4, 4] if enough == 4 else [4, 4, 8, 8])
     found = {name: weight for name, (weight, _) in present_bits(result).bits.items()}
-    assert sorted(found.values()) == [2, 2, enough, enough]
+    assert sorted(found.values()) == ([2, 2, 4, 4] if enough == 4 else [4, 4, 8, 8])
 
 
-def test_wider_layers_are_those_that_do_most_damage(even: Model, data: Data) -> None:
+def test_wider_layers_are_those_that_do_most_damage(even: Model, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if one layer of few bits were what quality bears."""
+
+    def quality(net: Model, *_: object, **__: object) -> float:
+        return 0.9 - 0.1 * (sum(weight < 4 for weight, _ in present_bits(net).bits.values()) > 1)
+
+    damage = {"stem.0": 0.3, "wide": 0.1, "back": 0.4, "head": 0.2}
+    monkeypatch.setattr(method, "quality_or_worst", quality)
+    monkeypatch.setattr(_Widening, "_damage", lambda _, name, widened: damage[name])
     used = context(data)
-    low = {"weight_bits": 2, "activation_bits": 8, "first_last_bits": 2, "per_channel": True}
-    result = quantize(even, config(**low), used)
+    quantize(even, config(**LOW), used)
+    assert used.notes["widened"] == {"back": 4, "head": 4, "stem.0": 4}
+
+
+def test_on_a_target_that_packs_no_four_bits_more_bits_are_eight(even: Model, data: Data) -> None:
+    device = DeviceProfile(name="old", int8=Int8Form(activations="uint8", reduce_range=False), weight_bits=(2, 8))
+    used = context(data, device=device)
+    quantize(even, config(**LOW), used)
+    assert set(used.notes["widened"].values()) == {8}  # type: ignore[attr-defined]
+
+
+def test_more_bits_hold_the_bound(even: Model, data: Data) -> None:
+    used = context(data)
+    result = quantize(even, config(**LOW), used)
     assert accuracy(result, data) >= 0.98 * accuracy(even, data)
     assert used.notes["spared"] == []
     assert 0 < len(used.notes["widened"]) < len(LAYERS)  # type: ignore[arg-type]
@@ -150,6 +171,7 @@ def test_where_nothing_holds_the_model_stays_float_and_that_is_told(
     assert used.notes["quantized_layers"] == 0
     assert used.notes["drop"] == 0
     assert used.notes["kept_float"] == dict.fromkeys(LAYERS, "it cost more than max_drop")
+    assert used.notes["trials"] == 2
     lost = "3.333" if math.isfinite(quality) else "inf"
     expected = f"quantize: no quantized model holds max_drop 1 %, the best of 2 loses {lost} %: all layers stay float"
     assert told.told == [expected]
@@ -213,7 +235,8 @@ def test_a_method_that_trains_widens_no_more_layers_than_needed(
     result = lsq(even, settings, used)
     assert 1 - accuracy(result, data) / whole <= bound
     widened: dict[str, int] = used.notes["widened"]  # type: ignore[assignment]
-    (bits,) = set(widened.values())
+    bits = max(widened.values())
+    assert set(widened.values()) == {bits}
     assert 0 < len(widened) < len(LAYERS)
     assert used.notes["spared"] == []
     assert sorted(weight for weight, _ in present_bits(result).bits.values()) == [
@@ -221,7 +244,7 @@ def test_a_method_that_trains_widens_no_more_layers_than_needed(
         *[bits] * len(widened),
     ]
     trials = used.slot("max_drop").load()["trials"]  # type: ignore[index]
-    fewer = [trial for trial in trials if trial["bits"] == bits and len(trial["widened"]) == len(widened) - 1]
+    fewer = [trial for trial in trials if len(trial["widened"]) == len(widened) - 1]
     assert fewer
     assert all(1 - trial["quality"] / whole > bound for trial in fewer)
 

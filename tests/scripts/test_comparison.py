@@ -154,12 +154,12 @@ def test_the_origin_follows_from_settings_and_code_and_not_from_the_seed(
     # A stage that another one runs is no link of the chain itself.
     assert origin("chain=[prune]") != origin("chain=[prune]", "stages.tune.trainer.epochs=2")
     package = tmp_path / "package"
-    for folder in ("stages", "training", "report"):
+    for folder in ("export", "graph", "measure", "ops", "stages", "training", "report"):
         shutil.copytree(Path(mil_cli.__file__).parent / folder, package / folder)
     monkeypatch.setattr(mil_cli, "__file__", str(package / "__init__.py"))
     code_of.cache_clear()
     assert origin() == before
-    for changed in (package / "stages" / "judging.py", package / "training" / "loop.py", script):
+    for changed in (package / "stages" / "judging.py", package / "export" / "packing.py", script):
         changed.write_text(changed.read_text() + "# changed")
         code_of.cache_clear()
         assert origin() != before

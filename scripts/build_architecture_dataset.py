@@ -54,9 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
         drawn = {_name(one): one for one in draw(recipe, space, arguments)}
         points = _points(list(drawn), _origin(recipe, space), arguments)
     kept = arguments.out.with_suffix(".jsonl")
-    index, count = arguments.shard
-    known = Rows(kept, trusted=arguments.trust_rows)
-    missing = [point for point in points[index - 1 :: count] if point not in known][: arguments.limit]
+    missing = Rows(kept, trusted=arguments.trust_rows).missing(points, arguments.shard)[: arguments.limit]
     limits = Limits(jobs=arguments.jobs, timeout=arguments.timeout, seconds=arguments.seconds, preload=_PRELOAD)
     work = partial(train_point, recipe, {name: one.to_json() for name, one in drawn.items()})
     failures = [] if arguments.known_only else compute(work, [missing], kept, limits, shown=_shown)

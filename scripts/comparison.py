@@ -95,6 +95,11 @@ class Rows:
         row = self._row(point)
         return None if row is None else row["result"]
 
+    def missing(self, points: Sequence[Point], shard: tuple[int, int] = (1, 1)) -> list[Point]:
+        """Return the points that have no row, of a shard (i, n): every n-th from the i-th."""
+        index, count = shard
+        return [point for point in points[index - 1 :: count] if point not in self]
+
     def foreign(self, points: Iterable[Point]) -> bool:
         """Return whether any row that is taken for one of these points is of other code or settings."""
         return any(point in self and fingerprint_of(point) not in self._rows for point in points)
@@ -177,8 +182,7 @@ def compute(
     deadline = None if limits.seconds is None else start + limits.seconds
     failures = []
     for number, phase in enumerate(phases, 1):
-        known, begun = Rows(kept), time.monotonic()
-        missing = [point for point in phase if point not in known]
+        missing, begun = Rows(kept).missing(phase), time.monotonic()
         with ThreadPoolExecutor(limits.jobs) as threads:
             running = {threads.submit(_row, work, point, limits, deadline): point for point in missing}
             try:
@@ -334,8 +338,7 @@ def carry_out(
     points = [point for phase in phases for point in phase]
     kept = arguments.out.with_suffix(".jsonl")
     known = Rows(kept, trusted=arguments.trust_rows)
-    index, count = arguments.shard
-    missing = [[point for point in phase[index - 1 :: count] if point not in known] for phase in phases]
+    missing = [known.missing(phase, arguments.shard) for phase in phases]
     limits = Limits(
         jobs=arguments.jobs, timeout=arguments.timeout, seconds=arguments.seconds, preload=(*_PRELOAD, *preload)
     )

@@ -109,13 +109,13 @@ def bytes_around(name: str) -> int:
 
 def promised_bytes(model: Model) -> float:
     """Return what numbers take: weights in their bits, others in 32, scales and zero points of rows 5 bytes."""
-    total, rounded = 0.0, set()
+    total, rounded, layers = 0.0, set(), present_bits(model).bits
     for node in calls(model.graph):
         kind = op_name(node)
         if kind in QUANTIZERS and get_argument(node, "x").op == "get_attr":
             name = str(get_argument(node, "x").target)
-            (reader,) = {user.name for user in node.users} & set(present_bits(model).bits)
-            bits, weight = present_bits(model).bits[reader][0], get_attribute(model.graph, name)
+            (reader,) = {user.name for user in node.users} & set(layers)
+            bits, weight = layers[reader][0], get_attribute(model.graph, name)
             packed = (2, 4) if kind == "quantize_levels" else (2, 3, 4)
             stored = min(width for width in (*packed, 8) if width >= bits)
             scales = get_attribute(model.graph, str(get_argument(node, "scale").target))

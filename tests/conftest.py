@@ -1,4 +1,4 @@
-"""What all tests share: a private stage cache, one thread, no Hydra state left over, data that may be missing."""
+"""What all tests share: a private stage cache, one thread, one seed, no Hydra state left, data that may be missing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 
 LONG = ("coupling/test_networks", "tests/recipes/", "tests/cli/", "tests/run/", "tests/export/", "tests/stages/")
 """The files that take longest, in this order."""
@@ -24,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((place for place, part in enumerate(LONG) if part in path), len(LONG))
 
     items.sort(key=rank)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Begin every test, its fixtures too, from one seed: what ran before it in its worker then makes no difference."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

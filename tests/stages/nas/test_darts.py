@@ -185,7 +185,7 @@ class Degenerate(nn.Module):
 def test_strengths_come_to_skip_and_the_search_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     searched = DesignedSpace(Degenerate())
     used = context(load_space=lambda: DesignedSpace(Degenerate()))
-    config = DartsConfig(trainer={**TRAINER, "epochs": 12}, strength_learning_rate=0.02, max_skips=0)
+    config = DartsConfig(trainer={**TRAINER, "epochs": 24}, strength_learning_rate=0.02, max_skips=0)
     begin = torch.tensor([0.5, 0.0])
 
     def first(size: int, *, generator: torch.Generator) -> torch.Tensor:

@@ -22,8 +22,14 @@ _PACKED = {2: (ir.DataType.INT2, 25), 4: (ir.DataType.INT4, 21), 8: (ir.DataType
 _INDICES = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 """Bits of indices into levels or a codebook -> the type that holds them; the opsets are those of the codes."""
 
-_THREE_BITS_OPSET = 18
-"""The first opset with BitwiseAnd. ONNX has no type of 3 bits: eight codes lie in three bytes."""
+_THREE_BITS_OPSET = 11
+"""The first opset with BitShift. ONNX has no type of 3 bits: eight codes lie in three bytes."""
+
+_PAIRS_OF_BYTES = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [-64, 0, 0, 1], [0, -64, 0, 4], [0, 0, -64, 16]])
+"""What makes the numbers of four pairs of three bytes and of the high two bits of each, as a product."""
+
+_CODES_OF_PAIRS = np.stack([(np.arange(64) >> place & 7 ^ 4) - 4 for place in (0, 3)], axis=1)
+"""The two codes of each pair's number, shape (64, 2)."""
 
 ALL_WIDTHS = (2, 3, 4, 8)
 _WIDEST = 64
@@ -168,17 +174,21 @@ class Multiplied:
 def _write_three_bits(
     onnx: GraphWriter, before: ir.Node, name: str, codes: npt.NDArray[np.int32], dtype: ir.DataType, factor: int = 1
 ) -> ir.Value:
-    """Write eight codes as three bytes, one for each bit; shifts, a mask and a product make numbers of them."""
-    byte, real = ir.DataType.UINT8, ir.DataType.FLOAT
-    value: ir.Value = onnx.constant(name, pack_three_bits(codes), byte)
-    shifts = onnx.constant("shifts", np.arange(8)[:, None], byte)
-    value = onnx.insert(before, "BitShift", [value, shifts], {"direction": "RIGHT"}, byte)
-    value = onnx.insert(before, "BitwiseAnd", [value, onnx.constant("bit", np.array(1), byte)], {}, byte)
-    value = onnx.insert(before, "Cast", [value], {"to": int(real)}, real)
-    bit_values = onnx.constant("bit_values", factor * np.array([1, 2, -4]), real)
-    value = onnx.insert(before, "MatMul", [value, bit_values], {}, real)
-    if dtype != real:
-        value = onnx.insert(before, "Cast", [value], {"to": int(dtype)}, dtype)
+    """Write eight codes as three bytes, and what looks them up two by two in a table of the 64 pairs.
+
+    What onnxruntime makes on the way, all of a file's weights at once, takes few bytes a weight: numbers of the pairs
+    and not of the codes, and one product for the numbers of all pairs.
+    """
+    byte = ir.DataType.UINT8
+    packed: ir.Value = onnx.constant(name, pack_three_bits(codes), byte)
+    high = onnx.insert(
+        before, "BitShift", [packed, onnx.constant("six", np.array(6), byte)], {"direction": "RIGHT"}, byte
+    )
+    both = onnx.insert(before, "Concat", [packed, high], {"axis": 1}, byte)
+    numbers = onnx.constant("pairs", _PAIRS_OF_BYTES, ir.DataType.INT8)
+    pairs = onnx.insert(before, "MatMulInteger", [both, numbers], {}, ir.DataType.INT32)
+    table = onnx.constant("codes", factor * _CODES_OF_PAIRS, dtype)
+    value = onnx.insert(before, "Gather", [table, pairs], {"axis": 0}, dtype)
     if codes.size % 8:
         value = onnx.reshape(before, value, [-1], dtype)
         ends = [onnx.constant("bound", np.array([number]), ir.DataType.INT64) for number in (0, codes.size)]
@@ -187,11 +197,14 @@ def _write_three_bits(
 
 
 def pack_three_bits(codes: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
-    """Return codes of [-4, 3] as bytes ``[codes / 8, 1, 3]``: of eight codes the lowest bits, the middle, the highest.
+    """Return codes of [-4, 3] as bytes ``[codes / 8, 3]``.
 
-    A byte's lowest bit belongs to the first code. The highest bit of a code counts -4.
+    Of two codes, as numbers of 3 bits, the first is the low half of a pair's number. Eight codes make four pairs: the
+    low six bits of each byte are one of the first three, and the high two bits of all make the fourth, lowest first.
     """
     flat = codes.reshape(-1)
-    eights = np.pad(flat, (0, -len(flat) % 8)).reshape(-1, 1, 8)
-    bits = eights[..., None, :] >> np.arange(3)[:, None] & 1
-    return np.packbits(bits.astype(np.uint8), axis=-1, bitorder="little")[..., 0]
+    unsigned = (np.pad(flat, (0, -len(flat) % 8)) & 7).reshape(-1, 4, 2)
+    pairs = unsigned[..., 0] | unsigned[..., 1] << 3
+    high = pairs[:, 3:] >> np.array([0, 2, 4]) & 3
+    packed: npt.NDArray[np.uint8] = (pairs[:, :3] | high << 6).astype(np.uint8)
+    return packed

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PARITY_BATCHES = 4
 PARITY_BATCH_SIZE = 32
 
-_EXPORT_VERSION = 3
+_EXPORT_VERSION = 4
 """Changes with the form of exported files."""
 
 _SCORE_VERSION = 3

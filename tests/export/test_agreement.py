@@ -34,7 +34,7 @@ from mil_cli.training.loop import fit
 from tests.stages.contexts import make_context
 
 SAMPLES = 10_000
-OPERATOR_BYTES = 550
+OPERATOR_BYTES = 600
 """What each quantizer takes in a file for its operators and their names."""
 
 VALUES = 17

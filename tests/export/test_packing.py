@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from mil_cli.device.profile import DeviceProfile, Int8Form
 from mil_cli.export.packing import (
     ALL_WIDTHS,
     Multiplied,
@@ -22,6 +24,7 @@ from mil_cli.export.packing import (
     write_levels,
 )
 from mil_cli.export.surgery import GraphWriter
+from mil_cli.measure.memory import measure_memory
 
 Write = Callable[[GraphWriter, ir.Node], ir.Value]
 
@@ -89,6 +92,24 @@ def test_levels_come_back(count: int) -> None:
 
 
 def test_three_bits_by_hand() -> None:
-    codes = np.array([-4, -3, -2, -1, 0, 1, 2, 3, -1], np.int32)  # as bits 100 101 110 111 000 001 010 011, and 111
-    expected = [[0b10101010, 0b11001100, 0b00001111], [1, 1, 1]]
-    assert pack_three_bits(codes).tolist() == [[three] for three in expected]
+    codes = np.array([-4, -3, -2, -1, 0, 1, 2, 3, -1], np.int32)  # as bits 100 101, 110 111, 000 001, 010 011, and 111
+    expected = [[0b10_101100, 0b10_111110, 0b01_001000], [0b00_000111, 0, 0]]
+    assert pack_three_bits(codes).tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_loading_takes_little_memory(bits: int, tmp_path: Path) -> None:
+    rows = ir.val("rows", dtype=ir.DataType.INT64, shape=ir.Shape([1]))
+    y = ir.val("y", dtype=ir.DataType.INT8, shape=ir.Shape([1, 512]))
+    end = ir.node("Gather", [ir.val("x"), rows], outputs=[y])
+    graph = ir.Graph([rows], [y], nodes=[end], name="packed", opset_imports={"": 25})
+    codes = np.maximum(drawn(bits, (4096, 512)), 1 - 2 ** (bits - 1))
+    factor = widening(int(codes.min()), int(codes.max()))
+    end.replace_input_with(0, Multiplied(GraphWriter(graph)).write(end, "weight", codes, bits, factor))
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
+    peak = measure_memory(
+        tmp_path / "model.onnx",
+        device=DeviceProfile(name="test", int8=Int8Form(activations="uint8", reduce_range=False)),
+        feeds={"rows": np.array([7])},
+    )
+    assert peak / codes.size < 20

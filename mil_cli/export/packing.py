@@ -26,7 +26,10 @@ _THREE_BITS_OPSET = 11
 """The first opset with BitShift. ONNX has no type of 3 bits: eight codes lie in three bytes."""
 
 _PAIRS_OF_BYTES = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [-64, 0, 0, 1], [0, -64, 0, 4], [0, 0, -64, 16]])
-"""What makes the numbers of four pairs of three bytes and of the high two bits of each, as a product."""
+"""What makes the numbers of four pairs of three bytes and of the high two bits of each, as a product.
+
+No two terms add up to more than 16 bits, in which some processors have the sums of their products of bytes.
+"""
 
 _CODES_OF_PAIRS = np.stack([(np.arange(64) >> place & 7 ^ 4) - 4 for place in (0, 3)], axis=1)
 """The two codes of each pair's number, shape (64, 2)."""

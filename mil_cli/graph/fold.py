@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import calls, get_argument, get_attribute, has_attribute, op_name, set_argument, set_attribute
+from mil_cli.graph.nodes import calls, free_attribute, get_argument, get_attribute, op_name, set_argument, set_attribute
 from mil_cli.ops.learned_scale import SMALLEST_SCALE
 from mil_cli.ops.levels import level_codes
 from mil_cli.ops.quantize import quantize_codes
@@ -204,11 +204,7 @@ def _assign(graph: GraphModule, name: str, value: Tensor, like: Tensor) -> None:
 
 def free_name(graph: GraphModule, weight_name: str) -> str:
     """Return the name of a new bias beside a weight."""
-    prefix = weight_name.removesuffix("weight")
-    name, count = f"{prefix}bias", 1
-    while has_attribute(graph, name):
-        name, count = f"{prefix}bias_{count}", count + 1
-    return name
+    return free_attribute(graph, f"{weight_name.removesuffix('weight')}bias")
 
 
 def _remove(graph: GraphModule, norm: Node) -> None:

@@ -108,6 +108,15 @@ def has_attribute(graph: nn.Module, name: str) -> bool:
     return True
 
 
+def free_attribute(graph: nn.Module, wanted: str) -> str:
+    """Return a dotted name that no attribute has: the one wanted, or that with a number behind it."""
+    name, number = wanted, 0
+    while has_attribute(graph, name):
+        number += 1
+        name = f"{wanted}_{number}"
+    return name
+
+
 def set_attribute(module: nn.Module, path: str, value: Any, *, persistent: bool = True) -> None:
     """Set the attribute at a dotted path, making submodules on the way.
 

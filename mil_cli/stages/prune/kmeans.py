@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from mil_cli.errors import StageError
 from mil_cli.graph.fold import fold_batch_norm
-from mil_cli.graph.nodes import calls, get_argument, get_attribute, has_attribute, op_name, set_attribute
+from mil_cli.graph.nodes import calls, free_attribute, get_argument, get_attribute, op_name, set_attribute
 from mil_cli.ops.codebook import lookup, nearest
 from mil_cli.stages.prune.skipping import check_patterns, skipped
 from mil_cli.stages.registry import StageConfig, stage
@@ -235,11 +235,7 @@ def _insert(graph: GraphModule, name: str, nodes: Sequence[Node], config: Kmeans
     rows = weight.reshape(groups, -1)
     zero = float((rows == 0).double().mean()) > _SPARSE if config.keep_zero == "auto" else config.keep_zero
     values = cluster_values(rows, config.clusters, zero=zero).to(weight.dtype).reshape(-1)
-    path = base = f"{_OWNER}.{name.replace('.', '_')}"
-    number = 1
-    while has_attribute(graph, path):
-        number += 1
-        path = f"{base}_{number}"
+    path = free_attribute(graph, f"{_OWNER}.{name.replace('.', '_')}")
     set_attribute(graph, path, nn.Parameter(values))
     for node in nodes:
         with graph.graph.inserting_after(node):

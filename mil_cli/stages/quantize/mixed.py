@@ -48,7 +48,7 @@ class MixedConfig(StageConfig):
 
     family: ClassVar[str] = "quantize"
     method: ClassVar[str] = "mixed"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     never_after: ClassVar[dict[str, str]] = QuantizationConfig.never_after
 
     by: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import Field
 from torch.fx import Node
@@ -34,6 +35,8 @@ class PostTrainingConfig(ObservedConfig):
         bias_correction: Whether the mean of each layer's outputs is restored by its bias afterwards; None: where
             some weights have fewer than 8 bits.
     """
+
+    version: ClassVar[int] = 7
 
     weight_observer: WeightObserverName = "mse"
     equalise: bool = False

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.fold import per_output, reads_alone
-from mil_cli.graph.nodes import get_argument, get_attribute, op_name, schema_index
+from mil_cli.graph.nodes import free_attribute, get_argument, get_attribute, op_name, schema_index, set_attribute
 
+_META = frozenset({"val", "nn_module_stack", "stack_trace"})
 _SPATIAL = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 LAYERS = frozenset({"linear", *_SPATIAL})
 _NORMS = frozenset({"layer_norm", "rms_norm"})
@@ -29,28 +30,34 @@ class Link:
         value: The value.
         axis: Its axis of channels.
         maker: A layer, a norm with a gain, or a product with a gain: its weights are divided.
-        readers: The layers that read the value, all of its readers: their weights are multiplied.
+        readers: The layers that read the value: their weights are multiplied.
+        others: What else reads it, such as the sum of a residual connection: a product restores the value for it.
     """
 
     value: Node
     axis: int
     maker: Node
     readers: tuple[Node, ...]
+    others: tuple[Node, ...] = ()
 
 
-def find_links(graph: GraphModule) -> Iterator[Link]:
+def find_links(graph: GraphModule, *, restoring: bool = False) -> Iterator[Link]:
     """Find the values between a maker and its layers with nothing between but operators with ``f(s x) = s f(x)``.
 
-    Weights that something else reads too are left alone, and so are values with other readers.
+    Weights that something else reads too are left alone.
+
+    Args:
+        graph: The graph.
+        restoring: Whether values of norms may have other readers too, as those of a transformer have that adds what a
+            norm gives to what its layers make of it.
     """
     for value in graph.graph.nodes:
-        readers = tuple(value.users)
-        if not readers or not all(_reads(graph, value, reader) for reader in readers):
-            continue
+        readers = tuple(reader for reader in value.users if _reads(graph, value, reader))
+        others = tuple(reader for reader in value.users if reader not in readers)
         axes = {channel_axis(reader) for reader in readers}
         maker = _maker(graph, value, min(axes)) if len(axes) == 1 else None
-        if maker is not None:
-            yield Link(value, min(axes), maker, readers)
+        if maker is not None and (not others or (restoring and op_name(maker) in _NORMS)):
+            yield Link(value, min(axes), maker, readers, others)
 
 
 def channel_axis(layer: Node) -> int:
@@ -197,6 +204,22 @@ def move(graph: GraphModule, link: Link, factor: Tensor) -> None:
             _scale(graph, get_argument(maker, "bias"), 1 / factor)
     for reader in link.readers:
         _scale(graph, get_argument(reader, "weight"), _per_input(graph, reader, factor))
+    if link.others:
+        _restore(graph, link, factor)
+
+
+def _restore(graph: GraphModule, link: Link, factor: Tensor) -> None:
+    """Multiply the value again for its other readers."""
+    value: Tensor = link.value.meta["val"]
+    name = free_attribute(graph, f"{link.value.name}_factor")
+    set_attribute(graph, name, factor.reshape(-1, *[1] * (value.ndim - 1 - link.axis)).to(value.dtype))
+    with graph.graph.inserting_after(link.value):
+        attribute = graph.graph.get_attr(name)
+    with graph.graph.inserting_after(attribute):
+        restored = graph.graph.call_function(torch.ops.aten.mul.Tensor, (link.value, attribute))
+    restored.meta = {key: kept for key, kept in link.value.meta.items() if key in _META}
+    for reader in link.others:
+        reader.replace_input_with(link.value, restored)
 
 
 def _per_input(graph: GraphModule, layer: Node, factor: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ def smooth(model: Model, strength: float, config: QuantizationConfig, context: C
 
     With the largest activation ``a`` and the largest weight ``w`` of a channel, the activation is divided by
     ``a^strength / w^(1 - strength)``, in the norm, gain or layer that makes it, and all weights that read it are
-    multiplied. As in Xiao et al., SmoothQuant (2023, arXiv:2211.10438). Layers whose input is made by nothing that
-    could take a factor, such as a GELU, are left as they are and listed.
+    multiplied. As in Xiao et al., SmoothQuant (2023, arXiv:2211.10438). Where something else reads what a norm makes,
+    as in transformers that add before the norm, a product with ``[channels]`` restores it for that reader. Layers
+    whose input is made by nothing that could take a factor, such as a GELU, are left as they are and listed.
 
     Args:
         model: A model in evaluation mode, batch norms folded, in-place operators replaced.
@@ -39,7 +40,7 @@ def smooth(model: Model, strength: float, config: QuantizationConfig, context: C
     Raises:
         StageError: There are no samples, or a value is NaN or infinite.
     """
-    links = list(find_links(model.graph))
+    links = list(find_links(model.graph, restoring=True))
     seen = {link.value: ChannelMagnitude(link.axis) for link in links}
     observe(model, seen, config, context)
     for link in links:
@@ -52,7 +53,11 @@ def smooth(model: Model, strength: float, config: QuantizationConfig, context: C
         move(model.graph, link, factor)
     smoothed = {reader for link in links for reader in link.readers}
     left = [node for node in calls(model.graph) if op_name(node) in LAYERS and node not in smoothed]
+    model.graph.graph.lint()
+    model.graph.recompile()
     context.note(
         smoothed_layers=len(smoothed),
         not_smoothed=[module_path(node) or node.name for node in left if get_argument(node, "weight").op == "get_attr"],
     )
+    if not smoothed:
+        context.progress.notice(f"{context.name}: smooth moves nothing: no norm or layer alone makes what layers read")

@@ -20,7 +20,7 @@ class StaticConfig(PostTrainingConfig):
     """
 
     method: ClassVar[str] = "static"
-    version: ClassVar[int] = 11
+    version: ClassVar[int] = 12
 
     bias_correction: bool | None = None
 

@@ -15,7 +15,7 @@ from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.rescale import find_links, read_range
 from mil_cli.stages.quantize.smoothing import smooth
 from mil_cli.stages.quantize.static import StaticConfig, quantize
-from tests.stages.contexts import make_context
+from tests.stages.contexts import Notices, make_context
 
 
 class Block(nn.Module):
@@ -34,6 +34,26 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         logits: Tensor = self.out(torch.tanh(self.down(torch.sigmoid(self.gate(y)) * self.up(y))))
+        return logits
+
+
+class AfterTheSum(nn.Module):
+    """A transformer's perceptron with the norm behind the sum: sums read what norms make, beside layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.up, self.down, self.out = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 4)
+        with torch.no_grad():
+            for norm, reader in ((self.first, self.up), (self.second, self.out)):
+                norm.weight[3] = 50.0
+                reader.weight[:, 3] *= 0.02
+            self.second.bias[5] = 3.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.second(y + self.down(nn.functional.gelu(self.up(y))))
+        logits: Tensor = self.out(z) + z.mean(-1, keepdim=True)
         return logits
 
 
@@ -84,6 +104,34 @@ def test_an_outlier_costs_less(model: Model) -> None:
         quantized = quantize(model, CONFIG.model_copy(update={"smooth": strength, "observer": "min_max"}), context(x))
         errors.append(float((quantized(x) - model(x)).detach().norm()))
     assert errors[1] < 0.7 * errors[0]
+
+
+def test_values_of_norms_are_restored_for_who_else_reads_them() -> None:
+    torch.manual_seed(0)
+    model = Model.capture(AfterTheSum().eval(), (torch.randn(2, 5, 16),))
+    x, used = inputs(), context(inputs())
+    expected = model(x)
+    smoothed = model.clone()
+    for _ in range(2):  # what restores a value is one more of its readers
+        smooth(smoothed, 1.0, CONFIG, used)
+        assert used.notes["smoothed_layers"] == 2
+        assert used.notes["not_smoothed"] == ["down"]
+        torch.testing.assert_close(smoothed(x), expected, rtol=1e-5, atol=1e-5)
+    errors = []
+    for strength in (None, 0.5):
+        settings = {"smooth": strength, "observer": "min_max", "skip": ["down"]}
+        quantized = quantize(model, CONFIG.model_copy(update=settings), context(x))
+        errors.append(float((quantized(x) - expected).detach().norm()))
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_a_user_is_told_that_nothing_could_be_smoothed() -> None:
+    model = Model.capture(nn.Sequential(nn.Tanh(), nn.Linear(16, 4)).eval(), (torch.randn(2, 5, 16),))
+    used = context(inputs())
+    used.progress = notices = Notices()
+    smooth(model, 0.5, CONFIG, used)
+    (told,) = notices.told
+    assert "smooth moves nothing" in told
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])

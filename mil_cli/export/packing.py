@@ -190,7 +190,8 @@ def _write_three_bits(
     both = onnx.insert(before, "Concat", [packed, high], {"axis": 1}, byte)
     numbers = onnx.constant("pairs", _PAIRS_OF_BYTES, ir.DataType.INT8)
     pairs = onnx.insert(before, "MatMulInteger", [both, numbers], {}, ir.DataType.INT32)
-    table = onnx.constant("codes", factor * _CODES_OF_PAIRS, dtype)
+    products = np.clip(factor * _CODES_OF_PAIRS, -128, 127)  # what is cut off are codes that the weight does not have
+    table = onnx.constant("codes", products, dtype)
     value = onnx.insert(before, "Gather", [table, pairs], {"axis": 0}, dtype)
     if codes.size % 8:
         value = onnx.reshape(before, value, [-1], dtype)

@@ -112,6 +112,8 @@ def _timed(model: Model, config: QuantizationConfig, context: Context, skipped: 
     """Return the model as the settings quantize it but for some layers, its ranges only guessed: they take no time."""
     shared = shared_settings(config, QuantizationConfig)
     skip = (*config.skip, *map(glob.escape, skipped))
+    if isinstance(config, PostTrainingConfig):
+        shared["smooth"] = config.smooth  # what restores values takes time
     quick = {"skip": skip, "observer": "min_max", "weight_observer": "min_max"}
     samples = min(config.calibration_samples, _SAMPLES)
     before = dict(context.notes)

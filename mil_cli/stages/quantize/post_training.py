@@ -114,7 +114,7 @@ def prepare(
     if config.equalise:
         context.note(equalised_pairs=equalise(graph))
     if config.smooth is not None:
-        smooth(folded, config.smooth, config, context)
+        smooth(folded, config.smooth, config, context, never=rules.never)
     placement, seen = place_observed(
         folded,
         lambda silent: place_any(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,9 @@ from torch import Tensor, nn
 from mil_cli.data.base import Data
 from mil_cli.data.tensors import TensorSplit
 from mil_cli.errors import StageError
+from mil_cli.graph.functional import make_functional
 from mil_cli.graph.model import Model
-from mil_cli.graph.nodes import op_name
+from mil_cli.graph.nodes import calls, op_name
 from mil_cli.stages.context import Context
 from mil_cli.stages.quantize.rescale import find_links, read_range
 from mil_cli.stages.quantize.smoothing import smooth
@@ -123,6 +126,39 @@ def test_values_of_norms_are_restored_for_who_else_reads_them() -> None:
         quantized = quantize(model, CONFIG.model_copy(update=settings), context(x))
         errors.append(float((quantized(x) - expected).detach().norm()))
     assert errors[1] < 0.7 * errors[0]
+
+
+def test_nothing_is_restored_for_layers_that_stay_float() -> None:
+    model = Model.capture(AfterTheSum().eval(), (torch.randn(2, 5, 16),))
+    used, products = context(inputs()), Counter[tuple[str, ...]]()
+    for skip in ((), ("up",), ("up", "out")):
+        smoothed = model.clone()
+        smooth(smoothed, 0.5, CONFIG.model_copy(update={"skip": skip}), used)
+        products[skip] = sum(op_name(node) == "mul" for node in calls(smoothed.graph))
+    assert products == {(): 2, ("up",): 1, ("up", "out"): 0}
+
+
+class Overwritten(nn.Module):
+    """Something writes into a view of what a norm gives, before a layer reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        y[:, 0] = 0.5
+        logits: Tensor = self.out(y)
+        return logits
+
+
+def test_what_is_written_into_later_is_left_alone() -> None:
+    model = Model.capture(Overwritten().eval(), (torch.randn(2, 5, 16),))
+    x = inputs()
+    make_functional(model.graph)
+    expected = model(x)
+    smooth(model, 0.5, CONFIG, context(x))
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_user_is_told_that_nothing_could_be_smoothed() -> None:

@@ -54,7 +54,7 @@ def test_the_page_tells_errors_and_what_was_trained_for_them(tmp_path: Path, mon
     text = out.read_text()
     assert "| `random` | 15.00 % |" in text
     # Errors are 10 and 10 % against 10 and 20 %: the differences 0 and -10 have the mean -5 and half-width 63.53.
-    assert "| `darts` | 10.00 % (-68.53 to +58.53) |" in text
+    assert "| `darts` | **10.00 %** (-68.53 to +58.53) |" in text
     assert "| `random` | 1,500 | 5.0 |" in text
 
 

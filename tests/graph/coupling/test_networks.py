@@ -131,7 +131,7 @@ def trained(case: Case) -> list[set[str]]:
     """Return the parameters that the eager module gives a gradient to, for inputs that take different branches."""
     found = []
     branches = case.graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond)
-    for size in (0.1, 1.0, 2.0) * 4 if branches else (1.0,):
+    for size in (0.1, 1.0, 2.0, 10.0) * 4 if branches else (1.0,):
         module = copy.deepcopy(case.module)
         loss(module(size * torch.randn(3, *case.shape))).backward()
         found.append({name for name, parameter in module.named_parameters() if parameter.grad is not None})

@@ -128,7 +128,7 @@ def _fold(graph: GraphModule, layer: Node, norm: Node) -> None:
     if isinstance(bias_node, Node):
         _assign(graph, str(bias_node.target), new_bias, weight if bias is None else bias)
     else:
-        name = free_name(graph, str(weight_node.target))
+        name = free_bias(graph, str(weight_node.target))
         _assign(graph, name, new_bias, weight)
         with graph.graph.inserting_before(layer):
             set_argument(layer, "bias", graph.graph.get_attr(name))
@@ -202,7 +202,7 @@ def _assign(graph: GraphModule, name: str, value: Tensor, like: Tensor) -> None:
     set_attribute(graph, name, nn.Parameter(strided, requires_grad=like.requires_grad))
 
 
-def free_name(graph: GraphModule, weight_name: str) -> str:
+def free_bias(graph: GraphModule, weight_name: str) -> str:
     """Return the name of a new bias beside a weight."""
     return free_attribute(graph, f"{weight_name.removesuffix('weight')}bias")
 

@@ -108,6 +108,11 @@ def has_attribute(graph: nn.Module, name: str) -> bool:
     return True
 
 
+def meta_like(node: Node) -> dict[str, Any]:
+    """Return the metadata of a node that stands for another: its example value, and where it came from."""
+    return {key: node.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in node.meta}
+
+
 def free_attribute(graph: nn.Module, wanted: str) -> str:
     """Return a dotted name that no attribute has: the one wanted, or that with a number behind it."""
     name, number = wanted, 0

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from mil_cli.graph.nodes import get_attribute, op_name
+from mil_cli.graph.nodes import get_attribute, meta_like, op_name
 
 _CASTS = "mil_under_autocast"
 
@@ -139,5 +139,5 @@ def _detached(graph: GraphModule, value: Node) -> Node:
     if not isinstance(value.meta.get("val"), torch.Tensor):
         return value
     result = graph.graph.call_function(torch.ops.aten.detach.default, (value,))
-    result.meta = {key: value.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in value.meta}
+    result.meta = meta_like(value)
     return result

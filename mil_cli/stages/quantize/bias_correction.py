@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from mil_cli.graph.fold import free_name, reads_alone
+from mil_cli.graph.fold import free_bias, reads_alone
 from mil_cli.graph.model import Model
 from mil_cli.graph.nodes import get_argument, get_attribute, schema_index, set_argument, set_attribute
 from mil_cli.stages.quantize.calibrate import batches_of, observe, observe_with
@@ -84,7 +84,7 @@ def _add_to_bias(graph: GraphModule, layer: Layer, shift: Tensor) -> None:
     bias = get_argument(layer.node, "bias")
     before = weight.new_zeros(()) if bias is None else get_attribute(graph, str(bias.target))
     value = (before.detach().double() + shift).to(weight.dtype)
-    name = str(bias.target) if reads_alone(graph, bias, layer.node) else free_name(graph, str(layer.weight.target))
+    name = str(bias.target) if reads_alone(graph, bias, layer.node) else free_bias(graph, str(layer.weight.target))
     set_attribute(graph, name, nn.Parameter(value, requires_grad=weight.requires_grad))
     if bias is None or name != str(bias.target):
         with graph.graph.inserting_before(layer.node):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mil_cli.errors import StageError
-from mil_cli.graph.nodes import calls, op_name, set_attribute
+from mil_cli.graph.nodes import calls, meta_like, op_name, set_attribute
 from mil_cli.ops import QUANTIZERS
 from mil_cli.stages.quantize.layers import Layer
 from mil_cli.stages.quantize.placement import Placement
@@ -211,9 +211,7 @@ class QuantizerWriter:
             attributes.append(before)
         with graph.inserting_after(before):
             quantizer = graph.call_function(operator, (value, *attributes, *settings))
-        quantizer.meta = {
-            key: value.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in value.meta
-        }
+        quantizer.meta = meta_like(value)
         for user in users:
             user.replace_input_with(value, quantizer)
         return quantizer

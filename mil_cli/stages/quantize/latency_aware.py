@@ -110,11 +110,9 @@ def _slow_layers(model: Model, config: QuantizationConfig, context: Context, kno
 
 def _timed(model: Model, config: QuantizationConfig, context: Context, skipped: list[str]) -> Model:
     """Return the model as the settings quantize it but for some layers, its ranges only guessed: they take no time."""
-    shared = shared_settings(config, QuantizationConfig)
+    shared = shared_settings(config, PostTrainingConfig)
     skip = (*config.skip, *map(glob.escape, skipped))
-    if isinstance(config, PostTrainingConfig):
-        shared["smooth"] = config.smooth  # what restores values takes time
-    quick = {"skip": skip, "observer": "min_max", "weight_observer": "min_max"}
+    quick = {"skip": skip, "observer": "min_max", "weight_observer": "min_max", "bias_correction": False}
     samples = min(config.calibration_samples, _SAMPLES)
     before = dict(context.notes)
     settings = PostTrainingConfig.model_validate({**shared, **quick, "calibration_samples": samples})

@@ -10,9 +10,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mil_cli.graph.fold import per_output, reads_alone
-from mil_cli.graph.nodes import free_attribute, get_argument, get_attribute, op_name, schema_index, set_attribute
+from mil_cli.graph.nodes import (
+    free_attribute,
+    get_argument,
+    get_attribute,
+    meta_like,
+    op_name,
+    schema_index,
+    set_attribute,
+)
 
-_META = frozenset({"val", "nn_module_stack", "stack_trace"})
 _SPATIAL = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 LAYERS = frozenset({"linear", *_SPATIAL})
 _NORMS = frozenset({"layer_norm", "rms_norm"})
@@ -38,7 +45,7 @@ class Link:
     axis: int
     maker: Node
     readers: tuple[Node, ...]
-    others: tuple[Node, ...] = ()
+    others: tuple[Node, ...]
 
 
 def find_links(graph: GraphModule, *, restoring: bool = False) -> Iterator[Link]:
@@ -217,7 +224,7 @@ def _restore(graph: GraphModule, link: Link, factor: Tensor) -> None:
         attribute = graph.graph.get_attr(name)
     with graph.graph.inserting_after(attribute):
         restored = graph.graph.call_function(torch.ops.aten.mul.Tensor, (link.value, attribute))
-    restored.meta = {key: kept for key, kept in link.value.meta.items() if key in _META}
+    restored.meta = meta_like(link.value)
     for reader in link.others:
         reader.replace_input_with(link.value, restored)
 
